@@ -1,0 +1,339 @@
+"""The U-Net that predicts, its presets, and the files that hold its weights.
+
+    net = UNet(ModelConfig(**PRESETS["tiny"]), size=64, text_dim=128, pooled_dim=128)
+    out = net(x_t, t, context=context, mask=mask, pooled=pooled)
+
+Letters in the shape comments:  B batch   C channels of a feature map   H W its height and width   N = H*W positions
+                                L text tokens   D text width   P pooled text width   E width of the embedding   K heads
+"""
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class ModelConfig:
+    channels: int = 64                              # width of the first level [channels], a multiple of 32
+    channel_mult: tuple[int, ...] = (1, 2, 3)       # width of each level as a multiple of --channels, one number a level
+    num_res_blocks: int = 1                         # residual blocks of a level on the way down (one more on the way up)
+    attn_resolutions: tuple[int, ...] = (16, 8)     # sides of the feature maps that have attention [pixels]
+    head_dim: int = 32                              # width of one attention head [channels]
+    patch: int = 2                                  # pixels of a PATCH x PATCH square are folded into channels at the border [pixels]
+
+
+# Counted at 64 pixels with the built-in byte encoder (128 wide, 128 tokens); a test counts them again.
+PRESETS = {
+    #        channels  levels                         blocks             attention at                      head              patch
+    "tiny":  dict(channels=64,  channel_mult=(1, 2, 2),    num_res_blocks=1, attn_resolutions=(16, 8),     head_dim=32, patch=2),
+    "small": dict(channels=128, channel_mult=(1, 2, 3),    num_res_blocks=2, attn_resolutions=(32, 16),    head_dim=64, patch=1),
+    "base":  dict(channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(32, 16, 8), head_dim=64, patch=1),
+    "large": dict(channels=384, channel_mult=(1, 2, 3, 4), num_res_blocks=3, attn_resolutions=(32, 16, 8), head_dim=64, patch=1),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the U-Net
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494) of groups of 16 channels or more; its statistics are float32 for any input."""
+
+    def __init__(self, channels: int):
+        super().__init__(min(32, max(1, channels // 16)), channels)
+
+
+class ResBlock(nn.Module):
+    """Residual block with scale-shift normalisation and resampling inside (Dhariwal and Nichol 2021, arXiv:2105.05233, section 3).
+
+    resample: "down" halves, "up" doubles the sides before the first convolution, on both branches.
+    """
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, resample: str = ""):
+        super().__init__()
+        self.resample = resample
+        self.norm1, self.conv1 = GroupNorm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, 2 * c_out)
+        self.norm2, self.conv2 = GroupNorm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(self, x: Tensor, emb: Tensor, text: tuple) -> Tensor:
+        h = self.conv1(self._resampled(F.silu(self.norm1(x))))                # (B, c_out, H', W')
+        scale, shift = self.emb(emb)[:, :, None, None].to(h.dtype).chunk(2, 1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(self._resampled(x)) + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Self- and cross-attention in one call: queries of the picture, keys of [picture; text; null token] side by side.
+
+    Saharia et al. 2022, arXiv:2205.11487, section 2.3 (text sequence concatenated to the keys); queries and keys are RMS-normalised per
+    head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the logits in bfloat16.
+    """
+
+    def __init__(self, channels: int, context_dim: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = GroupNorm(channels)
+        self.qkv, self.text_kv = nn.Linear(channels, 3 * channels), nn.Linear(context_dim, 2 * channels)
+        self.q_norm, self.k_norm, self.text_k_norm = (nn.RMSNorm(head_dim, eps=1e-6) for _ in range(3))
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, emb: Tensor, text: tuple) -> Tensor:
+        context, bias = text                                                  # (B, L+1, E), (B, 1, 1, N+L+1) for this N
+        B, C, H, W = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
+        q, k, v = self.qkv(tokens).view(B, H * W, 3, -1, self.head_dim).unbind(2)               # (B, N, K, head_dim)
+        text_k, text_v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
+        q, k = self.q_norm(q).to(v.dtype), torch.cat([self.k_norm(k), self.text_k_norm(text_k)], 1).to(v.dtype)
+        v = torch.cat([v, text_v], 1)                                                           # (B, N+L+1, K, head_dim)
+        h = F.scaled_dot_product_attention(*(a.transpose(1, 2) for a in (q, k, v)), attn_mask=bias[H * W].to(v.dtype))
+        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
+        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class UNet(nn.Module):
+    """Text-conditioned U-Net (the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, with text as extra keys of the attention).
+
+    size: side of the pictures [pixels]; text_dim, pooled_dim: widths of `context` and `pooled`.
+    Raises ValueError where the shape cannot be built, naming the flag.
+    """
+
+    def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, out_channels: int = 3):
+        super().__init__()
+        check_shape(config, size)
+        self.config, self.size, self.checkpointing = config, size, False
+        ch, emb = config.channels, 4 * config.channels
+        self.time = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.pooled = nn.Sequential(nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, emb))
+        self.null = nn.Parameter(torch.zeros(1, 1, emb))                      # the key that is always visible
+        self.conv_in = nn.Conv2d(3 * config.patch**2, ch, 3, padding=1)
+
+        def stage(c_in: int, c_out: int, side: int, resample: str = "", attention: bool = True) -> nn.ModuleList:
+            blocks = [ResBlock(c_in, c_out, emb, resample)]
+            if attention and side in config.attn_resolutions:
+                blocks.append(Attention(c_out, emb, config.head_dim))
+            return nn.ModuleList(blocks)
+
+        c, side, skips = ch, size // config.patch, [ch]
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for level, mult in enumerate(config.channel_mult):
+            if level:
+                side //= 2
+                self.down.append(stage(c, c, side, "down", attention=False))
+                skips.append(c)
+            for _ in range(config.num_res_blocks):
+                self.down.append(stage(c, mult * ch, side))
+                c = mult * ch
+                skips.append(c)
+        self.mid = nn.ModuleList([ResBlock(c, c, emb), Attention(c, emb, config.head_dim), ResBlock(c, c, emb)])
+        self.sides = sorted({*config.attn_resolutions, side})                # where attention is: a mask for each is made once
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                self.up.append(stage(c + skips.pop(), mult * ch, side))
+                c = mult * ch
+            if level:                                                         # to the next level's width before its larger side
+                side *= 2
+                self.up[-1].append(ResBlock(c, config.channel_mult[level - 1] * ch, emb, "up"))
+                c = config.channel_mult[level - 1] * ch
+        self.norm_out, self.conv_out = GroupNorm(c), nn.Conv2d(c, out_channels * config.patch**2, 3, padding=1)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.Linear):                          # keeps the variance of a unit input
+                nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(m.weight[0].numel()))
+                nn.init.zeros_(m.bias)
+        for m in self.modules():                                              # every block starts as the identity, the output as zero
+            for last in {ResBlock: ["conv2"], Attention: ["out"], UNet: ["conv_out"]}.get(type(m), []):
+                nn.init.zeros_(getattr(m, last).weight)
+        nn.init.normal_(self.null, std=0.5)
+        self.to(memory_format=torch.channels_last)
+
+    def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, text: tuple) -> Tensor:
+        for block in blocks:
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            h = checkpoint(block, h, emb, text, use_reentrant=False) if recompute else block(h, emb, text)
+        return h
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        """Predict the target of the diffusion at each pixel.
+
+        x_t (B, 3, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context (B, L, D); mask (B, L) bool, True =
+        a token; pooled (B, P). A row of the mask without any True is the unconditional branch: its tokens and its pooled vector are not
+        seen. Returns (B, out_channels, H, W) float32.
+        """
+        p, B = self.config.patch, x_t.shape[0]
+        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)                              # unconditional: only the biases speak
+        emb = F.silu(self.time(timestep_embedding(t, self.config.channels)) + self.pooled(pooled))          # (B, E)
+        context = self.context(context)
+        context = torch.cat([context, self.null.expand(B, 1, -1).to(context.dtype)], 1)                     # (B, L+1, E)
+        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+        bias = {s * s: F.pad(F.pad(hidden, (s * s, 0)), (0, 1))[:, None, None] for s in self.sides}         # (B, 1, 1, N+L+1)
+        text = (context, bias)
+
+        h = F.pixel_unshuffle(x_t, p).contiguous(memory_format=torch.channels_last)             # (B, 3pp, H/p, W/p)
+        h = self.conv_in(h)
+        skips = [h]
+        for blocks in self.down:
+            h = self._run(blocks, h, emb, text)
+            skips.append(h)
+        h = self._run(self.mid, h, emb, text)
+        for blocks in self.up:
+            h = self._run(blocks, torch.cat([h, skips.pop()], 1), emb, text)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, p).float()                                                    # (B, out_channels, H, W)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sines and cosines of 1000 t at dim/2 frequencies from 1 to 1/10000 (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+    t (B,) in [0, 1] -> (B, dim) float32."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = 1000 * t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def check_shape(config: ModelConfig, size: int) -> None:
+    """Raise ValueError, one line with the flag and a value that works, where a U-Net of this shape cannot be built."""
+    step = config.patch * 2 ** (len(config.channel_mult) - 1)
+    if config.patch < 1 or not config.channel_mult or min(config.channel_mult) < 1 or config.num_res_blocks < 1:
+        raise ValueError(f"--patch {config.patch}, --channel-mult {config.channel_mult} and --num-res-blocks {config.num_res_blocks} "
+                         "must be at least 1")
+    if size < step or size % step:
+        near = max(step, size // step * step)
+        raise ValueError(f"--size {size} must be a multiple of {step} for this model. Try {near} or {near + step}")
+    if config.channels < 32 or config.channels % 32:
+        raise ValueError(f"--channels {config.channels} must be a multiple of 32. Try {max(32, config.channels // 32 * 32)}")
+    if config.head_dim < 8 or config.channels % config.head_dim:
+        raise ValueError(f"--head-dim {config.head_dim} must divide --channels {config.channels} and be at least 8. Try 32")
+    sides = [size // config.patch // 2**i for i in range(len(config.channel_mult))]
+    if wrong := [a for a in config.attn_resolutions if a not in sides]:
+        raise ValueError(f"--attn-resolutions {wrong[0]} is not a side of this model's feature maps. Choose from {sides}")
+
+
+def count_flops(model: nn.Module, *args, **kwargs) -> int:
+    """Floating-point operations (multiply and add are two) of one forward pass: convolutions, matrix products and attention."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+# -------------------------------------------------------------------------------------------------------------- checkpoints
+
+FORMAT = "limn 1"
+
+
+def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
+    """SHA-256 of the metadata and of name, type, shape and bytes of every tensor, in the order of the names."""
+    def one(name: str) -> bytes:
+        t = tensors[name].detach().cpu().contiguous()
+        h = hashlib.sha256(f"{name} {t.dtype} {tuple(t.shape)}".encode())
+        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))         # hashlib releases the GIL: threads run in parallel
+        return h.digest()
+
+    with ThreadPoolExecutor() as pool:
+        parts = list(pool.map(one, sorted(tensors)))
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode() + b"".join(parts)).hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
+    """Write one safetensors file that carries `meta` and its own checksum, readable by the umask, on disk when this returns."""
+    meta = {"format": FORMAT, **meta}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, path, metadata={**meta, "sha256": checksum(tensors, meta)})
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)                                            # safetensors creates it 0600
+    _fsync(path)
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a file of `save_tensors` and verify it: (tensors on the CPU, meta). ValueError, one line, when it is damaged or not ours."""
+    try:
+        with safe_open(path, "pt") as f:
+            meta, names = f.metadata() or {}, list(f.keys())
+            if not meta.get("format", "").startswith("limn "):
+                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {names[0] if names else 'none'}). Name a file of runs/")
+            if meta["format"] != FORMAT:
+                raise ValueError(f"{path} has format {meta['format']!r}, this code reads {FORMAT!r}. Update the code")
+            tensors = {name: f.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:100]}") from e
+    if meta.pop("sha256", None) != checksum(tensors, meta):
+        raise ValueError(f"{path} is damaged: checksum mismatch")
+    return tensors, meta
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first."""
+    return sorted((p for p in (run / "checkpoints").glob("*") if re.fullmatch(r"\d{6,}", p.name)), key=lambda p: int(p.name))
+
+
+def save_checkpoint(run: Path, step: int, files: dict[str, dict[str, Tensor]], meta: dict[str, str], keep: int) -> Path:
+    """Publish `run`/checkpoints/STEP with one file for each entry of `files`, all at once or not at all, then prune to the last `keep`.
+
+    Temporary folder, fsync of the files and the folder, rename, fsync of the parent; older checkpoints go only after that. OSError leaves
+    everything as it was.
+    """
+    parent, target = run / "checkpoints", run / "checkpoints" / f"{step:06d}"
+    temp = parent / f".tmp-{step:06d}"
+    parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir()
+        for name, tensors in files.items():
+            save_tensors(temp / f"{name}.safetensors", tensors, meta)
+        _fsync(temp)
+        if target.exists():                                                   # this step was saved before and is damaged: keep it aside
+            os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
+        os.replace(temp, target)
+        _fsync(parent)
+    except OSError:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+    for old in [p for p in checkpoint_folders(run) if int(p.name) <= step][:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn=print) -> tuple[Path, list[dict[str, Tensor]], dict[str, str]] | None:
+    """The newest checkpoint of `run` whose `files` all verify: (folder, tensors of each file, meta). None where there is none at all.
+
+    Calls `warn` with one line for each damaged one it passes over; ValueError when all of them are damaged.
+    """
+    folders = checkpoint_folders(run)
+    for folder in reversed(folders):
+        try:
+            loaded = [load_tensors(folder / f"{name}.safetensors") for name in files]
+            return folder, [tensors for tensors, _ in loaded], loaded[0][1]
+        except ValueError as e:
+            warn(f"{e}; trying the checkpoint before it")
+    if folders:
+        raise ValueError(f"all {len(folders)} checkpoints in {run / 'checkpoints'} are damaged. Move them away to start anew")
+    return None
