@@ -1,77 +1,82 @@
-"""Diffusion: noise schedules, targets, losses, guidance and samplers, all in terms of logsnr and (alpha_t, sigma_t).
+"""Diffusion: noise schedules, targets, losses, guidance, samplers, in terms of logsnr and (alpha_t, sigma_t).
 
-    x_t = alpha_t x0 + sigma_t eps,     logsnr = ln(alpha_t^2 / sigma_t^2),     t = 0 clean, t = 1 pure noise
+    x_t = alpha_t x0 + sigma_t eps      logsnr = ln(alpha_t^2 / sigma_t^2)      t = 0 clean, t = 1 pure noise
 
-Knows nothing of U-Nets or text: a network is any `model(x_t, t, **condition)`, a denoiser any `denoise(x_t, t) -> x0`.
+It knows nothing of U-Nets or text: a network is any `model(x_t, t, **condition)` and a denoiser any
+`denoise(x_t, t) -> x0`. Guidance and thresholds are functions that return a denoiser; a sampler uses one.
 
-Shapes: B batch, C channels, H W picture.  x0, x_t, eps (B, C, H, W) or any (B, ...) float32;  t, logsnr (B,) float32.
+Shapes: B batch, C channels, H W picture, N sampling steps.
+x0, x_t, eps (B, C, H, W), or any (B, ...), float32; t, logsnr (B,) float32; times (N+1,) float64 on the CPU.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-LOGSNR_MAX = 20.0  # schedules are clamped to +-20: sigma(t = 0) = alpha(t = 1) = 4.5e-5, far below 1/255 and safe in float32
+LOGSNR_MAX = 20.0  # schedules are clamped to +-20, where sigma(0) = alpha(1) = 4.5e-5: far below 1/255
+TRAIN_STEPS = 1000  # of the discrete processes of the literature: their step i is t = (i + 1) / 1000
 GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as int64
 
 
 @dataclass
 class DiffusionConfig:
-    schedule: Literal["cosine", "flow"] = "cosine"  # noise schedule: logsnr as a function of t
+    schedule: Literal["cosine", "linear", "scaled_linear", "sigmoid", "flow", "edm"] = "cosine"  # of noise
     shift_base: int = 64  # picture side at which the schedule is not shifted, 0 = never shift [pixels]
+    zero_snr: bool = False  # rescale linear or scaled_linear so that no signal is left at t = 1
     prediction: Literal["v", "eps", "x0", "flow"] = "v"  # what the network predicts
-    loss_weight: Literal["uniform", "min_snr"] = "uniform"  # weight of the loss; uniform = 1 on the predicted quantity
-    snr_gamma: float = 5.0  # ceiling of the min_snr weight [signal-to-noise ratio]
+    learn_sigma: bool = False  # predict the variance of a step too, for the ddpm sampler (twice the outputs)
+    loss_weight: Literal[
+        "uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm", "learned"] = "uniform"  # by noise level
+    snr_gamma: float = 5.0  # ceiling of min_snr and soft_min_snr [signal-to-noise ratio]
+    sigmoid_bias: float = 2.0  # middle of the sigmoid weight [logsnr]
+    t_density: Literal["uniform", "logit_normal", "log_normal", "importance"] = "uniform"  # of t in training
+    t_mean: float = 0.0  # of logit_normal [logit t] and log_normal [ln sigma/alpha, EDM: -1.2]
+    t_std: float = 1.0  # of logit_normal and log_normal (EDM: 1.2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise: a pure function of (key, element)
+# Noise: a pure function of (key, element) ------------------------------------------------------------------
 
 
 def mix(z: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele et al. 2014), a bijection of int64 whose output bits look independent."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * MIX_1  # torch shifts arithmetically: the mask makes it logical
+    """The finaliser of splitmix64 (Steele et al. 2014), a bijection of int64."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * MIX_1  # the mask makes torch's arithmetic shift logical
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * MIX_2
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 def gaussian(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | None = None) -> Tensor:
-    """Standard normal noise that depends on (key, element index) only: not on the batch, its split, or a generator.
-
-    Counter-based (Salmon et al. 2011, "Random numbers: as easy as 1, 2, 3"): splitmix64 of key and counter, then
-    Box-Muller, two normals from the two 32-bit halves of each hash.
-    keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8. Devices agree up to the rounding of log and cos.
-    """
+    """Standard normal noise from (key, element index) alone, so it is the same for every split of the batch.
+    Counter-based (Salmon et al. 2011): splitmix64 of key and counter, then Box-Muller, two normals a hash.
+    keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8. Devices agree but for rounding."""
     device = device or keys.device
     n = math.prod(shape)
     counter = torch.arange(1, (n + 1) // 2 + 1, device=device) * GOLDEN
-    bits = mix(mix(keys.to(device) + GOLDEN)[:, None] + counter)                                  # (B, ceil(n/2)) int64
+    bits = mix(mix(keys.to(device) + GOLDEN)[:, None] + counter)                        # (B, ceil(n/2)) int64
     radius = torch.sqrt(-2 * torch.log((((bits >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32))
     angle = ((bits & 0xFFFFFFFF) >> 8).float() * (2 * math.pi * 2.0**-24)
-    pair = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)             # (B, 2, ceil(n/2))
+    pair = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)   # (B, 2, ceil(n/2))
     return pair.flatten(1)[:, :n].reshape(-1, *shape)
 
 
 def noise_source(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | None = None) -> Callable:
-    """noise(step_index) -> (B, *shape) for the samplers, a new independent draw for each index and none equal to gaussian(keys)."""
+    """noise(step) -> (B, *shape) for the samplers: independent for each step, and of gaussian(keys)."""
     return lambda step: gaussian(mix(keys + (step + 1) * MIX_1), shape, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedules: t -> logsnr -> (alpha, sigma)
+# Schedules: t -> logsnr -> (alpha, sigma) ------------------------------------------------------------------
 
 
 class Schedule:
-    """A falling function logsnr(t), shifted by the picture's size and clamped to +-LOGSNR_MAX.
-
+    """A falling function logsnr(t): a curve, shifted by the picture's size and clamped to +-LOGSNR_MAX.
     Variance preserving: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr).
-    Flow:                alpha = sigmoid(logsnr/2) = 1 - t, sigma = sigmoid(-logsnr/2) = t when unshifted.
-    Both describe the same family of paths: x_t of one is x_t of the other times a number (Kingma & Gao 2023, 2303.00848).
-    """
+    Flow:                alpha = sigmoid(logsnr/2) = 1 - t, sigma = sigmoid(-logsnr/2) = t when not shifted.
+    At equal logsnr the x_t of the two differ by a factor only (Kingma & Gao 2023, 2303.00848, section 2)."""
 
     def __init__(self, curve: Callable[[Tensor], Tensor], shift: float = 0.0, flow: bool = False):
         self.curve, self.shift, self.flow = curve, shift, flow
@@ -86,7 +91,7 @@ class Schedule:
         return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
     def inverse(self, logsnr: Tensor) -> Tensor:
-        """The t of a logsnr, by bisection: exact to the last bits of the dtype, any device, no host synchronisation."""
+        """The t of a logsnr, by bisection to the last bits of the dtype; no host synchronisation."""
         low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
         for _ in range(52 if logsnr.dtype == torch.float64 else 30):
             middle = (low + high) / 2
@@ -95,36 +100,67 @@ class Schedule:
         return (low + high) / 2
 
 
-def cosine(t: Tensor) -> Tensor:
-    """alpha = cos(pi t / 2) (Nichol & Dhariwal 2021, 2102.09672, eq. 17 without the offset; logsnr as in 2301.11093)."""
-    angle = t * (math.pi / 2)
-    return 2 * (torch.log(torch.cos(angle).clamp(min=1e-9)) - torch.log(torch.sin(angle).clamp(min=1e-9)))
+def betas(first: float, last: float, power: int) -> Callable[[Tensor], Tensor]:
+    """logsnr of a process of 1000 steps whose betas have a linear `power`-th root, continued between them.
+    alpha_t^2 = prod_{j < 1000 t} (1 - beta_j) (Ho et al. 2020, 2006.11239, eq. 4); the sum of log(1 - beta_j)
+    as an integral over j from -1/2 to 1000 t - 1/2, by Gauss-Legendre: within 1e-6 of the product."""
+    low, high = first ** (1 / power), last ** (1 / power)
+    nodes, weights = (-0.7745966692414834, 0.0, 0.7745966692414834), (5 / 18, 8 / 18, 5 / 18)
+
+    def curve(t: Tensor) -> Tensor:
+        mean = 0.0
+        for node, weight in zip(nodes, weights):
+            j = TRAIN_STEPS * t * ((1 + node) / 2) - 0.5
+            mean = mean + weight * torch.log1p(-(low + (high - low) / (TRAIN_STEPS - 1) * j) ** power)
+        return -log(torch.expm1(-TRAIN_STEPS * t * mean))
+    return curve
 
 
-def flow(t: Tensor) -> Tensor:
-    """alpha = 1 - t, sigma = t (Liu et al. 2022, 2209.03003; Lipman et al. 2022, 2210.02747)."""
-    return 2 * (torch.log((1 - t).clamp(min=1e-9)) - torch.log(t.clamp(min=1e-9)))
+def log(x: Tensor) -> Tensor:
+    return torch.log(x.clamp(min=1e-9))
 
 
-CURVES = {"cosine": cosine, "flow": flow}
+CURVES = {  # name: logsnr(t), before shift and clamp
+    "cosine": lambda t: 2 * (log(torch.cos(t * math.pi / 2)) - log(torch.sin(t * math.pi / 2))),  # 2102.09672
+    "linear": betas(1e-4, 0.02, 1),             # Ho et al. 2020, 2006.11239
+    "scaled_linear": betas(0.00085, 0.012, 2),  # Stable Diffusion (Rombach et al. 2021, 2112.10752)
+    "sigmoid": lambda t: log(torch.sinh(3 - 3 * t)) - log(torch.sinh(3 * t)),  # alpha^2 of 2212.11972
+    "flow": lambda t: 2 * (log(1 - t) - log(t)),  # alpha = 1 - t, sigma = t: Liu et al. 2022, 2209.03003
+    "edm": lambda t: -14 * torch.log(0.002 ** (1 / 7) * (1 - t) + 80 ** (1 / 7) * t),  # 2206.00364, eq. 5
+}
+
+
+def zero_terminal_snr(curve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """alpha shifted and scaled to be 0 at t = 1, the same at step 1 (Lin et al. 2023, 2305.08891, alg. 1)."""
+    ends = torch.sigmoid(curve(torch.tensor([1 / TRAIN_STEPS, 1.0], dtype=torch.float64))).sqrt()
+    first, last = ends.tolist()
+    gain = first / (first - last)
+
+    def rescaled(t: Tensor) -> Tensor:
+        alpha, variance = torch.sigmoid(curve(t)).sqrt(), torch.sigmoid(-curve(t))
+        lost = (1 - gain * (1 - last)) + gain * variance / (1 + alpha)  # 1 - new alpha, without cancellation
+        lost = lost.clamp(1e-9, 1 - 1e-9)
+        return 2 * torch.log(1 - lost) - torch.log(lost * (2 - lost))
+    return rescaled
 
 
 def make_schedule(config: DiffusionConfig, size: int) -> Schedule:
     """The schedule for pictures of `size` pixels, shifted by 2 ln(shift_base / size).
-
-    Larger pictures hide less under the same noise (Hoogeboom et al. 2023, 2301.11093, eq. 4; for flow the same shift is
-    Esser et al. 2024, 2403.03206, eq. 23). Raises ValueError on an unknown name or a size below 1.
-    """
+    The same noise hides less of a large picture (Hoogeboom et al. 2023, 2301.11093, eq. 4; for flow, Esser et
+    al. 2024, 2403.03206, eq. 23). Raises ValueError on an unknown name or an impossible size."""
+    if config.schedule == "quadratic":
+        raise ValueError("schedule 'quadratic' leaves 3% of the signal at t = 1 (logsnr -7): use scaled_linear "
+                         "(the same formula) with zero_snr")
     if config.schedule not in CURVES:
         raise ValueError(f"schedule {config.schedule!r} is not one of {', '.join(CURVES)}")
     if size < 1 or config.shift_base < 0:
-        raise ValueError(f"picture size {size} and shift_base {config.shift_base} must be at least 1 and 0 pixels")
+        raise ValueError(f"picture size {size} (at least 1) or shift_base {config.shift_base} (at least 0)")
     shift = 2 * math.log(config.shift_base / size) if config.shift_base else 0.0
-    return Schedule(CURVES[config.schedule], shift, flow=config.schedule == "flow")
+    curve = CURVES[config.schedule]
+    return Schedule(zero_terminal_snr(curve) if config.zero_snr else curve, shift, config.schedule == "flow")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Targets
+# Targets and the posterior ---------------------------------------------------------------------------------
 
 
 def expand(value: Tensor, x: Tensor) -> Tensor:
@@ -138,140 +174,323 @@ def noised(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
 
+TARGETS = {  # name: (a, b) of the target a x0 + b eps, from (alpha, sigma)
+    "x0": lambda alpha, sigma: (1.0, 0.0),
+    "eps": lambda alpha, sigma: (0.0, 1.0),
+    "v": lambda alpha, sigma: (-sigma, alpha),      # Salimans & Ho 2022, 2202.00512, section 4
+    "flow": lambda alpha, sigma: (-1.0, 1.0),       # the velocity of Liu et al. 2022, 2209.03003
+}
+
+
 def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """What the network should say: v = alpha eps - sigma x0 (Salimans & Ho 2022, 2202.00512, section 4); flow = eps - x0."""
-    match prediction:
-        case "x0": return x0
-        case "eps": return eps
-        case "v": return alpha * eps - sigma * x0
-        case "flow": return eps - x0
-    raise ValueError(f"prediction {prediction!r} is not one of v, eps, x0, flow")
+    """What the network should say; alpha and sigma (B, 1, ...)."""
+    a, b = TARGETS[prediction](alpha, sigma)
+    return a * x0 + b * eps
 
 
-def x0_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> tuple[Tensor, Tensor]:
-    """(x0, eps) that a network output means, so that alpha x0 + sigma eps = x_t; the inverse of `target`.
-
-    v and flow are well conditioned at every logsnr; x0 from eps loses a factor sigma/alpha, eps from x0 alpha/sigma.
-    """
-    match prediction:
-        case "x0": return output, (x_t - alpha * output) / sigma
-        case "eps": return (x_t - sigma * output) / alpha, output
-        case "v":
-            norm = alpha**2 + sigma**2  # 1 when variance preserving
-            return (alpha * x_t - sigma * output) / norm, (sigma * x_t + alpha * output) / norm
-        case "flow": return (x_t - sigma * output) / (alpha + sigma), (x_t + alpha * output) / (alpha + sigma)
-    raise ValueError(f"prediction {prediction!r} is not one of v, eps, x0, flow")
+def x0_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> list[Tensor]:
+    """(x0, eps) that an output means: the solution of alpha x0 + sigma eps = x_t, a x0 + b eps = output.
+    v and flow are well conditioned at every logsnr; x0 from eps loses a factor sigma / alpha, eps from x0 the
+    inverse."""
+    a, b = TARGETS[prediction](alpha, sigma)
+    return [y / (alpha * b - sigma * a) for y in (b * x_t - sigma * output, alpha * output - a * x_t)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training loss
+def posterior(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q(x_s | x_t, x0), s < t (2107.00630, eq. 25) as (of_x0, of_x_t, log_small, log_large).
+    Mean of_x0 x0 + of_x_t x_t, log variance log_small; log_large is that of q(x_t | x_s), an upper bound. The
+    variance is 0 at s = 0, where that of the step before, from 2t to t, stands in (as in 2102.09672)."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.alpha_sigma(s), schedule.alpha_sigma(t)
+    logsnr_s, logsnr_t, logsnr_2t = (schedule.logsnr(u) for u in (s, t, (2 * t).clamp(max=1)))
+    lost = -torch.expm1(logsnr_t - logsnr_s)                     # 1 - SNR_t / SNR_s
+    log_small = 2 * torch.log(sigma_s) + torch.log(lost)
+    before = 2 * torch.log(sigma_t) + torch.log(-torch.expm1(logsnr_2t - logsnr_t))
+    return (alpha_s * lost, alpha_s / alpha_t * (1 - lost), torch.where(s == 0, before, log_small),
+            2 * torch.log(sigma_t) + torch.log(lost))
+
+
+# Training: noise levels, weights, losses -------------------------------------------------------------------
 
 
 def stratify(u: Tensor, index: Tensor, total: int) -> Tensor:
-    """Uniform u (B,) of items `index` (B,) of a global batch of `total` -> one point in each of `total` equal strata of [0, 1)."""
+    """Uniform u (B,) of the items `index` (B,) of a batch of `total` -> one in each of `total` strata."""
     return (index + u) / total
 
 
 def draw_t(u: Tensor, config: DiffusionConfig, schedule: Schedule) -> Tensor:
-    """Noise levels t (B,) float32 from uniforms u (B,) in [0, 1), by the inverse of the density's distribution function."""
-    return u.float()
+    """t (B,) float32 from u (B,) in [0, 1), by the inverse distribution function of the density.
+    logit_normal: Esser et al. 2024, 2403.03206, eq. 19. log_normal: ln(sigma / alpha) is normal, shifted
+    as the schedule (Karras et al. 2022, 2206.00364, table 1). importance has a state: class Importance."""
+    if config.t_density == "uniform":
+        return u.float()
+    normal = config.t_mean + config.t_std * torch.special.ndtri(u.float())
+    match config.t_density:
+        case "logit_normal": return torch.sigmoid(normal)
+        case "log_normal": return schedule.inverse(schedule.shift - 2 * normal)
+    raise ValueError(f"t_density {config.t_density!r} is not uniform, logit_normal or log_normal")
 
 
-def x0_error_scale(logsnr: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """The factor from the squared error of a prediction to the squared error of x0, at fixed x_t."""
-    match prediction:
-        case "x0": return torch.ones_like(logsnr)
-        case "eps": return torch.exp(-logsnr)
-        case "v": return (sigma / (alpha**2 + sigma**2)) ** 2
-        case "flow": return (sigma / (alpha + sigma)) ** 2
-    raise ValueError(f"prediction {prediction!r} is not one of v, eps, x0, flow")
+class Importance(nn.Module):
+    """t in proportion to the root of the loss's second moment (Nichol & Dhariwal 2021, 2102.09672, eq. 18).
+    A running second moment for each of `buckets` equal parts of t. `update` takes the sums over all ranks of
+    `bucket_sums(loss**2, t, buckets)`, so the state depends neither on their number nor on the order."""
+
+    def __init__(self, buckets: int = 100, decay: float = 0.98):
+        super().__init__()
+        self.decay = decay  # per sample
+        self.register_buffer("second_moment", torch.ones(buckets))
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """u (B,) in [0, 1) -> t (B,), and 1 / density (B,) for its loss, which keeps the expectation."""
+        root = self.second_moment.sqrt()
+        density = 0.999 * root / root.mean() + 0.001                                      # (buckets,) mean 1
+        edges = torch.cumsum(density, 0) / len(density)
+        bucket = torch.searchsorted(edges, u.float().contiguous(), right=True).clamp(max=len(density) - 1)
+        inside = 1 - (edges[bucket] - u) * len(density) / density[bucket]
+        return ((bucket + inside) / len(density)).clamp(0, 1), 1 / density[bucket]
+
+    def update(self, square: Tensor, count: Tensor) -> None:
+        self.second_moment.lerp_(square / count.clamp(min=1), 1 - self.decay**count)
+
+
+class Uncertainty(nn.Module):
+    """u(logsnr), the learned log variance of the loss (Karras et al. 2023, 2312.02696, eq. 21)."""
+
+    def __init__(self, features: int = 128):
+        super().__init__()
+        frequency, phase = gaussian(torch.tensor([0, 1]), (features,))
+        self.register_buffer("frequency", 2 * math.pi * frequency)
+        self.register_buffer("phase", 2 * math.pi * phase)
+        self.weight = nn.Parameter(torch.zeros(features))  # zero: training starts from the plain loss
+
+    def forward(self, logsnr: Tensor) -> Tensor:
+        return (self.weight * torch.cos(logsnr[:, None] / 8 * self.frequency + self.phase)).sum(1)
+
+
+def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
+    """Weight (B,) of the squared error of x0, the same whatever is predicted; SNR is a weight of 1 on eps.
+    min_snr: Hang et al. 2023, 2303.09556. soft_min_snr: Crowson et al. 2024, 2401.11605. sigmoid: times
+    -dlogsnr/dt / 2 pi, so that it does not depend on the schedule (Kingma & Gao 2023, 2303.00848).
+    p2: Choi et al. 2022, 2204.00227, k = gamma = 1. edm: Karras et al. 2022, 2206.00364, table 1."""
+    logsnr = schedule.logsnr(t)
+    snr = torch.exp(logsnr)
+    match config.loss_weight:
+        case "min_snr": return snr.clamp(max=config.snr_gamma)
+        case "soft_min_snr": return snr * config.snr_gamma / (snr + config.snr_gamma)
+        case "sigmoid":
+            with torch.enable_grad():
+                t = t.detach().requires_grad_()
+                slope = torch.autograd.grad(schedule.logsnr(t).sum(), t)[0]
+            return snr * torch.sigmoid(config.sigmoid_bias - logsnr) * slope / (-2 * math.pi)
+        case "p2": return torch.sigmoid(logsnr)
+        case "edm": return snr + 4  # 4 = 1 / sigma_data^2, sigma_data = 0.5 for pictures in [-1, 1]
+    raise ValueError(f"loss_weight {config.loss_weight!r} is unknown")
 
 
 def losses(model: Callable, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, config: DiffusionConfig,
-           **condition) -> tuple[Tensor, Tensor]:
-    """Per-sample training loss: (weighted (B,), raw (B,)) float32.
-
-    `weighted` is what is minimised; `raw` is the mean squared error of v = alpha eps - sigma x0 of the variance-preserving
-    process whatever the network predicts, so raw losses of different targets, weights and schedules can be compared.
-    """
+           uncertainty: Uncertainty | None = None, **condition) -> tuple[Tensor, Tensor]:
+    """Per-sample loss, (weighted (B,), raw (B,)) float32: one to be minimised, one to be compared.
+    raw is the mean squared error of v of the variance-preserving process, (1 + SNR) |x0 - x0_hat|^2, whatever
+    the network predicts: one unit for all targets and schedules. uniform weighs the prediction's error by
+    1, learned by e^-u, plus u. learn_sigma adds the variational term of a step of 1/1000 in bits per
+    dimension, which trains the variance only (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
     alpha, sigma = schedule.alpha_sigma(t)
     logsnr = schedule.logsnr(t)
-    x_t = noised(x0, eps, t, schedule)
-    output = model(x_t, t, **condition).float()
+    x_t = noised(x0, eps, t, schedule)                                                    # (B, C, H, W)
+    output = model(x_t, t, **condition).float()                                           # (B, C or 2C, H, W)
+    output, head = output[:, :x0.shape[1]], output[:, x0.shape[1]:]
     goal = target(x0, eps, expand(alpha, x0), expand(sigma, x0), config.prediction)
-    error = (output - goal).square().flatten(1).mean(1)                                           # (B,)
-    scale = x0_error_scale(logsnr, alpha, sigma, config.prediction)
+    error = (output - goal).square().flatten(1).mean(1)                                   # (B,)
+    a, b = TARGETS[config.prediction](alpha, sigma)
+    scale = (sigma / (alpha * b - sigma * a)) ** 2  # from this error to that of x0 at the same x_t
     raw = error * scale * (1 + torch.exp(logsnr))
-    if config.loss_weight == "min_snr":  # Hang et al. 2023, 2303.09556: min(SNR, gamma) on x0, whatever is predicted
-        return error * scale * torch.exp(logsnr).clamp(max=config.snr_gamma), raw
-    return error, raw
+    weighted = error
+    if config.loss_weight not in ("uniform", "learned"):
+        weighted = error * (scale * x0_weight(t, schedule, config))
+    if config.learn_sigma:
+        guess, _ = x0_eps(output.detach(), x_t, expand(alpha, x0), expand(sigma, x0), config.prediction)
+        end = t.clamp(min=1 / TRAIN_STEPS)
+        s = end - 1 / TRAIN_STEPS
+        weighted = weighted + variational_bits(x0, x_t, guess, (head + 1) / 2, s, end, schedule)
+    if config.loss_weight == "learned":
+        u = uncertainty(logsnr)
+        weighted = weighted * torch.exp(-u) + u
+    return weighted, raw
+
+
+def bucket_sums(value: Tensor, where: Tensor, buckets: int) -> tuple[Tensor, Tensor]:
+    """Sums and counts (buckets,) of value (B,) by where (B,) in [0, 1]; no host synchronisation."""
+    bucket = (where * buckets).long().clamp(max=buckets - 1)
+    member = (bucket[:, None] == torch.arange(buckets, device=value.device)).float()      # (B, buckets)
+    return (value.float()[:, None] * member).sum(0), member.sum(0)
 
 
 def loss_buckets(loss: Tensor, logsnr: Tensor, buckets: int = 8) -> tuple[Tensor, Tensor]:
-    """Sums and counts (buckets,) of per-sample losses by noise level, clean first; no host synchronisation.
-
-    Buckets are equal parts of the angle atan(sigma/alpha), which are equal parts of t on the unshifted cosine schedule;
-    edges for 8: logsnr 3.23, 1.76, 0.81, 0, ... and their negatives.
-    """
-    angle = torch.atan(torch.exp(-logsnr / 2)) * (2 / math.pi)
-    member = (angle * buckets).long().clamp(max=buckets - 1)[:, None] == torch.arange(buckets, device=loss.device)
-    return loss.float() @ member.float(), member.sum(0).float()
+    """Sums and counts (buckets,) of per-sample losses by noise level, clean first.
+    Buckets are equal parts of the angle atan(sigma / alpha), so of t on the unshifted cosine schedule."""
+    return bucket_sums(loss, torch.atan(torch.exp(-logsnr / 2)) * (2 / math.pi), buckets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Denoisers: denoise(x_t, t) -> x0, and functions from denoiser to denoiser
+# Likelihood in bits per dimension --------------------------------------------------------------------------
+
+
+def decoder_bits(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """-log2 of the normal's mass in the bin of the 8-bit x0, the outer bins open (2006.11239, eq. 13)."""
+    half, std = 1 / 255, torch.exp(log_var / 2)
+    centre = (x0 - mean) * torch.where(x0 > mean, -1, 1)  # the lower tail is where float32 keeps small masses
+    mass = torch.special.ndtr((centre + half) / std) - torch.special.ndtr((centre - half) / std)
+    mass = torch.where(x0 < -0.999, torch.special.ndtr((x0 + half - mean) / std), mass)
+    mass = torch.where(x0 > 0.999, torch.special.ndtr((mean - x0 + half) / std), mass)
+    return -torch.log2(mass.clamp(min=1e-12))
+
+
+def variational_bits(x0: Tensor, x_t: Tensor, guess: Tensor, fraction: Tensor | float, s: Tensor, t: Tensor,
+                     schedule: Schedule) -> Tensor:
+    """One term of the variational bound, bits per dimension (B,) (Ho et al. 2020, 2006.11239, eq. 5).
+    KL(q(x_s | x_t, x0) || p(x_s | x_t)) or the decoder where s = 0. p has the mean of q with `guess` for x0 and
+    a log variance between that of q (fraction 0) and of the forward step (1) (2102.09672, eq. 15)."""
+    of_x0, of_x_t, small, large = (expand(c, x0) for c in posterior(schedule, s, t))
+    log_var = small + fraction * (large - small)
+    miss = (of_x0 * (x0 - guess)).square()
+    kl = 0.5 * (log_var - small + torch.exp(small - log_var) - 1 + miss * torch.exp(-log_var)) / math.log(2)
+    bits = torch.where(expand(s, x0) == 0, decoder_bits(x0, of_x0 * guess + of_x_t * x_t, log_var), kl)
+    return bits.flatten(1).mean(1)
+
+
+def nll(denoise: Callable, x0: Tensor, times: Tensor, noise: Callable, schedule: Schedule,
+        variance: float | Callable = 0.0) -> Tensor:
+    """Upper bound of -log2 p(x0) in bits per dimension (B,): prior, steps and decoder (2006.11239, eq. 5)."""
+    steps = levels(x0, times, schedule)[0]                                                # (N+1, B)
+    alpha, sigma = (expand(c, x0) for c in schedule.alpha_sigma(steps[0]))
+    prior = 0.5 * ((alpha * x0) ** 2 + sigma**2 - 1 - 2 * torch.log(sigma)) / math.log(2)
+    total = prior.flatten(1).mean(1)
+    for i in range(len(times) - 1):
+        x_t = noised(x0, noise(i), steps[i], schedule)
+        guess = denoise(x_t, steps[i])
+        fraction = variance() if callable(variance) else variance
+        total = total + variational_bits(x0, x_t, guess, fraction, steps[i + 1], steps[i], schedule)
+    return total
+
+
+# Denoisers: denoise(x_t (B, ...), t (B,)) -> x0 (B, ...) float32 -------------------------------------------
 
 
 def denoiser(model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict) -> Callable:
-    """denoise(x_t (B, ...), t (B,)) -> x0 (B, ...) float32 of a network under a condition."""
-
+    """The network as a denoiser under one condition; channels beyond those of x_t (the variance) are left."""
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
-        output = model(x_t, t, **condition).float()
+        output = model(x_t, t, **condition).float()[:, :x_t.shape[1]]
         return x0_eps(output, x_t, alpha, sigma, config.prediction)[0]
-
     return denoise
+
+
+class LearnedVariance:
+    """A network with learn_sigma that remembers its variance: `ddpm(..., variance=lambda: net.fraction[:B])`.
+    The condition's rows come first in a guided batch, so guidance never extrapolates a variance."""
+
+    def __init__(self, model: Callable):
+        self.model, self.fraction = model, None
+
+    def __call__(self, x_t: Tensor, t: Tensor, **condition) -> Tensor:
+        output = self.model(x_t, t, **condition)
+        self.fraction = (output[:, x_t.shape[1]:].float() + 1) / 2
+        return output
 
 
 def unconditional(condition: dict) -> dict:
-    """The same condition with the text hidden: mask all False. The low-resolution picture stays."""
+    """The same condition with its text hidden (mask all False); the low-resolution picture stays."""
     return {**condition, "mask": torch.zeros_like(condition["mask"])}
 
 
-def stack(conditions: list[dict]) -> dict:
-    """One condition of the rows of several, key by key; a key is None in all of them or in none."""
-    return {key: None if value is None else torch.cat([c[key] for c in conditions]) for key, value in conditions[0].items()}
+def branches(model: Callable, schedule: Schedule, config: DiffusionConfig, conditions: list[dict],
+             weights: list[float], negative: dict) -> Callable:
+    """pair(x_t, t) -> (cond, uncond) in one network call; cond = uncond + sum of weight_k (cond_k - uncond).
+    Several conditions with a weight each: Liu et al. 2022, 2206.01714, eq. 11."""
+    rows = len(conditions) + 1
+    stacked = {key: None if value is None else torch.cat([*(c[key] for c in conditions), value])
+               for key, value in negative.items()}
+    together = denoiser(model, schedule, config, stacked)
+
+    def pair(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        *conds, uncond = together(torch.cat([x_t] * rows), torch.cat([t] * rows)).chunk(rows)
+        if len(conds) == 1 and weights[0] == 1:
+            return conds[0], uncond
+        return uncond + sum(weight * (cond - uncond) for weight, cond in zip(weights, conds)), uncond
+    return pair
 
 
-def guided(model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict, guidance_scale: float,
-           negative: dict | None = None) -> Callable:
-    """Classifier-free guidance, x0 = uncond + w (cond - uncond) (Ho & Salimans 2022, 2207.12598, eq. 6 with w = 1 for none).
-
-    One network call: of B rows when w = 1, else of 2B. `negative` takes the place of the empty prompt.
-    """
+def guidance(pair: Callable, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0),
+             combine: Callable = torch.lerp) -> Callable:
+    """x0 = uncond + w (cond - uncond), w = guidance_scale where t is in the interval, else 1.
+    `pair(x_t, t)` -> (cond, uncond): `branches` (classifier-free, Ho & Salimans 2022, 2207.12598, eq. 6) or
+    `lambda x_t, t: (good(x_t, t), bad(x_t, t))` (autoguidance, Karras et al. 2024, 2406.02507).
+    The interval (Kynkaanniemi et al. 2024, 2404.07724) saves no call: looking at t would stop the device.
+    `combine(uncond, cond, w)` is torch.lerp, rescaled(phi) or projected(...)."""
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale {guidance_scale} is not a finite number of at least 0 (1 = none)")
-    if guidance_scale == 1:
-        return denoiser(model, schedule, config, condition)
-    both = denoiser(model, schedule, config, stack([condition, negative or unconditional(condition)]))
+    if not 0 <= interval[0] < interval[1] <= 1:
+        raise ValueError(f"guidance interval {interval} is not two rising times within 0 and 1")
 
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
-        cond, uncond = both(torch.cat([x_t, x_t]), torch.cat([t, t])).chunk(2)
-        return torch.lerp(uncond, cond, guidance_scale)
-
+        cond, uncond = pair(x_t, t)
+        w = torch.where((t >= interval[0]) & (t <= interval[1]), guidance_scale, 1.0).to(cond)
+        return combine(uncond, cond, expand(w, cond))
     return denoise
 
 
-def static_threshold(denoise: Callable) -> Callable:
-    """x0 clipped to the range of pictures, [-1, 1]."""
-    return lambda x_t, t: denoise(x_t, t).clamp(-1, 1)
+def guided(model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict,
+           guidance_scale: float, negative: dict | None = None, **options) -> Callable:
+    """Classifier-free guidance of one condition: one call, of B rows when guidance_scale is 1, else 2B.
+    `negative`, the condition of a negative prompt, replaces the empty one. options: of `guidance`."""
+    if guidance_scale == 1:
+        return denoiser(model, schedule, config, condition)
+    pair = branches(model, schedule, config, [condition], [1.0], negative or unconditional(condition))
+    return guidance(pair, guidance_scale, **options)
 
 
-def dynamic_threshold(denoise: Callable, percentile: float = 0.995) -> Callable:
-    """x0 clipped to +-s and divided by s, s = max(1, percentile of |x0|) of each picture (Saharia et al. 2022, 2205.11487, 2.3).
+def rescaled(phi: float = 0.7) -> Callable:
+    """x0 rescaled by phi to the deviation of cond (Lin et al. 2023, 2305.08891, eq. 15-16, there of v)."""
+    def combine(uncond: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        x0 = torch.lerp(uncond, cond, w)
+        ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-6)
+        return x0 * expand(1 + phi * (ratio - 1), x0)
+    return combine
 
-    The percentile interpolates linearly like torch.quantile, which refuses more than 16 million numbers.
-    """
+
+def projected(limit: float = 15.0, parallel: float = 0.0, momentum: float = -0.5) -> Callable:
+    """Adaptive projected guidance (Sadat et al. 2024, 2410.02416, algorithm 1): strong without saturation.
+    The part of the push along cond is scaled by `parallel`, its norm is at most `limit`, it has a negative
+    momentum from step to step: make a new one for each run of a sampler."""
+    average = 0.0
+
+    def combine(uncond: Tensor, cond: Tensor, w: Tensor) -> Tensor:
+        nonlocal average
+        average = cond - uncond + momentum * average
+        norm = expand(average.flatten(1).norm(dim=1), cond)
+        push = average * (limit / norm.clamp(min=1e-6)).clamp(max=1)
+        unit = cond / expand(cond.flatten(1).norm(dim=1), cond).clamp(min=1e-6)
+        along = expand((push * unit).flatten(1).sum(1), cond) * unit
+        return cond + (w - 1) * (push - along + parallel * along)
+    return combine
+
+
+def classifier_guidance(denoise: Callable, log_prob: Callable, schedule: Schedule, scale: float) -> Callable:
+    """x0 + scale sigma^2 / alpha grad log p(y | x_t) (Dhariwal & Nichol 2021, 2105.05233, algorithm 2).
+    `log_prob(x_t, t)` -> (B,). The factor is large near t = 1: put a threshold around it."""
+    def guided_denoise(x_t: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            gradient = torch.autograd.grad(log_prob(x, t).sum(), x)[0]
+        alpha, sigma = schedule.alpha_sigma(t)
+        return denoise(x_t, t) + expand(scale * sigma**2 / alpha, x_t) * gradient
+    return guided_denoise
+
+
+def threshold(denoise: Callable, percentile: float | None = None) -> Callable:
+    """x0 clipped to +-s, over s: s = 1, or max(1, percentile of |x0|) of each picture (2205.11487, 2.3).
+    The percentile, in (0, 1], is that of torch.quantile, which refuses more than 16 million numbers."""
+    if percentile is None:
+        return lambda x_t, t: denoise(x_t, t).clamp(-1, 1)
     if not 0 < percentile <= 1:
         raise ValueError(f"threshold percentile {percentile} is not in (0, 1]")
 
@@ -282,16 +501,14 @@ def dynamic_threshold(denoise: Callable, percentile: float = 0.995) -> Callable:
         s = torch.lerp(ranked[:, math.floor(rank)], ranked[:, math.ceil(rank)], rank - math.floor(rank))
         s = expand(s.clamp(min=1), x0)
         return x0.clamp(-s, s) / s
-
     return thresholded
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samplers: (denoise, x, times, noise, schedule) -> x at times[-1]
+# Time grids ------------------------------------------------------------------------------------------------
 
 
 def time_grid(steps: int, start: float = 1.0) -> Tensor:
-    """Falling times (steps + 1,) float64 from `start` to exactly 0, uniform in t."""
+    """Falling times (steps + 1,) from `start` to exactly 0, uniform in t."""
     if steps < 1:
         raise ValueError(f"{steps} sampling steps: at least 1 is needed")
     if not 0 < start <= 1:
@@ -299,40 +516,146 @@ def time_grid(steps: int, start: float = 1.0) -> Tensor:
     return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
 
 
-def levels(x: Tensor, times: Tensor, schedule: Schedule) -> tuple[Tensor, list[float], list[float], list[float]]:
-    """t (N+1, B) on the device of x; alpha, sigma, logsnr as N+1 host floats each, computed in float64 before the loop.
+def logsnr_grid(steps: int, schedule: Schedule, start: float = 1.0) -> Tensor:
+    """Falling times (steps + 1,) from `start` to exactly 0, uniform in logsnr within +-8 before the shift.
+    For dpmpp_2m and unipc, which are polynomials in logsnr; ddim and plms do better on `time_grid`.
+    At logsnr 8 the noise is 2.3 of 255."""
+    first = schedule.logsnr(torch.tensor([start], dtype=torch.float64)).clamp(min=schedule.shift - 8)
+    inner = torch.lerp(first, first.new_tensor([schedule.shift + 8]), 1 - time_grid(steps, 1.0)[1:-1])
+    return torch.cat([first.new_tensor([start]), schedule.inverse(inner), first.new_zeros(1)])
 
-    t = 0 is exactly clean: alpha 1, sigma 0, logsnr inf. Python floats travel as kernel arguments: nothing is copied or waited for.
-    """
+
+def respaced(spec: str, steps: int = TRAIN_STEPS) -> Tensor:
+    """Falling times (i + 1) / steps of some steps i of a process of `steps`, then 0 (2102.09672, section 4).
+    "250": evenly spaced; "10,10,20": so many in each equal section; "ddim25": an integer stride."""
+    if not re.fullmatch(r"ddim[0-9]+|[0-9]+(,[0-9]+)*", spec):
+        raise ValueError(f"respacing {spec!r} is not like 250, 10,10,20 or ddim25")
+    counts = [int(n) for n in spec.removeprefix("ddim").split(",")]
+    ends = [steps * i // len(counts) for i in range(len(counts) + 1)]
+    if not all(1 <= count <= b - a for count, a, b in zip(counts, ends, ends[1:])):
+        raise ValueError(f"respacing {spec!r} asks a section of {steps} / {len(counts)} for 0 or too many")
+    if spec.startswith("ddim"):
+        chosen = range(0, steps, steps // counts[0])[:counts[0]]
+    else:
+        chosen = [a + round(i * (b - a - 1) / max(1, n - 1))
+                  for n, a, b in zip(counts, ends, ends[1:]) for i in range(n)]
+    return torch.tensor([(i + 1) / steps for i in reversed(chosen)] + [0.0], dtype=torch.float64)
+
+
+# Samplers: (denoise, x at times[0], times, noise, schedule) -> x at times[-1]; at t = 0 that is an x0 ------
+
+
+def levels(x: Tensor, times: Tensor, schedule: Schedule) -> tuple[Tensor, list, list, list]:
+    """t (N+1, B) on the device of x; alpha, sigma, logsnr as N+1 numbers each, in float64 before the loop.
+    Python numbers travel as arguments of the kernels: nothing is copied or waited for inside a loop.
+    t = 0 is exactly clean: alpha 1, sigma 0, logsnr inf."""
     times = times.detach().to("cpu", torch.float64)
-    if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or not 0 <= times[-1] < times[0] <= 1:
-        raise ValueError(f"times {times.tolist()[:8]} must be 1-D, at least 2, falling, within [0, 1]")
+    if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"times {times.tolist()[:8]} must be a row of at least 2, falling, within 1 and 0")
     alpha, sigma, logsnr = *schedule.alpha_sigma(times), schedule.logsnr(times)
     if times[-1] == 0:
         alpha[-1], sigma[-1], logsnr[-1] = 1, 0, math.inf
     return times.to(x)[:, None].expand(-1, len(x)), alpha.tolist(), sigma.tolist(), logsnr.tolist()
 
 
-def ddim(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule, eta: float = 0.0) -> Tensor:
-    """DDIM (Song et al. 2020, 2010.02502, eq. 12 and 16). eta 0 is deterministic, eta 1 is ancestral DDPM."""
+def ddim(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule, eta: float = 0.0,
+         variance: float | Callable = 0.0) -> Tensor:
+    """DDIM (Song et al. 2020, 2010.02502, eq. 12 and 16): eta 0 is deterministic, eta 1 is DDPM.
+    variance: where the log variance of the fresh noise lies between that of the posterior (0) and that of the
+    forward step (1), whose ratio is that of the two sigma^2."""
     t, alpha, sigma, logsnr = levels(x, times, schedule)
     for i in range(len(t) - 1):
         x0 = denoise(x, t[i])
-        if sigma[i + 1] == 0:
-            return x0
-        fresh = eta * sigma[i + 1] * math.sqrt(-math.expm1(logsnr[i] - logsnr[i + 1]))
         eps = (x - alpha[i] * x0) / sigma[i]
+        fresh = eta * sigma[i + 1] * math.sqrt(-math.expm1(logsnr[i] - logsnr[i + 1]))
         x = alpha[i + 1] * x0 + math.sqrt(sigma[i + 1] ** 2 - fresh**2) * eps
         if fresh:
-            x = x + fresh * noise(i)
+            fraction = variance() if callable(variance) else variance
+            x = x + fresh * (sigma[i] / sigma[i + 1]) ** fraction * noise(i)
     return x
 
 
-def dpmpp_2m(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): second order, one evaluation a step.
+def ddpm(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule,
+         variance: float | Callable = 0.0) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2) on any times, as DDIM with eta 1.
+    variance: 0 "small", 1 "large", or a function that gives what the network learned in the last call of the
+    denoiser (2102.09672, eq. 15): see LearnedVariance."""
+    return ddim(denoise, x, times, noise, schedule, 1.0, variance)
 
-    The first step, and the last one when it ends at t = 0, are of first order.
-    """
+
+def transfer(x0: Tensor, eps: Tensor, alpha: list[float], sigma: list[float], i: int, j: int,
+             turn: Tensor | float = 0.0) -> Tensor:
+    """x at level j from (x0, eps) at i, along d(x/alpha) / d(sigma/alpha) = eps + turn (2202.09778, eq. 11).
+    The turn is added to the DDIM step, instead of to x, since x / alpha has no digits left near t = 1."""
+    return alpha[j] * x0 + sigma[j] * eps + (sigma[j] - alpha[j] * sigma[i] / alpha[i]) * turn
+
+
+def blind(alpha: list[float], sigma: list[float], i: int) -> bool:
+    """Whether step i must be an Euler step: eps has no value at t = 0, and from pure noise sigma / alpha
+    falls a thousandfold at once, where the mean of the end slopes is wrong, but the first one is right."""
+    return sigma[i + 1] == 0 or (i == 0 and sigma[0] * alpha[1] > 10 * sigma[1] * alpha[0])
+
+
+def heun(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
+    """Heun in sigma / alpha (Karras et al. 2022, 2206.00364, algorithm 1): second order, two calls a step."""
+    t, alpha, sigma, _ = levels(x, times, schedule)
+    for i in range(len(t) - 1):
+        x0 = denoise(x, t[i])
+        eps = (x - alpha[i] * x0) / sigma[i]
+        x = transfer(x0, eps, alpha, sigma, i, i + 1)
+        if not blind(alpha, sigma, i):
+            ahead = (x - alpha[i + 1] * denoise(x, t[i + 1])) / sigma[i + 1]
+            x = transfer(x0, eps, alpha, sigma, i, i + 1, turn=(ahead - eps) / 2)
+    return x
+
+
+def prk(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
+    """Pseudo Runge-Kutta (Liu et al. 2022, 2202.09778, eq. 14): fourth order, four calls a step.
+    The middle of a step is halfway in sigma / alpha whatever the times: halfway in t the order is 2."""
+    t, alpha, sigma, _ = levels(x, times, schedule)
+    ratio = torch.tensor([s / a for s, a in zip(sigma, alpha)], dtype=torch.float64)
+    middle = schedule.inverse(-2 * torch.log((ratio[1:] + ratio[:-1]) / 2))
+    alpha_m, sigma_m = (c.tolist() for c in schedule.alpha_sigma(middle))
+    t_m = middle.to(x)[:, None].expand(-1, len(x))
+    for i in range(len(t) - 1):
+        x0 = denoise(x, t[i])
+        e1 = (x - alpha[i] * x0) / sigma[i]
+        if blind(alpha, sigma, i):
+            x = transfer(x0, e1, alpha, sigma, i, i + 1)
+            continue
+        a, s = [alpha[i], alpha_m[i], alpha[i + 1]], [sigma[i], sigma_m[i], sigma[i + 1]]
+        x = transfer(x0, e1, a, s, 0, 1)
+        e2 = (x - a[1] * denoise(x, t_m[i])) / s[1]
+        x = transfer(x0, e1, a, s, 0, 1, turn=e2 - e1)
+        e3 = (x - a[1] * denoise(x, t_m[i])) / s[1]
+        x = transfer(x0, e1, a, s, 0, 2, turn=e3 - e1)
+        e4 = (x - a[2] * denoise(x, t[i + 1])) / s[2]
+        x = transfer(x0, e1, a, s, 0, 2, turn=(e1 + 2 * e2 + 2 * e3 + e4) / 6 - e1)
+    return x
+
+
+ADAMS_BASHFORTH = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def plms(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
+    """Pseudo linear multi-step (Liu et al. 2022, 2202.09778, eq. 12): Adams-Bashforth on eps, a call a step.
+    The order rises from 1 to 4 over the first steps, so no other method is needed. Fourth order where steps
+    are equal in sigma / alpha, second elsewhere. The last step returns the x0 of the combined eps."""
+    t, alpha, sigma, _ = levels(x, times, schedule)
+    history: list[Tensor] = []
+    for i in range(len(t) - 1):
+        x0 = denoise(x, t[i])
+        eps = (x - alpha[i] * x0) / sigma[i]
+        history = [eps, *history[:3]]
+        combined = sum(c * e for c, e in zip(ADAMS_BASHFORTH[len(history) - 1], history))
+        x = transfer(x0, eps, alpha, sigma, i, i + 1, turn=combined - eps)
+    return x
+
+
+def dpmpp_2m(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule,
+             eta: float = 0.0) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, 2211.01095, algorithm 2): second order, one call a step.
+    eta 1 is SDE-DPM-Solver++(2M) (eq. 18). The first step and the last one, to t = 0, are of first order."""
     t, alpha, sigma, logsnr = levels(x, times, schedule)
     before = None
     for i in range(len(t) - 1):
@@ -340,12 +663,67 @@ def dpmpp_2m(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, sched
         if sigma[i + 1] == 0:
             return x0
         h = (logsnr[i + 1] - logsnr[i]) / 2
-        d = x0
-        if before is not None:
-            d = x0 + (x0 - before) * (h / (logsnr[i] - logsnr[i - 1]))
-        x = (sigma[i + 1] / sigma[i]) * x - (alpha[i + 1] * math.expm1(-h)) * d
+        rise = 0.0 if before is None else (x0 - before) * (h / (logsnr[i] - logsnr[i - 1]))
+        x = (sigma[i + 1] / sigma[i] * math.exp(-eta * h)) * x
+        x = x - alpha[i + 1] * math.expm1(-(1 + eta) * h) * (x0 + rise)
+        if eta:
+            x = x + sigma[i + 1] * math.sqrt(-math.expm1(-2 * eta * h)) * noise(i)
         before = x0
     return x
 
 
-SAMPLERS = {"dpmpp_2m": dpmpp_2m, "ddim": ddim}
+def unipc(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
+    """UniPC-2, B(h) = e^h - 1 (Zhao et al. 2023, 2302.04867, alg. 5-8): DPM-Solver++(2M) with a corrector.
+    The call at the predicted x serves its correction and the next prediction, so it is one a step."""
+    t, alpha, sigma, logsnr = levels(x, times, schedule)
+    start, x0, rise, h, r = x, None, 0.0, 0.0, 0.0  # x, x0, rise and h of the last step; the h before it / h
+    for i in range(len(t) - 1):
+        ahead = denoise(x, t[i])
+        if sigma[i + 1] == 0:
+            return ahead
+        if i > 0:  # correct x: the step from i - 1 to i again, now knowing x0 at its end
+            phi_1 = math.expm1(-h)
+            b1, b2 = (phi_1 / -h - 1) / phi_1, 2 * ((phi_1 / -h - 1) / -h - 0.5) / phi_1
+            behind, front = (0.0, 0.5) if i == 1 else ((b1 - b2) / (1 + r), (b1 * r + b2) / (1 + r))
+            bend = behind * 2 * rise + front * (ahead - x0)
+            x = sigma[i] / sigma[i - 1] * start - alpha[i] * phi_1 * (x0 + bend)
+        last, h = h, (logsnr[i + 1] - logsnr[i]) / 2
+        r = last / h
+        rise = 0.0 if i == 0 else (ahead - x0) / (2 * r)
+        start, x0 = x, ahead
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * math.expm1(-h) * (x0 + rise)
+    return x
+
+
+# Euler in sigma / alpha (k-diffusion) or in t of flow is DDIM; Euler ancestral is DDIM with eta = 1.
+SAMPLERS = {"dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0), "unipc": unipc, "ddpm": ddpm,
+            "ddim": ddim, "euler": ddim, "euler_ancestral": partial(ddim, eta=1.0), "heun": heun, "prk": prk,
+            "plms": plms}
+
+
+# Editing, with any sampler ---------------------------------------------------------------------------------
+# Image to image (SDEdit, 2108.01073) is sampler(denoise, noised(x0, eps, t, schedule), times from t, ...).
+
+
+def inpaint(sampler: Callable, denoise: Callable, x: Tensor, times: Tensor, noise: Callable,
+            schedule: Schedule, known: Tensor, keep: Tensor, resample: int = 1, jump: int = 10) -> Tensor:
+    """Fill in a picture: known (B, C, H, W) stays where keep (B, 1, H, W) bool is True.
+    The denoiser says the known x0, so under any sampler x_t there follows the forward process of the picture.
+    Every `jump` steps are taken `resample` times, going back by the forward process in between, so that both
+    parts agree (RePaint: Lugmayr et al. 2022, 2201.09865, algorithm 1)."""
+    if known.shape != x.shape or keep.shape[-2:] != x.shape[-2:]:
+        raise ValueError(f"mask {[*keep.shape]} or picture {[*known.shape]} does not fit {[*x.shape]}")
+    if resample < 1 or jump < 1:
+        raise ValueError(f"resample {resample} and jump {jump} must be at least 1")
+    anchored = lambda x_t, t: torch.where(keep, known, denoise(x_t, t))
+    draws = 0
+    for first in range(0, len(times) - 1, jump):
+        part = times[first:first + jump + 1]
+        _, alpha, sigma, _ = levels(x, part, schedule)
+        back = alpha[0] / alpha[-1]
+        for visit in range(resample):
+            x = sampler(anchored, x, part, lambda i: noise(draws + i), schedule)
+            draws += len(part)
+            if visit < resample - 1:
+                x = back * x + math.sqrt(sigma[0] ** 2 - (back * sigma[-1]) ** 2) * noise(draws - 1)
+    return x
