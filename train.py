@@ -149,8 +149,8 @@ def parse(argv: list[str]) -> Configs:
         early.add_argument(f"--{name}", default="")
     early.error = wrong
     known, _ = early.parse_known_args(argv)
-    row = known.model or ("small" if choose_device(known.device).type == "cuda" else "tiny")
-    parser.set_defaults(**{**model.PRESETS.get(row, {}), **PRESETS.get(row, {}), "model": row})
+    row = known.model if known.model in PRESETS else ("small" if choose_device(known.device).type == "cuda" else "tiny")
+    parser.set_defaults(**{**vars(model.PRESETS[row]), **PRESETS[row], "model": row})
     values = vars(parser.parse_args(argv))
     configs = tuple(cls(**{f.name: tuple(v) if isinstance(f.default, tuple) else v for f in dataclasses.fields(cls)
                            for v in [values[f.name]]}) for cls in classes)
@@ -286,10 +286,10 @@ def lock(out: Path):
 
 def draws(seed: int, positions: list[int], cfg: TrainConfig, purpose: str = "noise") -> tuple[Tensor, Tensor, Tensor]:
     """For each position its own (uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64)."""
-    rows = [(g.random(dtype=np.float32), g.random() >= cfg.uncond_prob, g.integers(2**63))
+    rows = [(g.random(), g.random() >= cfg.uncond_prob, int(g.integers(2**63)))
             for g in (data.keyed(seed, purpose, p) for p in positions)]
     u, kept, keys = zip(*rows)
-    return torch.tensor(np.array(u)), torch.tensor(kept), torch.tensor(np.array(keys))
+    return torch.tensor(u), torch.tensor(kept), torch.tensor(keys)
 
 
 def scaled(pictures: Tensor, device: torch.device) -> Tensor:
