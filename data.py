@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import tarfile
+import textwrap
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator
@@ -628,3 +629,22 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     finally:
         end()
         atexit.unregister(end)
+
+
+# ---------------------------------------------------------------------------------------------- pictures out
+
+def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
+    """One picture of many, uint8 (N, 3, H, W), each with its caption wrapped below it."""
+    n, _, height, width = pictures.shape
+    scale = max(1, 128 // height)                                       # small pictures are shown larger, pixel by pixel
+    columns, gap, text = min(columns, n), 8, font(11)
+    lines = [textwrap.wrap(c, max(8, width * scale // 6))[:3] or ["(no caption)"] for c in captions]
+    cell = (width * scale + gap, height * scale + gap + 14 * max(map(len, lines)))
+    sheet = Image.new("RGB", (gap + columns * cell[0], gap + -(-n // columns) * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(n):
+        x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
+        tile = Image.fromarray(np.ascontiguousarray(np.asarray(pictures[i]).transpose(1, 2, 0)))
+        sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + height * scale + 1), "\n".join(lines[i]), fill="black", font=text, spacing=1)
+    return sheet
