@@ -77,11 +77,11 @@ def load_stage(path: Path, device: torch.device) -> Stage:
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} has a configuration this code does not know ({e}). Use the code that wrote it") from e
     text = text_encoder.load_text_encoder(configs[text_encoder.TextConfig])
-    parts = nn.ModuleDict({"unet": model.UNet(configs[model.ModelConfig], size, text.dim, text.pooled_dim)})
+    config = configs[diffusion.DiffusionConfig]
+    parts = nn.ModuleDict({"unet": model.UNet(configs[model.ModelConfig], size, text.dim, text.pooled_dim, 6 if config.learn_sigma else 3)})
     if text.trainable:
         parts["text_encoder"] = text
-    parts.load_state_dict(tensors)
-    config = configs[diffusion.DiffusionConfig]
+    parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
     return Stage(parts["unet"].to(device).eval().requires_grad_(False), text.to(device).eval().requires_grad_(False),
                  diffusion.make_schedule(config, size), config, size, device, int(meta["step"]), meta["sha256"])
 
@@ -105,7 +105,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], guidance_scale:
             denoise = diffusion.guided(stage.unet, stage.schedule, stage.config, condition, guidance_scale, against)
             keys = torch.tensor([int(data.keyed(seed, "sample", 0).integers(2**63)) for seed in seeds[rows]])
             x = diffusion.SAMPLERS[sampler](
-                diffusion.static_threshold(denoise), diffusion.gaussian(keys, shape, stage.device), diffusion.time_grid(steps),
+                diffusion.threshold(denoise), diffusion.gaussian(keys, shape, stage.device), diffusion.time_grid(steps),
                 diffusion.noise_source(keys, shape, stage.device), stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). Try --dtype fp32, a lower "

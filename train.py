@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -212,19 +213,25 @@ def differences(stored: dict, configs: Configs) -> None:
 
 
 class Net(nn.Module):
-    """What is trained, as one module for DDP and torch.compile: the U-Net and, when it trains along, the text encoder."""
+    """What is trained, as one module for DDP and torch.compile: the U-Net, what trains along with it, and the loss."""
 
-    def __init__(self, unet: model.UNet, text: nn.Module):
+    def __init__(self, unet: model.UNet, text: nn.Module, schedule: diffusion.Schedule, config: diffusion.DiffusionConfig):
         super().__init__()
-        self.unet = unet
+        self.unet, self.schedule, self.config = unet, schedule, config
         if text.trainable:
             self.text_encoder = text
+        self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
+        self.importance = diffusion.Importance() if config.t_density == "importance" else None
 
-    def forward(self, x_t: Tensor, t: Tensor, ids: Tensor | None = None, mask: Tensor | None = None, **condition) -> Tensor:
-        if ids is not None:
-            context, mask, pooled = self.text_encoder(ids, mask)
-            condition |= {"context": context, "pooled": pooled}
-        return self.unet(x_t, t, mask=mask, **condition)
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, **condition) -> tuple[Tensor, Tensor]:
+        """Losses (weighted (B,), raw (B,)) of pictures x0 noised by eps at t, see diffusion.losses."""
+        return diffusion.losses(self.unet, x0, eps, t, self.schedule, self.config, self.uncertainty, **self.encode(**condition))
+
+    def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
+        """The condition of the U-Net, from token ids where the text encoder trains along."""
+        if ids is None:
+            return condition
+        return dict(zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"])))
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
@@ -284,7 +291,7 @@ def lock(out: Path):
     return handle
 
 
-def draws(seed: int, positions: list[int], cfg: TrainConfig, purpose: str = "noise") -> tuple[Tensor, Tensor, Tensor]:
+def draws(seed: int, positions: Iterable[int], cfg: TrainConfig, purpose: str = "noise") -> tuple[Tensor, Tensor, Tensor]:
     """For each position its own (uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64)."""
     rows = [(g.random(), g.random() >= cfg.uncond_prob, int(g.integers(2**63)))
             for g in (data.keyed(seed, purpose, p) for p in positions)]
@@ -309,44 +316,36 @@ def condition_of(text: nn.Module, captions: list[str], kept: Tensor | bool, devi
 
 
 @torch.no_grad()
-def validate(net: Net, text: nn.Module, pictures: data.Pictures, schedule, cfg: TrainConfig, diff_cfg, device, rank: int, world: int,
-             batch: int = 32) -> dict[str, float]:
+def validate(net: Net, text: nn.Module, fixed: data.Pictures, cfg: TrainConfig, device: torch.device, rank: int, world: int) -> dict:
     """Loss of the averaged weights on fixed pictures, times and noise, by noise bucket; and what the right caption is worth.
 
-    Ranks share the pictures. gap = loss with the neighbour's caption - loss with the right one; above 0 the text is used.
+    Ranks share the pictures. gap = loss with the next picture's caption - loss with the right one; above 0 the text is used.
     """
-    n = min(cfg.val_images, len(pictures))
-    sums = torch.zeros(2 * BUCKETS + 2, dtype=torch.float64, device=device)
+    n, batch = min(cfg.val_images, len(fixed)), 32
+    sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64, device=device)
     for start in range(rank * batch, n, world * batch):
-        positions = list(range(start, min(start + batch, n)))
-        items, wrong = [pictures[p] for p in positions], [pictures[(p + 1) % n]["caption"] for p in positions]
+        positions = range(start, min(start + batch, n))
+        items = [fixed[p] for p in positions]
+        right, wrong = [i["caption"] for i in items], [fixed[(p + 1) % n]["caption"] for p in positions]
         x0 = scaled(torch.from_numpy(np.stack([i["picture"] for i in items])), device)
-        _, _, keys = draws(0, positions, cfg, "validation")
-        eps = diffusion.gaussian(keys, x0.shape[1:], device)
-        t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)        # golden ratio: even for any n
-        right, shuffled = (diffusion.losses(net, x0, eps, t, schedule, diff_cfg, **condition_of(text, captions, True, device))[1]
-                           for captions in ([i["caption"] for i in items], wrong))
-        total, count = diffusion.loss_buckets(right, schedule.logsnr(t), BUCKETS)
-        sums += torch.cat([total, count, torch.stack([right.sum(), (shuffled - right).sum()])])
+        eps = diffusion.gaussian(draws(0, positions, cfg, "validation")[2], x0.shape[1:], device)
+        t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)      # golden ratio: even for any n
+        loss, other = (net(x0, eps, t, **condition_of(text, captions, True, device))[1] for captions in (right, wrong))
+        sums += torch.cat([*diffusion.loss_buckets(loss, net.schedule.logsnr(t), BUCKETS), (other - loss).sum()[None]])
     if world > 1:
         dist.all_reduce(sums)
-    total, count, rest = sums.cpu().split([BUCKETS, BUCKETS, 2])
-    return {"val_loss": float(rest[0] / n), "val_gap": float(rest[1] / n),
-            "val_buckets": [round(float(x), 6) for x in total / count.clamp(min=1)]}
+    total, count, gap = sums.cpu().split([BUCKETS, BUCKETS, 1])
+    return {"val_loss": number(total.sum() / n), "val_gap": number(gap / n), "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
 @torch.no_grad()
-def sample_grid(net: Net, text: nn.Module, prompts: list[str], schedule, cfg: TrainConfig, diff_cfg, device) -> Tensor:
+def sample_grid(net: Net, text: nn.Module, prompts: list[str], cfg: TrainConfig, device: torch.device) -> Tensor:
     """Pictures of fixed prompts with fixed noise, uint8 (N, 3, H, W)."""
-    condition = condition_of(text, prompts, True, device)
-    if text.trainable:
-        condition = dict(zip(("context", "mask", "pooled"), net.text_encoder(**condition)))
-    denoise = diffusion.guided(net, schedule, diff_cfg, condition, 3.0)
-    keys = draws(0, list(range(len(prompts))), cfg, "samples")[2]
-    shape = (3, cfg.size, cfg.size)
-    x = diffusion.SAMPLERS["dpmpp_2m"](denoise, diffusion.gaussian(keys, shape, device), diffusion.time_grid(20),
-                                       diffusion.noise_source(keys, shape, device), schedule)
-    return pictures(x)
+    condition = net.encode(**condition_of(text, prompts, True, device))
+    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition, 3.0))
+    keys, shape = draws(0, range(len(prompts)), cfg, "samples")[2], (3, cfg.size, cfg.size)
+    return pictures(diffusion.dpmpp_2m(denoise, diffusion.gaussian(keys, shape, device), diffusion.time_grid(20),
+                                       diffusion.noise_source(keys, shape, device), net.schedule))
 
 
 def pictures(x: Tensor) -> Tensor:
@@ -366,8 +365,13 @@ def log_line(tally: Tensor, step: int, images: int, seconds: float, replaced: in
     sums, counts, (loss, norm, clipped, skipped, steps) = tally.double().cpu().split([BUCKETS, BUCKETS, 5])
     line = {"loss": loss / counts.sum(), "raw_loss": sums.sum() / counts.sum(), "grad_norm": norm / steps, "clipped": clipped / steps,
             "pictures/s": counts.sum() / seconds, "lr": lr}
-    return {"step": step, "images": images, **{k: float(f"{float(v):.6g}") for k, v in line.items()}, "skipped": int(skipped),
-            "replaced": replaced, "buckets": [float(f"{float(x):.6g}") for x in sums / counts.clamp(min=1)]}
+    return {"step": step, "images": images, **{k: number(v) for k, v in line.items()}, "skipped": int(skipped),
+            "replaced": replaced, "buckets": [number(x) for x in sums / counts.clamp(min=1)]}
+
+
+def number(x: Tensor | float) -> float:
+    """Six digits are enough for a log."""
+    return float(f"{float(x):.6g}")
 
 
 def write(path: Path, text: str) -> None:
@@ -452,7 +456,8 @@ def main(argv: list[str]) -> None:
     for warning in train_set.warnings:
         say(f"warning: {warning}")
     text = text_encoder.load_text_encoder(text_cfg).to(device)
-    net = Net(model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim), text).to(device)
+    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, out_channels=6 if diff_cfg.learn_sigma else 3)
+    net = Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
     net.unet.checkpointing = cfg.checkpointing
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     weights, averages = list(net.parameters()), list(ema.parameters())
@@ -460,7 +465,6 @@ def main(argv: list[str]) -> None:
               {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.99), fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "fp16")
-    schedule = diffusion.make_schedule(diff_cfg, cfg.size)
     parameters = sum(p.numel() for p in weights)
 
     # Where it stands: the newest checkpoint that verifies, else step 0.
@@ -489,10 +493,10 @@ def main(argv: list[str]) -> None:
                           workers, cfg.timeout, pin=device.type == "cuda")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
     with autocast:
-        flops = model.count_flops(net, torch.zeros(1, 3, cfg.size, cfg.size, device=device), torch.zeros(1, device=device),
-                                  **condition_of(text, ["a"], True, device))
+        one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, ["a"], True, device))
     peak = matmul_peak(device, DTYPES[cfg.dtype])
-    parallel = DistributedDataParallel(net, [device] if device.type == "cuda" else None) if world > 1 else net
+    parallel = DistributedDataParallel(net, [device] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else net
     compiled = (device.type == "cuda" if cfg.compile is None else cfg.compile) and can_compile(device)
     run = torch.compile(parallel) if compiled else parallel
     recipe = json.dumps({type(c).__name__: dataclasses.asdict(c) for c in configs})
@@ -502,6 +506,7 @@ def main(argv: list[str]) -> None:
     fixed = [val_set[p]["caption"] for p in range(16)]
     tally = torch.zeros(2 * BUCKETS + 5, device=device)       # bucket sums and counts, loss, norm, clipped, skipped, steps
     in_a_row = torch.zeros((), device=device)                 # updates that were not finite, up to now
+    squares = torch.zeros(2, 100, device=device)              # sums and counts for --t-density importance
     replaced, paused, since, saved = 0, 0.0, clock(device), first
     bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
 
@@ -539,7 +544,7 @@ def main(argv: list[str]) -> None:
             # Save: only what is finite and the same on every rank.
             began = clock(device) if due(cfg.val_every) or due(cfg.sample_every) or due(cfg.save_every) or last else 0.0
             if step > saved and (due(cfg.save_every) or last) and not cfg.dry_run:
-                size = float(sum(norm.double() for norm in torch._foreach_norm(weights + averages)))
+                size = float(sum(norm.detach().double() for norm in torch._foreach_norm(weights + averages)))
                 if not math.isfinite(agreed(size, world)) or agreed(size, world) != agreed(size, world, dist.ReduceOp.MIN):
                     die(f"weights of step {step} are not finite, or not the same on all ranks: not saved. Resume from step "
                         f"{saved} with the same command", status=1)
@@ -563,14 +568,14 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if due(cfg.val_every) and not cfg.dry_run:
                 with autocast:
-                    line = {"step": step} | validate(ema, text, val_set, schedule, cfg, diff_cfg, device, rank, world)
+                    line = {"step": step} | validate(ema, text, val_set, cfg, device, rank, world)
                 say("  ".join(f"{k} {v}" for k, v in line.items() if k != "val_buckets"))
                 if writes:
                     with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
                         f.write(json.dumps(line) + "\n")
             if due(cfg.sample_every) and writes:
                 with autocast:
-                    grid = sample_grid(ema, text, fixed, schedule, cfg, diff_cfg, device)
+                    grid = sample_grid(ema, text, fixed, cfg, device)
                 (out / "samples").mkdir(exist_ok=True)
                 data.contact_sheet(grid, fixed).save(out / "samples" / f"{step:06d}.png")
             paused += clock(device) - began if began else 0.0
@@ -591,17 +596,24 @@ def main(argv: list[str]) -> None:
                 u, kept, keys = draws(cfg.seed, positions, cfg)
                 x0 = scaled(batch["picture"][rows], device)
                 eps = diffusion.gaussian(keys, x0.shape[1:], device)
-                t = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size)
-                t = diffusion.draw_t(t, diff_cfg, schedule).to(device)
+                u = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size).to(device)
+                t, weight = net.importance.draw(u) if net.importance else (diffusion.draw_t(u, diff_cfg, net.schedule), 1.0)
                 condition = condition_of(text, captions, kept, device)
                 if step == 0 and start == 0 and writes:
-                    first_batch(out / "first_batch.png", x0, diffusion.noised(x0, eps, t, schedule), t, captions, kept)
+                    first_batch(out / "first_batch.png", x0, diffusion.noised(x0, eps, t, net.schedule), t, captions, kept)
                 with contextlib.nullcontext() if world == 1 or start + micro >= per_rank else parallel.no_sync():
                     with autocast:
-                        loss, raw = diffusion.losses(run, x0, eps, t, schedule, diff_cfg, **condition)
-                    scaler.scale(loss.sum() / per_rank).backward()
-                sums, counts = diffusion.loss_buckets(raw.detach(), schedule.logsnr(t), BUCKETS)
+                        loss, raw = run(x0, eps, t, **condition)
+                    scaler.scale((weight * loss).sum() / per_rank).backward()
+                if net.importance:
+                    squares += torch.stack(diffusion.bucket_sums(loss.detach().square(), t, squares.shape[1]))
+                sums, counts = diffusion.loss_buckets(raw.detach(), net.schedule.logsnr(t), BUCKETS)
                 tally += torch.cat([sums, counts, F.pad(loss.detach().sum()[None], (0, 4))]).nan_to_num(0, 0, 0)
+            if net.importance:
+                if world > 1:
+                    dist.all_reduce(squares)
+                net.importance.update(*squares)
+                squares.zero_()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(weights, cfg.clip or math.inf)                # before clipping, equal on all ranks
             bad = (~norm.isfinite()).float()

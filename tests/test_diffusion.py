@@ -1,0 +1,926 @@
+"""diffusion.py against closed forms (Gaussian data, a mixture of two) and against the published implementations."""
+
+import dataclasses
+import importlib
+import math
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import SAMPLERS, DiffusionConfig, expand, gaussian, make_schedule, time_grid
+
+F64 = torch.float64
+SCHEDULES = ["cosine", "linear", "scaled_linear", "sigmoid", "flow", "edm"]
+PREDICTIONS = ["v", "eps", "x0", "flow"]
+WEIGHTS = ["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm"]
+
+
+def schedule_of(name="cosine", size=64, **options):
+    return make_schedule(DiffusionConfig(schedule=name, **options), size)
+
+
+def gauss_denoiser(schedule, mean=0.3, std=0.5):
+    """E[x0 | x_t] of x0 ~ N(mean, std^2), element by element."""
+    def denoise(x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
+    return denoise
+
+
+def mixture_denoiser(schedule, means=(-0.6, 0.5), stds=(0.15, 0.25), weights=(0.4, 0.6)):
+    """E[x0 | x_t] of a mixture of two normals, element by element."""
+    def denoise(x_t, t):
+        alpha, sigma = (expand(c, x_t).unsqueeze(-1) for c in schedule.alpha_sigma(t))
+        m, s, w = (torch.tensor(v, dtype=x_t.dtype) for v in (means, stds, weights))
+        var, miss = alpha**2 * s**2 + sigma**2, x_t.unsqueeze(-1) - alpha * m
+        share = torch.softmax(w.log() - 0.5 * miss**2 / var - 0.5 * var.log(), -1)
+        return (share * (m + alpha * s**2 / var * miss)).sum(-1)
+    return denoise
+
+
+def quantiles(n):
+    """n points that stand for a standard normal."""
+    return torch.special.ndtri((torch.arange(n, dtype=F64) + 0.5) / n)
+
+
+# Noise ---------------------------------------------------------------------------------------------------
+
+
+def test_gaussian_has_the_moments_and_the_distribution_of_a_normal():
+    x = gaussian(torch.arange(64), (3, 32, 32)).flatten().double()
+    n = len(x)
+    for power, expected, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert abs((x**power).mean() - expected) < 4 * math.sqrt(spread / n)
+    cdf = torch.special.ndtr(x.sort().values)
+    ks = (cdf - (torch.arange(n) + 0.5) / n).abs().max() * math.sqrt(n)
+    assert ks < 1.63  # Kolmogorov's 1% point
+    assert 4.2 < x.abs().max() < 6.8
+
+
+def test_gaussian_is_independent_across_keys_elements_and_steps():
+    base = gaussian(torch.arange(256), (1024,))
+    keys = torch.cat([base, gaussian(torch.arange(256) + 2**32, (1024,)), gaussian(-torch.arange(1, 257), (1024,))])
+    for x in (keys, base.T, diffusion.noise_source(torch.arange(256), (1024,))(0) * base,
+              torch.cat([diffusion.noise_source(torch.arange(16), (1024,))(i) for i in range(-1, 15)])):
+        unit = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
+        correlation = unit @ unit.T / unit.shape[1]
+        correlation.fill_diagonal_(0)
+        assert correlation.abs().max() * math.sqrt(unit.shape[1]) < 6.2
+    squares = base**2 - 1  # Box-Muller pairs share a radius and an angle: their squares must not correlate either
+    assert abs((squares[:, :512] * squares[:, 512:]).mean()) < 4 * 2 / math.sqrt(256 * 512)
+
+
+def test_gaussian_is_the_same_for_every_split_of_the_batch():
+    keys = torch.tensor([5, -1, 2**62, 0, 17])
+    whole = gaussian(keys, (3, 7, 5))
+    assert all(torch.equal(whole[i:j], gaussian(keys[i:j], (3, 7, 5))) for i, j in ((0, 1), (1, 4), (3, 5)))
+    assert whole.dtype == torch.float32 and whole.shape == (5, 3, 7, 5)
+    noise = diffusion.noise_source(keys, (3, 7, 5))
+    assert torch.equal(noise(3)[2:], diffusion.noise_source(keys[2:], (3, 7, 5))(3))
+
+
+def test_gaussian_goldens():
+    golden = torch.tensor([[-0.292032, 0.807785, 0.876792], [-1.212868, -1.477171, 1.111539]])
+    torch.testing.assert_close(gaussian(torch.tensor([0, 2**40 + 1]), (3,)), golden, atol=2e-6, rtol=0)
+
+
+# Schedules -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("size", [16, 64, 1024])
+def test_logsnr_falls_is_finite_at_both_ends_and_inverts(name, size):
+    schedule = schedule_of(name, size)
+    logsnr = schedule.logsnr(torch.linspace(0, 1, 4001))
+    assert logsnr.dtype == torch.float32 and logsnr.abs().max() <= 20 and (logsnr.diff() <= 0).all()
+    torch.testing.assert_close(logsnr.double(), schedule.logsnr(torch.linspace(0, 1, 4001, dtype=F64)),
+                               atol=2e-3, rtol=0)
+    t = torch.linspace(0.01, 0.9, 90, dtype=F64)
+    torch.testing.assert_close(schedule.inverse(schedule.logsnr(t)), t, atol=1e-9, rtol=0)
+    alpha, sigma = schedule.alpha_sigma(t)
+    torch.testing.assert_close(2 * torch.log(alpha / sigma), schedule.logsnr(t))
+    torch.testing.assert_close(alpha + sigma if name == "flow" else alpha**2 + sigma**2, torch.ones_like(t))
+
+
+def test_schedules_have_their_closed_forms():
+    t = torch.linspace(0.02, 0.98, 49, dtype=F64)
+    torch.testing.assert_close(schedule_of("cosine").alpha_sigma(t)[0], torch.cos(math.pi / 2 * t))
+    torch.testing.assert_close(schedule_of("flow").alpha_sigma(t), (1 - t, t))
+    low, high = torch.sigmoid(torch.tensor([-3.0, 3.0], dtype=F64))
+    torch.testing.assert_close(schedule_of("sigmoid").alpha_sigma(t)[0] ** 2,
+                               (high - torch.sigmoid(6 * t - 3)) / (high - low))
+    sigma = torch.exp(-schedule_of("edm").logsnr(torch.tensor([0.0, 1.0], dtype=F64)) / 2)
+    torch.testing.assert_close(sigma, torch.tensor([0.002, 80], dtype=F64))
+
+
+def test_shift_follows_the_picture_size():
+    t = torch.linspace(0.1, 0.9, 9, dtype=F64)
+    for name in SCHEDULES:
+        gap = schedule_of(name, 256).logsnr(t) - schedule_of(name, 64).logsnr(t)
+        torch.testing.assert_close(gap, torch.full_like(t, 2 * math.log(64 / 256)))
+    assert torch.equal(schedule_of("linear", 512, shift_base=0).logsnr(t), schedule_of("linear", 64).logsnr(t))
+    sigma = schedule_of("flow", 192).alpha_sigma(t)[1]  # the time shift of Stable Diffusion 3 with a factor of 3
+    torch.testing.assert_close(sigma, 3 * t / (1 + 2 * t))
+
+
+def test_quadratic_and_unknown_schedules_are_refused_with_a_reason():
+    with pytest.raises(ValueError, match="scaled_linear"):
+        schedule_of("quadratic")
+    with pytest.raises(ValueError, match="cosine, linear"):
+        schedule_of("cosin")
+    with pytest.raises(ValueError, match="size 0"):
+        schedule_of("cosine", 0)
+
+
+def test_respacing_picks_indices_of_the_same_schedule():
+    assert (diffusion.respaced("1000") * 1000).tolist() == pytest.approx(list(range(1000, -1, -1)))
+    fifty = (diffusion.respaced("10,10,30", 300) * 300 - 1).round().int().tolist()
+    assert len(fifty) == 51 and fifty[-1] == -1 and fifty[0] == 299
+    assert [sum(a <= i < a + 100 for i in fifty) for a in (0, 100, 200)] == [10, 10, 30]
+    ddim = (diffusion.respaced("ddim25") * 1000 - 1).round().int().tolist()
+    assert ddim[:-1] == list(range(0, 1000, 40))[::-1]
+    assert ((torch.diff(diffusion.respaced("250")) < 0).all())
+    for bad in ("", "0", "a", "10,", "1001", "ddim10,10", "600,10"):
+        with pytest.raises(ValueError, match="respacing"):
+            diffusion.respaced(bad)
+
+
+# Targets, weights, losses --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("flow", [False, True])
+def test_targets_round_trip_in_float32_for_logsnr_between_minus_and_plus_20(prediction, flow):
+    schedule = diffusion.Schedule(lambda t: 20 - 40 * t, flow=flow)
+    t = torch.linspace(0, 1, 201)
+    x0, eps = gaussian(torch.arange(201), (64,)), gaussian(torch.arange(201) + 999, (64,))
+    alpha, sigma = (expand(c, x0) for c in schedule.alpha_sigma(t))
+    x_t = alpha * x0 + sigma * eps
+    output = diffusion.target(x0, eps, alpha, sigma, prediction)
+    x0_back, eps_back = diffusion.x0_eps(output, x_t, alpha, sigma, prediction)
+    rounding = 1e-6  # float32 of x_t, times the conditioning of the target
+    loss_x0 = {"eps": sigma / alpha}.get(prediction, torch.ones(1))
+    loss_eps = {"x0": alpha / sigma}.get(prediction, torch.ones(1))
+    assert ((x0_back - x0).abs() <= rounding * (1 + loss_x0)).all()
+    assert ((eps_back - eps).abs() <= rounding * (1 + loss_eps)).all()
+    again = diffusion.target(x0_back, eps_back, alpha, sigma, prediction)
+    torch.testing.assert_close(again, output, atol=5e-6, rtol=0)
+
+
+def off_by(delta, x0, prediction, schedule):
+    """A network whose x0 is wrong by delta, whatever it predicts."""
+    def model(x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        guess = x0 + delta
+        return diffusion.target(guess, (x_t - alpha * guess) / sigma, alpha, sigma, prediction)
+    return model
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_weights_mean_the_same_on_x0_for_every_target(weight, name):
+    schedule = schedule_of(name)
+    t = torch.linspace(0.02, 0.98, 33, dtype=F64)
+    x0, eps = (gaussian(torch.arange(33) + k, (1, 4, 4)).double() for k in (0, 500))
+    delta = 0.1 * gaussian(torch.arange(33) + 900, (1, 4, 4)).double()
+    results = {}
+    for prediction in PREDICTIONS:
+        config = DiffusionConfig(schedule=name, prediction=prediction, loss_weight=weight)
+        model = off_by(delta, x0, prediction, schedule)
+        results[prediction] = diffusion.losses(model, x0, eps, t, schedule, config)
+    x0_error, snr = delta.square().flatten(1).mean(1), torch.exp(schedule.logsnr(t))
+    for prediction, (weighted, raw) in results.items():
+        torch.testing.assert_close(raw, (1 + snr) * x0_error, rtol=1e-4, atol=1e-7)
+        if weight != "uniform":
+            torch.testing.assert_close(weighted, results["x0"][0], rtol=1e-4, atol=1e-7)
+    if weight == "min_snr":
+        torch.testing.assert_close(results["v"][0], snr.clamp(max=5) * x0_error, rtol=1e-4, atol=1e-7)
+    if weight == "uniform":
+        torch.testing.assert_close(results["eps"][0], snr * x0_error, rtol=1e-4, atol=1e-7)
+
+
+def test_sigmoid_weight_does_not_depend_on_the_schedule():
+    total = []
+    for name in ("cosine", "flow"):
+        schedule, t = schedule_of(name), (torch.arange(20000, dtype=F64) + 0.5) / 20000
+        weight = diffusion.x0_weight(t, schedule, DiffusionConfig(schedule=name, loss_weight="sigmoid"))
+        total.append((weight * torch.exp(-schedule.logsnr(t)) * torch.exp(-schedule.logsnr(t) ** 2)).mean())
+    torch.testing.assert_close(*total, rtol=1e-4, atol=0)
+
+
+def test_uncertainty_learns_the_logarithm_of_the_loss():
+    schedule, head = schedule_of(), diffusion.Uncertainty()
+    config = DiffusionConfig(loss_weight="learned")
+    t = diffusion.stratify(torch.full((64,), 0.5), torch.arange(64), 64)
+    x0 = gaussian(torch.arange(64), (3, 8, 8))
+    zero = lambda x_t, t: torch.zeros_like(x_t)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+    first = None
+    for _ in range(400):
+        weighted, raw = diffusion.losses(zero, 0.3 * x0, x0.flip(0), t, schedule, config, uncertainty=head)
+        first = weighted if first is None else first
+        optimizer.zero_grad(); weighted.mean().backward(); optimizer.step()
+    torch.testing.assert_close(first, raw)  # it starts as the plain loss
+    assert (head(schedule.logsnr(t)) - raw.log()).abs().mean() < 0.1
+
+
+def test_loss_buckets_sum_to_the_whole():
+    t = diffusion.stratify(torch.rand(256), torch.arange(256), 256)
+    total, count = diffusion.loss_buckets(t, schedule_of().logsnr(t))
+    assert count.tolist() == [32] * 8
+    torch.testing.assert_close(total.sum(), t.sum())
+    torch.testing.assert_close(total / count, (torch.arange(8) + 0.5) / 8, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "log_normal"])
+def test_t_densities_have_their_quantiles(density):
+    config, schedule = DiffusionConfig(t_density=density, t_mean=-0.4, t_std=0.9), schedule_of("cosine", 128)
+    u = (torch.arange(1000) + 0.5) / 1000
+    t = diffusion.draw_t(u, config, schedule)
+    assert t.dtype == torch.float32 and (t.diff() > 0).all() and 0 <= t.min() and t.max() <= 1
+    expected = {"uniform": 0.5, "logit_normal": torch.sigmoid(torch.tensor(-0.4)).item(),
+                "log_normal": schedule.inverse(torch.tensor([0.8 + schedule.shift])).item()}[density]
+    assert t.median().item() == pytest.approx(expected, abs=2e-3)
+    ends = diffusion.draw_t(torch.tensor([0.0, 1 - 2**-24]), config, schedule)
+    assert ends.isfinite().all()
+
+
+def test_importance_draws_where_the_loss_is_and_stays_unbiased():
+    importance = diffusion.Importance()
+    u = (torch.arange(4000) + 0.5) / 4000
+    t, weight = importance.draw(u)
+    torch.testing.assert_close(t, u, atol=1e-5, rtol=0)
+    for _ in range(50):
+        t, weight = importance.draw(u)
+        importance.update(*diffusion.bucket_sums((1 + 9 * t**2) ** 2, t, 100))
+    assert (weight * t**2).mean().item() == pytest.approx(1 / 3, abs=1e-3)
+    assert weight.mean().item() == pytest.approx(1, abs=1e-3)
+    assert (1 / weight[t > 0.99]).mean().item() == pytest.approx(9.9 / 4, rel=0.03)
+    state = importance.second_moment.clone()
+    importance.update(torch.zeros(100), torch.zeros(100))
+    assert torch.equal(state, importance.second_moment)
+
+
+# Learned variance and likelihood -------------------------------------------------------------------------
+
+
+def product_grid(n=48):
+    """x0 (a Gaussian's, element by element) and eps as a product of quantiles: means over it are integrals."""
+    z = quantiles(n)
+    return z.repeat_interleave(n).view(1, 1, n, n).float(), z.repeat(n).view(1, 1, n, n).float()
+
+
+def step_bits(schedule, s, t, fraction, std):
+    """E[KL(q || p)] of one step for x0 ~ N(0, std^2) and the optimal denoiser, in float64 scalars."""
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (
+        [c.item() for c in schedule.alpha_sigma(torch.tensor(v, dtype=F64))] for v in (s, t))
+    forward = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+    small = forward * sigma_s**2 / sigma_t**2
+    var = small ** (1 - fraction) * forward**fraction
+    miss = (alpha_s * forward / sigma_t**2) ** 2 * std**2 * sigma_t**2 / (alpha_t**2 * std**2 + sigma_t**2)
+    return 0.5 * (math.log(var / small) + (small + miss) / var - 1) / math.log(2)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
+def test_hybrid_loss_equals_the_integral_over_a_gaussian(fraction):
+    schedule, std = schedule_of("linear"), 0.5
+    denoise, (z, eps) = gauss_denoiser(schedule, 0.0, std), product_grid(160)
+
+    def model(x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        x0 = denoise(x_t, t)
+        v = diffusion.target(x0, (x_t - alpha * x0) / sigma, alpha, sigma, "v")
+        return torch.cat([v, torch.full_like(v, 2 * fraction - 1)], 1)
+
+    for t in (0.05, 0.3, 0.7):
+        args = std * z, eps, torch.tensor([t]), schedule
+        plain = diffusion.losses(model, *args, DiffusionConfig(schedule="linear"))[0]
+        hybrid = diffusion.losses(model, *args, DiffusionConfig(schedule="linear", learn_sigma=True))[0]
+        assert (hybrid - plain).item() == pytest.approx(step_bits(schedule, t - 0.001, t, fraction, std), abs=1e-3)
+
+
+def test_hybrid_loss_trains_the_variance_only_and_is_finite_everywhere():
+    schedule, config = schedule_of(), DiffusionConfig(learn_sigma=True)
+    t = torch.tensor([0.0, 1e-6, 1e-3, 0.5, 1.0])
+    x0, eps = gaussian(torch.arange(5), (3, 4, 4)).clamp(-1, 1), gaussian(torch.arange(5) + 7, (3, 4, 4))
+    output = torch.zeros(5, 6, 4, 4, requires_grad=True)
+    weighted, raw = diffusion.losses(lambda x_t, t: output, x0, eps, t, schedule, config)
+    grad = torch.autograd.grad(weighted.sum(), output)[0]
+    assert grad.isfinite().all() and weighted.isfinite().all() and (grad[:, 3:] != 0).any()
+    plain = torch.autograd.grad(
+        diffusion.losses(lambda x_t, t: output, x0, eps, t, schedule, DiffusionConfig())[0].sum(), output)[0]
+    torch.testing.assert_close(grad[:, :3], plain[:, :3])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_nll_equals_the_integral_over_a_gaussian(fraction):
+    schedule, std, steps = schedule_of("cosine"), 0.2, 100
+    z, eps = product_grid(160)
+    times = time_grid(steps)
+    bits = diffusion.nll(gauss_denoiser(schedule, 0.0, std), std * z, times, lambda i: eps, schedule, fraction)
+    alpha, sigma = schedule.alpha_sigma(torch.tensor(1.0, dtype=F64))
+    expected = 0.5 * ((alpha * std) ** 2 + sigma**2 - 1 - 2 * sigma.log()).item() / math.log(2)
+    expected += sum(step_bits(schedule, s, t, fraction, std) for t, s in zip(times[:-2].tolist(), times[1:-1].tolist()))
+    # the decoder, integrated in float64: x0 given x_t is normal, and p is normal around its mean
+    last, before = times[-2].item(), times[-3].item()
+    (alpha, sigma), (alpha_2, sigma_2) = (
+        [c.item() for c in schedule.alpha_sigma(torch.tensor(v, dtype=F64))] for v in (last, before))
+    forward = sigma_2**2 - (alpha_2 / alpha) ** 2 * sigma**2
+    var = (forward * sigma**2 / sigma_2**2) ** (1 - fraction) * sigma ** (2 * fraction)
+    spread = std * sigma / math.sqrt(alpha**2 * std**2 + sigma**2)
+    u = quantiles(4001)
+    low, high = ((u * spread + k / 255) / math.sqrt(var) for k in (-1, 1))
+    expected += -torch.log2(torch.special.ndtr(high) - torch.special.ndtr(low)).mean().item()
+    assert bits.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_nll_is_near_the_entropy_of_quantised_data():
+    schedule, std = schedule_of("cosine"), 0.2
+    x0 = (gaussian(torch.arange(16), (3, 32, 32)) * std).clamp(-1, 1)
+    x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
+    noise = diffusion.noise_source(torch.arange(16), (3, 32, 32))
+    bits = diffusion.nll(gauss_denoiser(schedule, 0.0, std), x0, time_grid(300), noise, schedule).mean().item()
+    entropy = math.log2(std * 127.5 * math.sqrt(2 * math.pi * math.e))
+    assert entropy - 0.01 < bits < entropy + 0.15
+
+
+# Samplers: exact answers ---------------------------------------------------------------------------------
+
+
+def correlated(schedule, n=192):
+    """Gaussian data of 3x8x8 with a full covariance: its denoiser, mean and covariance."""
+    basis, _ = torch.linalg.qr(gaussian(torch.arange(n), (n,)).double())
+    var, mean = torch.logspace(-3, 0, n, dtype=F64), torch.linspace(-0.5, 0.5, n, dtype=F64)
+
+    def denoise(x_t, t):
+        alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
+        miss = (x_t.flatten(1) - alpha * mean) @ basis
+        return (mean + (alpha * var / (alpha**2 * var + sigma**2) * miss) @ basis.T).view_as(x_t)
+
+    return denoise, mean, basis * var @ basis.T
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "prk", "plms", "dpmpp_2m", "unipc"])
+def test_deterministic_samplers_reproduce_mean_and_covariance(name):
+    """On Gaussian data a sampler is an affine map of its noise: its images of 0 and of a basis are exact moments."""
+    schedule = schedule_of("cosine")
+    denoise, mean, covariance = correlated(schedule)
+    start = torch.cat([torch.zeros(1, 192, dtype=F64), torch.eye(192, dtype=F64)]).view(-1, 3, 8, 8)
+    out = SAMPLERS[name](denoise, start, time_grid(200), None, schedule).flatten(1)
+    matrix = out[1:] - out[0]
+    tolerance = 2e-2 if name in ("ddim", "euler") else 3e-3
+    torch.testing.assert_close(out[0], mean, atol=tolerance, rtol=0)
+    torch.testing.assert_close(matrix.T @ matrix, covariance, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "euler_ancestral", "dpmpp_2m_sde"])
+def test_stochastic_samplers_reproduce_mean_and_covariance(name):
+    schedule = schedule_of("cosine")
+    denoise, mean, covariance = correlated(schedule)
+    noise = diffusion.noise_source(torch.arange(2000), (3, 8, 8))
+    out = SAMPLERS[name](denoise, gaussian(torch.arange(2000), (3, 8, 8)).double(), time_grid(60),
+                         lambda i: noise(i).double(), schedule).flatten(1)
+    assert (out.mean(0) - mean).abs().max() < 0.1
+    error = (torch.cov(out.T) - covariance).norm() / covariance.norm()
+    floor = (torch.cov((gaussian(torch.arange(2000) + 10**6, (192,)).double() @ torch.linalg.cholesky(covariance).T).T)
+             - covariance).norm() / covariance.norm()
+    assert error < 1.3 * floor + 0.05
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("schedule_name", ["cosine", "flow", "linear"])
+def test_every_sampler_draws_a_mixture_of_two_in_float32(name, schedule_name):
+    schedule = schedule_of(schedule_name)
+    x, noise = gaussian(torch.arange(4000), (1,)), diffusion.noise_source(torch.arange(4000), (1,))
+    out = SAMPLERS[name](mixture_denoiser(schedule), x, time_grid(101), noise, schedule)
+    mean, var = 0.06, 0.4 * (0.36 + 0.0225) + 0.6 * (0.25 + 0.0625) - 0.06**2
+    assert out.dtype == torch.float32 and out.isfinite().all()
+    assert out.mean().item() == pytest.approx(mean, abs=0.04)
+    assert out.std().item() == pytest.approx(math.sqrt(var), abs=0.03)
+    assert (out < 0).float().mean().item() == pytest.approx(0.4 + 0.6 * 0.0228, abs=0.03)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_samplers_end_at_a_clean_picture_for_every_step_count(name):
+    schedule = schedule_of()
+    x, noise = gaussian(torch.arange(4), (3, 4, 4)), diffusion.noise_source(torch.arange(4), (3, 4, 4))
+    for steps in (1, 2, 3, 4, 5, 8, 13):
+        seen = []
+        denoise = lambda x_t, t: seen.append(t.clone()) or torch.full_like(x_t, 0.25)
+        out = SAMPLERS[name](denoise, x, time_grid(steps), noise, schedule)
+        torch.testing.assert_close(out, torch.full_like(x, 0.25), atol=2e-6, rtol=0)
+        assert all(t.shape == (4,) and (t > 0).all() for t in seen)  # never called where eps has no meaning
+
+
+def slope(name, grid, steps, schedule, denoise, reference):
+    x = torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
+    error = [(SAMPLERS[name](denoise, x, grid(n), None, schedule) - reference).square().mean().sqrt().item()
+             for n in steps]
+    return math.log2(error[-2] / error[-1]) / math.log2(steps[-1] / steps[-2]), error
+
+
+@pytest.mark.parametrize(("name", "order"), [
+    ("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2), ("plms", 4), ("prk", 4)])
+def test_error_falls_with_the_order_of_the_sampler(name, order):
+    """Steps equal in sigma / alpha between two inner times, where plms is a true Adams-Bashforth method."""
+    schedule = schedule_of("cosine")
+    denoise = mixture_denoiser(schedule)
+    grid = lambda n: schedule.inverse(-2 * torch.log(torch.linspace(3, 0.1, n + 1, dtype=F64)))
+    x = torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
+    reference = SAMPLERS["prk"](denoise, x, grid(800), None, schedule)
+    steps = (40, 80) if name == "prk" else (240, 480)
+    measured, _ = slope(name, grid, steps, schedule, denoise, reference)
+    assert order - 0.25 < measured < order + (0.95 if name == "unipc" else 0.3)  # unipc's corrector gains one here
+
+
+@pytest.mark.parametrize(("name", "order"), [("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2), ("prk", 2)])
+@pytest.mark.parametrize("schedule_name", ["cosine", "flow", "edm"])
+def test_order_survives_both_ends(name, order, schedule_name):
+    """From pure noise to exactly t = 0 no sampler falls below min(its order, 2), but for the logarithms of multi-step
+    methods where the first steps double the noise level."""
+    schedule = schedule_of(schedule_name)
+    denoise = mixture_denoiser(schedule)
+    x = torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
+    reference = SAMPLERS["prk"](denoise, x, time_grid(3000), None, schedule)
+    measured, error = slope(name, time_grid, (100, 200, 400), schedule, denoise, reference)
+    log_terms = name in ("dpmpp_2m", "unipc") and schedule_name != "edm"
+    floor_reached = error[-1] < 1e-5
+    assert floor_reached or measured > order - (0.6 if log_terms else 0.15)
+
+
+def test_plms_at_50_evaluations_is_50_times_nearer_than_ddim():
+    schedule = schedule_of("cosine")
+    for denoise in (mixture_denoiser(schedule), gauss_denoiser(schedule)):
+        x = quantiles(400)[:, None]
+        reference = SAMPLERS["prk"](denoise, x, time_grid(3000), None, schedule)
+        error = {name: (SAMPLERS[name](denoise, x, time_grid(50), None, schedule) - reference).square().mean().sqrt()
+                 for name in ("plms", "ddim")}
+        assert error["ddim"] > 50 * error["plms"]
+
+
+def test_ddim_with_eta_1_has_the_variance_of_ddpm():
+    """The mean from DDIM's formula, the variance from the posterior: one step of each, and the whole chain."""
+    schedule = schedule_of("linear")
+    s, t = torch.tensor([0.4, 0.8, 0.001], dtype=F64), torch.tensor([0.5, 1.0, 0.01], dtype=F64)
+    of_x0, of_x_t, small, large = diffusion.posterior(schedule, s, t)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = schedule.alpha_sigma(s), schedule.alpha_sigma(t)
+    fresh = sigma_s / sigma_t * torch.sqrt(1 - alpha_t**2 / alpha_s**2)  # 2010.02502, eq. 16
+    torch.testing.assert_close(fresh**2, small.exp())
+    torch.testing.assert_close(of_x_t, torch.sqrt(sigma_s**2 - fresh**2) / sigma_t)
+    torch.testing.assert_close(of_x0, alpha_s - torch.sqrt(sigma_s**2 - fresh**2) * alpha_t / sigma_t)
+    torch.testing.assert_close(large.exp(), sigma_t**2 - alpha_t**2 / alpha_s**2 * sigma_s**2)
+    x, noise = gaussian(torch.arange(64), (3,)), diffusion.noise_source(torch.arange(64), (3,))
+    args = gauss_denoiser(schedule), x, time_grid(20), noise, schedule
+    assert torch.equal(diffusion.ddim(*args, eta=1.0), diffusion.ddpm(*args))
+
+
+def test_a_sample_does_not_depend_on_its_neighbours():
+    schedule, keys = schedule_of(), torch.arange(6)
+    for name, sampler in SAMPLERS.items():
+        run = lambda k: sampler(mixture_denoiser(schedule), gaussian(k, (3, 4, 4)), time_grid(6),
+                                diffusion.noise_source(k, (3, 4, 4)), schedule)
+        torch.testing.assert_close(run(keys)[2:5], run(keys[2:5]), atol=1e-6, rtol=0, msg=name)
+
+
+def test_logsnr_grid_suits_the_multistep_solvers():
+    schedule = schedule_of("cosine", 256)
+    times = diffusion.logsnr_grid(20, schedule)
+    assert times.dtype == F64 and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all() and len(times) == 21
+    logsnr = schedule.logsnr(times[1:-1])
+    torch.testing.assert_close(logsnr.diff(), logsnr.diff()[:1].expand(18))
+    assert diffusion.logsnr_grid(7, schedule, 0.5)[0] == 0.5 and len(diffusion.logsnr_grid(1, schedule)) == 2
+    schedule = schedule_of("cosine")
+    x, denoise = quantiles(200)[:, None], mixture_denoiser(schedule)
+    reference = SAMPLERS["prk"](denoise, x, time_grid(2000), None, schedule)
+    rms = lambda times: (SAMPLERS["dpmpp_2m"](denoise, x, times, None, schedule) - reference).square().mean().sqrt()
+    assert rms(diffusion.logsnr_grid(20, schedule)) < rms(time_grid(20)) / 2
+
+
+# The published implementations ---------------------------------------------------------------------------
+
+KINDS = {"linear": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+         "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}}
+
+
+def oracle(name, **options):
+    pytest.importorskip("diffusers")
+    module = importlib.import_module("diffusers.schedulers")
+    return getattr(module, name)(num_train_timesteps=1000, **options)
+
+
+def leading(steps):
+    """diffusers' default ("leading") timesteps k, as falling times (k + 1) / 1000 and 0."""
+    return diffusion.respaced(f"ddim{steps}")
+
+
+def run_oracle(scheduler, steps, x, schedule, denoise, variance_exploding=False, **options):
+    """Its loop with our eps as the network; x and the result in our (variance preserving) scale."""
+    if not options.pop("ready", False):
+        scheduler.set_timesteps(steps)
+    first = schedule.alpha_sigma(torch.tensor([(float(scheduler.timesteps[0]) + 1) / 1000], dtype=F64))[0]
+    x = x / first if variance_exploding else x
+    for timestep in scheduler.timesteps:
+        t = ((timestep.double() + 1) / 1000).expand(len(x))
+        alpha, sigma = (expand(c, x) for c in schedule.alpha_sigma(t))
+        x_t = x * alpha if variance_exploding else x
+        eps = (x_t - alpha * denoise(x_t, t)) / sigma
+        x = scheduler.step(eps, timestep, x, **options).prev_sample
+    return x
+
+
+@pytest.fixture
+def toy():
+    return gaussian(torch.arange(8), (3, 8, 8)).double()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_discrete_schedules_equal_those_published(kind, zero_snr):
+    theirs = oracle("DDIMScheduler", rescale_betas_zero_snr=zero_snr, **KINDS[kind]).alphas_cumprod.double()
+    schedule = schedule_of(kind, zero_snr=zero_snr)
+    ours = schedule.alpha_sigma((torch.arange(1000, dtype=F64) + 1) / 1000)[0] ** 2
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    in_float32 = schedule.alpha_sigma((torch.arange(1000) + 1) / 1000)[0] ** 2
+    torch.testing.assert_close(in_float32.double(), theirs, atol=2e-6, rtol=0)
+
+
+def test_cosine_schedule_is_the_published_one_without_its_offset():
+    theirs = oracle("DDPMScheduler", beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()[:990]  # then clipped
+    t = ((torch.arange(-1, 990, dtype=F64) + 1) / 1000 + 0.008) / 1.008
+    alpha = schedule_of("cosine").alpha_sigma(t)[0]
+    torch.testing.assert_close((alpha[1:] / alpha[0]) ** 2, theirs, atol=1e-6, rtol=0)
+
+
+def test_posterior_variances_equal_those_published():
+    theirs = oracle("DDPMScheduler", **KINDS["linear"])
+    t = (torch.arange(1000, dtype=F64) + 1) / 1000
+    _, _, small, large = diffusion.posterior(schedule_of("linear"), t - 0.001 * (t > 0.0011) - t * (t < 0.0011), t)
+    expected = torch.stack([theirs._get_variance(k, variance_type="fixed_small") for k in range(1000)]).double()
+    torch.testing.assert_close(small.exp()[1:], expected[1:], atol=1e-6, rtol=0)
+    torch.testing.assert_close(small[0], small[1])  # theirs clamps a zero instead
+    torch.testing.assert_close(large.exp(), theirs.betas.double(), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [8, 20, 50])
+def test_ddim_and_euler_equal_those_published(toy, steps):
+    schedule = schedule_of("scaled_linear")
+    denoise = mixture_denoiser(schedule)
+    ours = SAMPLERS["euler"](denoise, toy, leading(steps), None, schedule)
+    ddim = oracle("DDIMScheduler", clip_sample=False, set_alpha_to_one=True, **KINDS["scaled_linear"])
+    torch.testing.assert_close(run_oracle(ddim, steps, toy, schedule, denoise), ours, atol=1e-4, rtol=0)
+    euler = oracle("EulerDiscreteScheduler", timestep_spacing="leading", **KINDS["scaled_linear"])
+    theirs = run_oracle(euler, steps, toy, schedule, denoise, variance_exploding=True)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_heun_equals_the_published_one(toy, steps):
+    schedule = schedule_of("scaled_linear")
+    denoise = mixture_denoiser(schedule)
+    heun = oracle("HeunDiscreteScheduler", timestep_spacing="leading", **KINDS["scaled_linear"])
+    theirs = run_oracle(heun, steps, toy, schedule, denoise, variance_exploding=True)
+    ours = SAMPLERS["heun"](denoise, toy, leading(steps), None, schedule)
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "unipc"])
+def test_multistep_solvers_equal_those_published(toy, steps, name):
+    schedule = schedule_of("scaled_linear")
+    denoise = mixture_denoiser(schedule)
+    theirs = oracle({"dpmpp_2m": "DPMSolverMultistepScheduler", "unipc": "UniPCMultistepScheduler"}[name],
+                    solver_order=2, timestep_spacing="leading", final_sigmas_type="zero", **KINDS["scaled_linear"])
+    theirs.set_timesteps(steps)
+    times = torch.cat([(theirs.timesteps.double() + 1) / 1000, torch.zeros(1, dtype=F64)])
+    ours = SAMPLERS[name](denoise, toy, times, None, schedule)
+    torch.testing.assert_close(run_oracle(theirs, steps, toy, schedule, denoise), ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["ddpm small", "ddpm large", "ddim eta", "euler_ancestral", "dpmpp_2m_sde"])
+def test_stochastic_samplers_equal_those_published(toy, name, monkeypatch):
+    schedule, steps = schedule_of("linear"), 20
+    denoise, source = mixture_denoiser(schedule), diffusion.noise_source(torch.arange(8), (3, 8, 8))
+    noise, times = lambda i: source(i).double(), leading(steps)
+    draws = iter(range(steps))
+    theirs, module, ours = {
+        "ddpm small": ("DDPMScheduler", "ddpm", lambda *a: diffusion.ddpm(*a)),
+        "ddpm large": ("DDPMScheduler", "ddpm", lambda *a: diffusion.ddpm(*a, variance=1.0)),
+        "ddim eta": ("DDIMScheduler", "ddim", lambda *a: diffusion.ddim(*a, eta=0.6)),
+        "euler_ancestral": ("EulerAncestralDiscreteScheduler", "euler_ancestral_discrete", SAMPLERS["euler_ancestral"]),
+        "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", "dpmsolver_multistep", SAMPLERS["dpmpp_2m_sde"]),
+    }[name]
+    options = {"ddpm small": {"clip_sample": False, "variance_type": "fixed_small"},
+               "ddpm large": {"clip_sample": False, "variance_type": "fixed_large"},
+               "ddim eta": {"clip_sample": False}, "euler_ancestral": {"timestep_spacing": "leading"},
+               "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++", "timestep_spacing": "leading"}}[name]
+    scheduler = oracle(theirs, **KINDS["linear"], **options)
+    if name == "dpmpp_2m_sde":
+        scheduler.set_timesteps(steps)
+        times = torch.cat([(scheduler.timesteps.double() + 1) / 1000, torch.zeros(1, dtype=F64)])
+    monkeypatch.setattr(f"diffusers.schedulers.scheduling_{module}.randn_tensor", lambda *a, **k: noise(next(draws)))
+    result = run_oracle(scheduler, steps, toy, schedule, denoise, variance_exploding=name == "euler_ancestral",
+                        **({"eta": 0.6} if name == "ddim eta" else {}))
+    torch.testing.assert_close(result, ours(denoise, toy, times, noise, schedule), atol=1e-4, rtol=0)
+
+
+def test_learned_variance_equals_the_published_one(toy, monkeypatch):
+    schedule, steps = schedule_of("linear"), 20
+    source, draws = diffusion.noise_source(torch.arange(8), (3, 8, 8)), iter(range(steps))
+    noise = lambda i: source(i).double()
+    denoise, head = mixture_denoiser(schedule), lambda x_t: torch.sin(3 * x_t)
+    scheduler = oracle("DDPMScheduler", clip_sample=False, variance_type="learned_range", **KINDS["linear"])
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda *a, **k: noise(next(draws)))
+    scheduler.set_timesteps(steps)
+    x = toy
+    for timestep in scheduler.timesteps:
+        t = ((timestep.double() + 1) / 1000).expand(8)
+        alpha, sigma = (expand(c, x) for c in schedule.alpha_sigma(t))
+        x = scheduler.step(torch.cat([(x - alpha * denoise(x, t)) / sigma, head(x)], 1), timestep, x).prev_sample
+    seen = []
+    remember = lambda x_t, t: seen.append(x_t) or denoise(x_t, t)
+    ours = diffusion.ddpm(remember, toy, leading(steps), noise, schedule, lambda: (head(seen[-1]) + 1) / 2)
+    torch.testing.assert_close(x, ours, atol=1e-4, rtol=0)
+
+
+def test_plms_equals_the_published_one_after_its_start(toy):
+    """Theirs starts with a doubled step; from the fourth level on, given our first three eps, it must be the same."""
+    schedule, steps = schedule_of("scaled_linear"), 20
+    denoise, times = mixture_denoiser(schedule), leading(steps)
+    history = []
+
+    def record(x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        history.append((x_t - alpha * denoise(x_t, t)) / sigma)
+        return denoise(x_t, t)
+
+    x = SAMPLERS["plms"](record, toy, times[:4], None, schedule)
+    scheduler = oracle("PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=True, **KINDS["scaled_linear"])
+    scheduler.set_timesteps(steps)
+    scheduler.ets, scheduler.counter = list(history), 4
+    scheduler.timesteps = (times[3:-1] * 1000 - 1).round().long()
+    theirs = run_oracle(scheduler, steps, x, schedule, denoise, ready=True)
+    torch.testing.assert_close(theirs, SAMPLERS["plms"](denoise, toy, times, None, schedule), atol=1e-4, rtol=0)
+
+
+def test_flow_matching_equals_the_published_one(toy):
+    scheduler = oracle("FlowMatchEulerDiscreteScheduler", shift=3.0)
+    scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist())
+    schedule = schedule_of("flow", 192)
+    denoise, times = mixture_denoiser(schedule), time_grid(20)
+    torch.testing.assert_close(schedule.alpha_sigma(times)[1], scheduler.sigmas.double(), atol=5e-5, rtol=0)
+    x = toy
+    for i, timestep in enumerate(scheduler.timesteps):
+        alpha, sigma = (expand(c, x) for c in schedule.alpha_sigma(times[i].expand(8)))
+        x = scheduler.step((x - denoise(x, times[i].expand(8))) / sigma, timestep, x).prev_sample if i else \
+            scheduler.step(x - denoise(x, times[i].expand(8)), timestep, x).prev_sample
+    torch.testing.assert_close(x, SAMPLERS["euler"](denoise, toy, times, None, schedule), atol=1e-4, rtol=0)
+
+
+# Denoisers -----------------------------------------------------------------------------------------------
+
+
+class Net:
+    """v = a mix of x_t and of the text's visible mean; counts its calls and rows."""
+
+    def __init__(self, channels=3, learn_sigma=False):
+        self.calls, self.rows, self.channels, self.learn_sigma = 0, 0, channels, learn_sigma
+
+    def __call__(self, x_t, t, context, mask, pooled=None, lowres=None, lowres_t=None):
+        self.calls, self.rows = self.calls + 1, len(x_t)
+        visible = (context * mask[..., None]).sum((1, 2)) / mask.sum(1).clamp(min=1)
+        v = 0.5 * x_t + expand(visible - 0.3, x_t) * expand(t + 0.5, x_t)
+        return torch.cat([v, expand(visible, x_t) + 0 * v], 1) if self.learn_sigma else v
+
+
+def condition_of(b=4, seed=0):
+    return {"context": gaussian(torch.arange(b) + seed, (5, 2)), "mask": torch.arange(5) < torch.tensor([[3]] * b),
+            "pooled": None, "lowres": None, "lowres_t": None}
+
+
+@pytest.fixture
+def setting():
+    schedule, config = schedule_of(), DiffusionConfig()
+    return schedule, config, condition_of(), gaussian(torch.arange(4), (3, 8, 8)), torch.full((4,), 0.4)
+
+
+def test_guidance_of_1_is_the_conditional_output_in_one_call_of_b_rows(setting):
+    schedule, config, condition, x, t = setting
+    net = Net()
+    out = diffusion.guided(net, schedule, config, condition, 1.0)(x, t)
+    assert net.calls == 1 and net.rows == 4
+    assert torch.equal(out, diffusion.denoiser(Net(), schedule, config, condition)(x, t))
+
+
+def test_guidance_of_0_is_the_unconditional_output_and_any_other_is_on_the_line(setting):
+    schedule, config, condition, x, t = setting
+    null = diffusion.denoiser(Net(), schedule, config, diffusion.unconditional(condition))(x, t)
+    cond = diffusion.denoiser(Net(), schedule, config, condition)(x, t)
+    net = Net()
+    torch.testing.assert_close(diffusion.guided(net, schedule, config, condition, 0.0)(x, t), null)
+    assert net.calls == 1 and net.rows == 8
+    torch.testing.assert_close(diffusion.guided(net, schedule, config, condition, 4.0)(x, t), null + 4 * (cond - null))
+    other = condition_of(seed=50)
+    negative = diffusion.guided(net, schedule, config, condition, 0.0, negative=other)(x, t)
+    torch.testing.assert_close(negative, diffusion.denoiser(Net(), schedule, config, other)(x, t))
+    assert not diffusion.unconditional(condition)["mask"].any() and condition["mask"].any()
+
+
+def test_guidance_interval_is_plain_outside(setting):
+    schedule, config, condition, x, t = setting
+    cond = diffusion.denoiser(Net(), schedule, config, condition)(x, t)
+    for interval, inside in (((0.5, 1.0), False), ((0.2, 0.6), True)):
+        out = diffusion.guided(Net(), schedule, config, condition, 5.0, interval=interval)(x, t)
+        assert torch.equal(out, cond) != inside
+
+
+def test_several_conditions_each_with_a_weight(setting):
+    schedule, config, one, x, t = setting
+    two, null = condition_of(seed=9), diffusion.unconditional(one)
+    a, b, zero = (diffusion.denoiser(Net(), schedule, config, c)(x, t) for c in (one, two, null))
+    net = Net()
+    pair = diffusion.branches(net, schedule, config, [one, two], [0.7, -0.2], null)
+    out = diffusion.guidance(pair, 3.0)(x, t)
+    assert net.calls == 1 and net.rows == 12
+    torch.testing.assert_close(out, zero + 3 * (0.7 * (a - zero) - 0.2 * (b - zero)))
+
+
+def test_autoguidance_extrapolates_from_the_weaker_model():
+    good, bad = (lambda x, t: x + 1), (lambda x, t: x + 0.5)
+    out = diffusion.guidance(lambda x, t: (good(x, t), bad(x, t)), 2.0)(torch.zeros(2, 3), torch.full((2,), 0.5))
+    torch.testing.assert_close(out, torch.full((2, 3), 1.5))
+
+
+def test_rescaled_guidance_keeps_the_deviation_of_the_conditional_prediction(setting):
+    schedule, config, condition, x, t = setting
+    cond = diffusion.denoiser(Net(), schedule, config, condition)(x, t)
+    out = diffusion.guided(Net(), schedule, config, condition, 8.0, combine=diffusion.rescaled(1.0))(x, t)
+    torch.testing.assert_close(out.flatten(1).std(1), cond.flatten(1).std(1))
+    plain = diffusion.guided(Net(), schedule, config, condition, 8.0)(x, t)
+    torch.testing.assert_close(diffusion.guided(Net(), schedule, config, condition, 8.0,
+                                                combine=diffusion.rescaled(0.0))(x, t), plain)
+
+
+def test_projected_guidance_is_orthogonal_bounded_and_has_momentum():
+    cond, uncond = (gaussian(torch.arange(4) + k, (3, 8, 8)) for k in (0, 40))
+    w = torch.full((4, 1, 1, 1), 5.0)
+    push = diffusion.projected(limit=1e9)(uncond, cond, w) - cond
+    assert (push * cond).flatten(1).sum(1).abs().max() < 1e-3
+    full = diffusion.projected(limit=1e9, parallel=1.0)(uncond, cond, w)
+    torch.testing.assert_close(full, uncond + 5 * (cond - uncond), atol=1e-4, rtol=0)
+    bounded = diffusion.projected(limit=2.0, parallel=1.0)(uncond, cond, w) - cond
+    torch.testing.assert_close(bounded.flatten(1).norm(dim=1), torch.full((4,), 8.0))
+    combine = diffusion.projected(limit=1e9, parallel=1.0, momentum=-0.5)
+    first, second = combine(uncond, cond, w) - cond, combine(uncond, cond, w) - cond
+    torch.testing.assert_close(second, first / 2, atol=1e-4, rtol=0)
+
+
+def test_classifier_guidance_draws_the_posterior():
+    """Data N(0, 0.5^2), classifier p(y | x_t) of y = x0 + noise: the guided sampler draws p(x0 | y)."""
+    schedule, std, noise_std, y = schedule_of(), 0.5, 0.3, 0.6
+    prior = gauss_denoiser(schedule, 0.0, std)
+
+    def log_prob(x_t, t):
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        var = std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2) + noise_std**2
+        return (-0.5 * (y - prior(x_t, t)) ** 2 / var - 0.5 * torch.log(var)).flatten(1).sum(1)
+
+    denoise = diffusion.classifier_guidance(prior, log_prob, schedule, 1.0)
+    x, t = quantiles(500)[:, None], torch.full((500,), 0.5, dtype=F64)
+    lean = x + 1e-3 * (denoise(x, t) - prior(x, t))
+    assert (log_prob(lean, t) > log_prob(x, t)).all()
+    out = diffusion.heun(denoise, x, time_grid(200), None, schedule)
+    var = 1 / (1 / std**2 + 1 / noise_std**2)
+    assert out.mean().item() == pytest.approx(var * y / noise_std**2, abs=0.01)
+    assert out.std().item() == pytest.approx(math.sqrt(var), abs=0.01)
+
+
+def test_thresholds(setting):
+    _, _, _, x, t = setting
+    assert torch.equal(diffusion.threshold(lambda x, t: 3 * x)(x, t), (3 * x).clamp(-1, 1))
+    for percentile in (0.9, 0.995, 1.0):
+        s = torch.quantile((3 * x).flatten(1).abs(), percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        out = diffusion.threshold(lambda x, t: 3 * x, percentile)(x, t)
+        torch.testing.assert_close(out, (3 * x).clamp(-s, s) / s)
+    small = diffusion.threshold(lambda x, t: 0.1 * x, 0.995)(x, t)
+    assert torch.equal(small, 0.1 * x)  # pictures within the range are left alone
+
+
+def test_learned_variance_is_never_extrapolated_by_guidance():
+    schedule, config, condition = schedule_of(), DiffusionConfig(learn_sigma=True), condition_of()
+    x, noise = gaussian(torch.arange(4), (3, 8, 8)), diffusion.noise_source(torch.arange(4), (3, 8, 8))
+    seen = {}
+    for scale in (1.0, 9.0):
+        net, fractions = diffusion.LearnedVariance(Net(learn_sigma=True)), []
+        denoise = diffusion.guided(net, schedule, config, condition, scale)
+        variance = lambda: fractions.append(net.fraction[:4]) or fractions[-1]
+        assert diffusion.ddpm(denoise, x, time_grid(5), noise, schedule, variance).shape == x.shape
+        seen[scale] = torch.stack(fractions)
+    assert torch.equal(seen[1.0], seen[9.0])  # this network's variance depends on the text only
+
+
+# Editing -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_inpainting_keeps_what_is_known_and_fills_in_the_rest(name):
+    schedule = schedule_of()
+    known, keep = torch.full((64, 1, 4, 4), 0.9), torch.zeros(64, 1, 4, 4, dtype=torch.bool)
+    keep[..., :2] = True
+
+    def denoise(x_t, t):
+        """Pictures of one grey value N(0, 0.5^2): what is known says everything about the rest."""
+        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        grey = x_t.mean((1, 2, 3), keepdim=True)
+        return (alpha * 0.25 / (alpha**2 * 0.25 + sigma**2 / 16) * grey).expand_as(x_t)
+
+    x, noise = gaussian(torch.arange(64), (1, 4, 4)), diffusion.noise_source(torch.arange(64), (1, 4, 4))
+    errors = []
+    for resample in (1, 8):
+        out = diffusion.inpaint(SAMPLERS[name], denoise, x, time_grid(24), noise, schedule, known, keep, resample, 4)
+        assert torch.equal(out[keep], known[keep])
+        errors.append((out[~keep] - 0.9).abs().mean())
+    assert errors[1] < 0.2 and errors[1] < errors[0]  # going back and forth makes both parts agree
+
+
+def test_image_to_image_moves_further_with_strength():
+    schedule, init = schedule_of(), torch.full((256, 1), 0.45)
+    eps, distance = gaussian(torch.arange(256), (1,)), []
+    for strength in (0.1, 0.5, 1.0):
+        start = diffusion.noised(init, eps, torch.full((256,), strength), schedule)
+        out = diffusion.dpmpp_2m(mixture_denoiser(schedule), start, time_grid(20, strength), None, schedule)
+        distance.append((out - init).abs().mean())
+    assert distance[0] < 0.1 < distance[1] < distance[2]
+
+
+# Bad input, host and compiler ----------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_clear_line():
+    schedule, config, x = schedule_of(), DiffusionConfig(), torch.zeros(2, 3, 8, 8)
+    denoise = gauss_denoiser(schedule)
+    cases = [
+        lambda: time_grid(0), lambda: time_grid(-3), lambda: time_grid(5, 0.0), lambda: time_grid(5, math.nan),
+        lambda: diffusion.guided(Net(), schedule, config, condition_of(2), math.nan),
+        lambda: diffusion.guided(Net(), schedule, config, condition_of(2), -1.0),
+        lambda: diffusion.guided(Net(), schedule, config, condition_of(2), math.inf),
+        lambda: diffusion.guided(Net(), schedule, config, condition_of(2), 3.0, interval=(0.7, 0.2)),
+        lambda: diffusion.threshold(denoise, 1.5), lambda: diffusion.threshold(denoise, math.nan),
+        lambda: diffusion.inpaint(diffusion.ddim, denoise, x, time_grid(4), None, schedule, x, x[..., :4] > 0),
+        lambda: diffusion.inpaint(diffusion.ddim, denoise, x, time_grid(4), None, schedule, x[..., :4], x > 0),
+        lambda: diffusion.inpaint(diffusion.ddim, denoise, x, time_grid(4), None, schedule, x, x > 0, resample=0),
+        lambda: diffusion.draw_t(torch.rand(3), DiffusionConfig(t_density="importance"), schedule)]
+    for times in ([0.0, 0.5], [1.0], [1.0, 0.5, 0.5, 0.0], [1.2, 0.0], [1.0, -0.1], [math.nan, 0.0], [[1.0], [0.0]]):
+        cases.append(lambda times=times: diffusion.ddim(denoise, x, torch.tensor(times), None, schedule))
+    for case in cases:
+        with pytest.raises(ValueError) as error:
+            case()
+        assert len(str(error.value)) < 160 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
+    """Reading a tensor back is what synchronises: x may not be read, only computed with."""
+    schedule, inside = schedule_of(), [False]
+    for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, method)
+
+        def guarded(self, *args, original=original, method=method):
+            assert not inside[0], f"{method} inside the loop"
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, method, guarded)
+
+    def denoise(x_t, t):
+        inside[0] = True  # from the first call on
+        return 0.5 * x_t
+
+    x = torch.randn(2, 3, 4, 4)
+    SAMPLERS[name](denoise, x, time_grid(7), lambda i: torch.ones_like(x), schedule)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "heun", "ddpm"])
+def test_compiled_denoiser_does_not_recompile_between_steps(name):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(module, _):
+        graphs.append(module)
+        return module.forward
+
+    schedule, config, condition = schedule_of(), DiffusionConfig(), condition_of()
+    net = lambda x_t, t, context, mask, **_: torch.tanh(x_t) * expand(t + context.mean() * mask.sum(), x_t)
+    x, noise = gaussian(torch.arange(4), (3, 8, 8)), diffusion.noise_source(torch.arange(4), (3, 8, 8))
+    denoise = torch.compile(diffusion.guided(net, schedule, config, condition, 3.0), backend=backend)
+    SAMPLERS[name](denoise, x, time_grid(6), noise, schedule)
+    assert len(graphs) == 1
+
+
+def test_config_defaults_are_the_spine():
+    config = DiffusionConfig()
+    assert dataclasses.asdict(config) | {"schedule": "cosine", "prediction": "v"} == dataclasses.asdict(config)
+    x0, eps, t = (gaussian(torch.arange(8) + k, (3, 4, 4)) for k in (0, 9)), None, torch.linspace(0.01, 0.99, 8)
+    x0, eps = x0
+    model = lambda x_t, t: torch.zeros_like(x_t)
+    weighted, raw = diffusion.losses(model, x0, eps, t, schedule_of(), config)
+    torch.testing.assert_close(weighted, raw, rtol=1e-4, atol=1e-6)  # v on a variance-preserving schedule is the unit
