@@ -66,7 +66,7 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | 
 
 def noise_source(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | None = None) -> Callable:
     """noise(step) -> (B, *shape) for the samplers: independent for each step, and of gaussian(keys)."""
-    return lambda step: gaussian(mix(keys + (step + 1) * MIX_1), shape, device)
+    return lambda step: gaussian(mix(keys) + step, shape, device)
 
 
 # Schedules: t -> logsnr -> (alpha, sigma) ------------------------------------------------------------------
@@ -149,7 +149,7 @@ def make_schedule(config: DiffusionConfig, size: int) -> Schedule:
     The same noise hides less of a large picture (Hoogeboom et al. 2023, 2301.11093, eq. 4; for flow, Esser et
     al. 2024, 2403.03206, eq. 23). Raises ValueError on an unknown name or an impossible size."""
     if config.schedule == "quadratic":
-        raise ValueError("schedule 'quadratic' leaves 3% of the signal at t = 1 (logsnr -7): use scaled_linear "
+        raise ValueError("schedule 'quadratic' leaves 3% of the signal at t = 1: use scaled_linear "
                          "(the same formula) with zero_snr")
     if config.schedule not in CURVES:
         raise ValueError(f"schedule {config.schedule!r} is not one of {', '.join(CURVES)}")
@@ -347,7 +347,7 @@ def decoder_bits(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 def variational_bits(x0: Tensor, x_t: Tensor, guess: Tensor, fraction: Tensor | float, s: Tensor, t: Tensor,
                      schedule: Schedule) -> Tensor:
     """One term of the variational bound, bits per dimension (B,) (Ho et al. 2020, 2006.11239, eq. 5).
-    KL(q(x_s | x_t, x0) || p(x_s | x_t)) or the decoder where s = 0. p has the mean of q with `guess` for x0 and
+    KL(q(x_s | x_t, x0) || p(x_s | x_t)) or the decoder where s = 0. p has q's mean with `guess` for x0 and
     a log variance between that of q (fraction 0) and of the forward step (1) (2102.09672, eq. 15)."""
     of_x0, of_x_t, small, large = (expand(c, x0) for c in posterior(schedule, s, t))
     log_var = small + fraction * (large - small)
