@@ -1,10 +1,10 @@
 """The U-Net that predicts, its presets, and the files that hold its weights.
 
-    net = UNet(ModelConfig(**PRESETS["tiny"]), size=64, text_dim=128, pooled_dim=128)
+    net = UNet(PRESETS["tiny"], size=64, text_dim=128, pooled_dim=128)
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
 
-Letters:  B batch   C channels of a feature map   H W its height and width   N = H*W positions   K heads
-          L text tokens   D text width   P pooled text width   E width of the embedding
+Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
+L text tokens, D text width, P pooled text width, E width of the embedding.
 """
 import hashlib
 import json
@@ -28,36 +28,36 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class ModelConfig:
-    channels: int = 64                        # width of the first level, a multiple of 32 [channels]
-    channel_mult: tuple[int, ...] = (1, 2, 2)  # width of each level as a multiple of --channels, one number a level
-    num_res_blocks: int = 1                   # residual blocks of a level on the way down; up has one more
+    channels: int = 64  # width of the first level, a multiple of 32 [channels]
+    channel_mult: tuple[int, ...] = (1, 2, 2)  # width of each level, one number a level [times --channels]
+    num_res_blocks: int = 1  # residual blocks of a level on the way down; up has one more
     attn_resolutions: tuple[int, ...] = (8,)  # sides of the feature maps that have attention [pixels]
-    head_dim: int = 32                        # width of one attention head [channels]
-    patch: int = 2                            # side of the squares that are folded into channels at the border [pixels]
+    head_dim: int = 32  # width of one attention head [channels]
+    patch: int = 2  # side of the squares that are folded into channels at the border [pixels]
 
 
-# Counted at 64 pixels with the built-in byte encoder (128 wide, 128 tokens); a test counts them again.
+# Of the U-Net alone, at 64 pixels with 128 text tokens of width 128; a test counts them again.
 PRESETS = {
     #                 channels  levels    blocks  attention at  head  patch      parameters    forward
-    "tiny":  ModelConfig(64,  (1, 2, 2),    1, (8,),            32,   2),     #     6.0 M        2.1 GFLOPs
+    "tiny":  ModelConfig(64,  (1, 2, 2),    1, (8,),            32,   2),     #     5.6 M        2.1 GFLOPs
     "small": ModelConfig(128, (1, 2, 3),    2, (32, 16),        64,   1),     #    50.5 M         64 GFLOPs
     "base":  ModelConfig(192, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #     305 M        202 GFLOPs
     "large": ModelConfig(384, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #    1221 M        778 GFLOPs
 }
 
 
-# --------------------------------------------------------------------------------------------- the U-Net
+# ----------------------------------------------------------------------------------------------- the U-Net
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu and He 2018, arXiv:1803.08494), groups of 16 channels or more, float32 statistics for any input."""
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside."""
 
     def __init__(self, channels: int):
         super().__init__(min(32, max(1, channels // 16)), channels)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the type of its input, accumulated in float32."""
+    """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the type of its input, summed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
@@ -66,8 +66,8 @@ class RMSNorm(nn.RMSNorm):
 class ResBlock(nn.Module):
     """Residual block with scale-shift normalisation and resampling inside.
 
-    Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides before the
-    first convolution, on both branches.
+    Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides
+    before the first convolution, on both branches. It takes `text` as Attention does, and does not use it.
     """
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, resample: str = ""):
@@ -83,102 +83,107 @@ class ResBlock(nn.Module):
             return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
-    def forward(self, x: Tensor, emb: Tensor, text: tuple) -> Tensor:
-        h = self.conv1(self._resampled(F.silu(self.norm1(x))))                                # (B, c_out, H', W')
-        scale, shift = self.emb(emb)[:, :, None, None].to(h.dtype).chunk(2, 1)
+    def forward(self, x: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        h = self.conv1(self._resampled(F.silu(self.norm1(x))))                        # (B, c_out, H', W')
+        scale, shift = self.emb(emb)[:, :, None, None].to(h.dtype).chunk(2, 1)        # (B, c_out, 1, 1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return self.skip(self._resampled(x)) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
-    """Self- and cross-attention in one call: queries of the picture, keys of [picture; text; null token] side by side.
+    """Self- and cross-attention in one call: keys of the picture, the text and the null token side by side.
 
-    The text joins the keys as in Saharia et al. 2022, arXiv:2205.11487, section 2.3. Queries and keys are RMS-normalised
-    per head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the logits in bfloat16.
+    The text joins the keys as in Saharia et al. 2022, arXiv:2205.11487, section 2.3. Queries and keys are
+    RMS-normalised per head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the
+    logits in bfloat16.
     """
 
     def __init__(self, channels: int, context_dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
         self.norm = GroupNorm(channels)
-        self.qkv, self.text_kv = nn.Linear(channels, 3 * channels), nn.Linear(context_dim, 2 * channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.text_kv = nn.Linear(context_dim, 2 * channels)
         self.q_norm, self.k_norm, self.text_k_norm = (RMSNorm(head_dim) for _ in range(3))
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, emb: Tensor, text: tuple) -> Tensor:
-        context, bias = text                                              # (B, L+1, E), N -> (B, 1, 1, N+L+1)
+    def forward(self, x: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        context, hidden = text                                                        # (B, L+1, E), (B, L+1)
         B, C, H, W = x.shape
-        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
-        q, k, v = self.qkv(tokens).view(B, H * W, 3, -1, self.head_dim).unbind(2)             # (B, N, K, head_dim)
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)                # (B, N, C)
+        q, k, v = self.qkv(tokens).view(B, H * W, 3, -1, self.head_dim).unbind(2)     # (B, N, K, head_dim)
         text_k, text_v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
-        k = torch.cat([self.k_norm(k), self.text_k_norm(text_k)], 1)
-        v = torch.cat([v, text_v], 1)                                                         # (B, N+L+1, K, head_dim)
+        k = torch.cat([self.k_norm(k), self.text_k_norm(text_k)], 1)                  # (B, N+L+1, K, ...)
+        v = torch.cat([v, text_v], 1)
         q, k, v = (a.transpose(1, 2) for a in (self.q_norm(q), k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[H * W].to(v.dtype))
+        bias = F.pad(hidden, (H * W, 0))[:, None, None].to(v.dtype)                   # (B, 1, 1, N+L+1)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, head_dim)
         h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
 class UNet(nn.Module):
-    """Text-conditioned U-Net (the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, with text as extra keys of the attention).
+    """Text-conditioned U-Net: the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, text as extra keys.
 
-    size: side of the pictures [pixels]; text_dim, pooled_dim: widths of `context` and `pooled`. Raises ValueError where the
-    shape cannot be built, naming the flag. Set `checkpointing` to recompute activations in the backward pass.
+    size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; out_channels: 3, or 6 to predict a
+    variance too. Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to
+    recompute activations in the backward pass.
     """
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, out_channels: int = 3):
         super().__init__()
         check_shape(config, size)
-        self.config, self.size, self.checkpointing = config, size, False
+        self.config, self.checkpointing = config, False
         ch, emb = config.channels, 4 * config.channels
         self.time = nn.Sequential(nn.Linear(ch, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.pooled = nn.Sequential(nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.pooled = nn.Sequential(
+            nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, emb))
-        self.null = nn.Parameter(torch.zeros(1, 1, emb))                      # the key that is always visible
+        self.null = nn.Parameter(torch.zeros(1, 1, emb))                 # the key that is always visible
         self.conv_in = nn.Conv2d(3 * config.patch**2, ch, 3, padding=1)
 
-        def stage(c_in: int, c_out: int, side: int, resample: str = "", attention: bool = True) -> nn.ModuleList:
-            blocks = [ResBlock(c_in, c_out, emb, resample)]
-            if attention and side in config.attn_resolutions:
-                blocks.append(Attention(c_out, emb, config.head_dim))
-            return nn.ModuleList(blocks)
+        def stage(c_in: int, c_out: int) -> nn.ModuleList:
+            attention = [Attention(c_out, emb, config.head_dim)] if side in config.attn_resolutions else []
+            return nn.ModuleList([ResBlock(c_in, c_out, emb), *attention])
 
         c, side, skips = ch, size // config.patch, [ch]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, mult in enumerate(config.channel_mult):
             if level:
                 side //= 2
-                self.down.append(stage(c, c, side, "down", attention=False))
+                self.down.append(nn.ModuleList([ResBlock(c, c, emb, "down")]))
                 skips.append(c)
             for _ in range(config.num_res_blocks):
-                self.down.append(stage(c, mult * ch, side))
+                self.down.append(stage(c, mult * ch))
                 c = mult * ch
                 skips.append(c)
-        self.mid = nn.ModuleList([ResBlock(c, c, emb), Attention(c, emb, config.head_dim), ResBlock(c, c, emb)])
-        self.sides = {*config.attn_resolutions, side}                         # where attention is
+        middle = Attention(c, emb, config.head_dim)
+        self.mid = nn.ModuleList([ResBlock(c, c, emb), middle, ResBlock(c, c, emb)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for i in range(config.num_res_blocks + 1):
-                self.up.append(stage(c + skips.pop(), mult * ch, side))
+            for _ in range(config.num_res_blocks + 1):
+                self.up.append(stage(c + skips.pop(), mult * ch))
                 c = mult * ch
-            if level:                                                         # to the next level's width before its larger side
+            if level:                                          # to the next level's width, then its side
                 side *= 2
                 self.up[-1].append(ResBlock(c, config.channel_mult[level - 1] * ch, emb, "up"))
                 c = config.channel_mult[level - 1] * ch
-        self.norm_out, self.conv_out = GroupNorm(c), nn.Conv2d(c, out_channels * config.patch**2, 3, padding=1)
+        self.norm_out = GroupNorm(c)
+        self.conv_out = nn.Conv2d(c, out_channels * config.patch**2, 3, padding=1)
         self.init_weights()
 
     def init_weights(self) -> None:
         for m in self.modules():
-            if isinstance(m, nn.Conv2d | nn.Linear):                          # keeps the variance of a unit input
+            if isinstance(m, nn.Conv2d | nn.Linear):           # keeps the variance of a unit input
                 nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(m.weight[0].numel()))
                 nn.init.zeros_(m.bias)
-        for m in self.modules():                                              # blocks start as the identity, the output as 0
-            for last in {ResBlock: ["conv2"], Attention: ["out"], UNet: ["conv_out"]}.get(type(m), []):
-                nn.init.zeros_(getattr(m, last).weight)
+        last = {ResBlock: "conv2", Attention: "out", UNet: "conv_out"}
+        for m in self.modules():                               # blocks start as the identity, the output as 0
+            if type(m) in last:
+                nn.init.zeros_(getattr(m, last[type(m)]).weight)
         nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
 
-    def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, text: tuple) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         for block in blocks:
             recompute = self.checkpointing and torch.is_grad_enabled()
             h = checkpoint(block, h, emb, text, use_reentrant=False) if recompute else block(h, emb, text)
@@ -187,21 +192,22 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """Predict the target of the diffusion at each pixel.
 
-        x_t (B, 3, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context (B, L, D); mask (B, L)
-        bool, True = a token; pooled (B, P). A row of the mask without any True is the unconditional branch: its tokens and its
-        pooled vector are not seen. Returns (B, out_channels, H, W) float32.
+        x_t (B, 3, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context
+        (B, L, D); mask (B, L) bool, True = a token; pooled (B, P). A row of the mask without any True is the
+        unconditional branch: its tokens and its pooled vector are not seen. Returns (B, out_channels, H, W)
+        float32.
         """
-        p, B = self.config.patch, x_t.shape[0]
-        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)                            # only the biases speak
-        emb = F.silu(self.time(timestep_embedding(t, self.config.channels)) + self.pooled(pooled))            # (B, E)
+        patch, B = self.config.patch, x_t.shape[0]
+        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)                    # only the biases speak
+        time = timestep_embedding(t, self.config.channels)
+        emb = F.silu(self.time(time) + self.pooled(pooled))                           # (B, E)
         context = self.context(context)
-        context = torch.cat([context, self.null.expand(B, 1, -1).to(context.dtype)], 1)       # (B, L+1, E)
+        context = torch.cat([context, self.null.expand(B, -1, -1).to(context.dtype)], 1)  # (B, L+1, E)
         hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-        bias = {s * s: F.pad(hidden, (s * s, 1))[:, None, None] for s in self.sides}          # (B, 1, 1, N+L+1)
-        text = (context, bias)
+        text = context, F.pad(hidden, (0, 1))                                         # (B, L+1), 0 = visible
 
-        h = F.pixel_unshuffle(x_t, p).contiguous(memory_format=torch.channels_last)           # (B, 3pp, H/p, W/p)
-        h = self.conv_in(h)
+        h = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(h)                                                           # (B, C, H', W')
         skips = [h]
         for blocks in self.down:
             h = self._run(blocks, h, emb, text)
@@ -210,54 +216,59 @@ class UNet(nn.Module):
         for blocks in self.up:
             h = self._run(blocks, torch.cat([h, skips.pop()], 1), emb, text)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, p).float()                                                  # (B, out_channels, H, W)
+        return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sines and cosines of 1000 t (Vaswani et al. 2017, arXiv:1706.03762, section 3.5), frequencies from 1 to 1/10000.
-    t (B,) in [0, 1] -> (B, dim) float32."""
+    """Cosines and sines of 1000 t, t (B,) in [0, 1] -> (B, dim) float32.
+
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000.
+    """
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
 def check_shape(config: ModelConfig, size: int) -> None:
-    """Raise ValueError, one line with the flag and a value that works, where a U-Net of this shape cannot be built."""
+    """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built."""
     for name in ("patch", "channel_mult", "num_res_blocks"):
         if min(np.atleast_1d(getattr(config, name)), default=0) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
     step = config.patch * 2 ** (len(config.channel_mult) - 1)
     if size < step or size % step:
         near = max(step, size // step * step)
-        raise ValueError(f"--size {size} must be a multiple of {step} for this model. Try {near} or {near + step}")
+        raise ValueError(f"--size {size} must be a multiple of {step} for this model. "
+                         f"Try {near} or {near + step}")
     if config.channels < 32 or config.channels % 32:
         near = max(32, config.channels // 32 * 32)
         raise ValueError(f"--channels {config.channels} must be a multiple of 32. Try {near}")
     if config.head_dim < 8 or config.channels % config.head_dim:
-        raise ValueError(f"--head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
+        raise ValueError(f"--head-dim {config.head_dim} must be 8 or more and divide --channels "
+                         f"{config.channels}. Try 32")
     sides = [size // config.patch // 2**i for i in range(len(config.channel_mult))]
     if wrong := [a for a in config.attn_resolutions if a not in sides]:
-        raise ValueError(f"--attn-resolutions {wrong[0]} is not a side of a feature map here. Choose from {sides}")
+        raise ValueError(f"--attn-resolutions {wrong[0]} is not a side of a feature map here. "
+                         f"Choose from {sides}")
 
 
 def count_flops(model: nn.Module, *args, **kwargs) -> int:
-    """Floating-point operations (multiply and add are two) of the convolutions, products and attention of one forward pass."""
+    """Floating-point operations (multiply and add are two) of the matrix products of one forward pass."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops()
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = "limn 1"
 
 
 def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
-    """SHA-256 of the metadata and of name, type, shape and bytes of every tensor, in the order of the names."""
+    """SHA-256 of the metadata and of each tensor's name, type, shape and bytes, in the order of names."""
     def one(name: str) -> bytes:
         t = tensors[name].detach().cpu().contiguous()
         h = hashlib.sha256(f"{name} {t.dtype} {tuple(t.shape)}".encode())
-        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))         # releases the GIL: threads run in parallel
+        h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))  # without the GIL: threads help
         return h.digest()
 
     with ThreadPoolExecutor() as pool:
@@ -274,27 +285,38 @@ def _fsync(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    """Write one safetensors file that carries `meta` and its own checksum; on disk when this returns."""
+    """Write one safetensors file with `meta` and its own checksum; it is on disk afterwards, else OSError."""
     meta = {"format": FORMAT, **meta}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(tensors, path, metadata={**meta, "sha256": checksum(tensors, meta)})
+    try:
+        save_file(tensors, path, metadata={**meta, "sha256": checksum(tensors, meta)})
+    except SafetensorError as e:                               # a full disk, say
+        code = re.search(r"os error (\d+)", str(e))
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(str(e)) from e
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)                                            # safetensors creates it 0600
+    os.chmod(path, 0o666 & ~umask)                             # safetensors creates it 0600
     _fsync(path)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read and verify a file of `save_tensors`: (tensors on the CPU, meta). ValueError when it is damaged or not ours."""
+    """Read and verify a file of `save_tensors`: (tensors on the CPU, meta).
+
+    Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed.
+    """
     try:
         with safe_open(path, "pt") as f:
             meta, names = f.metadata() or {}, list(f.keys())
             if not meta.get("format", "").startswith("limn "):
                 first = names[0] if names else "none"
-                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {first}). Name a file of runs/")
+                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {first}). "
+                                 "Name a file of runs/")
             if meta["format"] != FORMAT:
-                raise ValueError(f"{path} has format {meta['format']}, this code reads {FORMAT}. Update the code")
+                raise ValueError(f"{path} has format {meta['format']}, this code reads {FORMAT}. "
+                                 "Update the code")
             tensors = {name: f.get_tensor(name) for name in names}
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing. Name a run directory, a checkpoint folder or a file") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:100]}") from e
     if meta.get("sha256") != checksum(tensors, {k: v for k, v in meta.items() if k != "sha256"}):
@@ -309,10 +331,10 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str, str], keep: int) -> Path:
-    """Publish `run`/checkpoints/STEP with a file of tensors for each entry of `files`, all at once or not at all.
+    """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all.
 
-    Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then older checkpoints are pruned
-    to the last `keep`. OSError leaves everything as it was.
+    Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then are older
+    checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was.
     """
     parent, target = run / "checkpoints", run / "checkpoints" / f"{step:06d}"
     temp = parent / f".tmp-{step:06d}"
@@ -323,7 +345,7 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
         for name, tensors in files.items():
             save_tensors(temp / f"{name}.safetensors", tensors, meta)
         _fsync(temp)
-        if target.exists():                                                   # of this step, and damaged: keep it aside
+        if target.exists():                                    # of this step, and damaged: keep it aside
             os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
         os.replace(temp, target)
         _fsync(parent)
@@ -331,12 +353,13 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
         shutil.rmtree(temp, ignore_errors=True)
         raise
     for old in [p for p in checkpoint_folders(run) if int(p.name) <= step][:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)                 # what stays is tried again at the next save
     return target
 
 
-def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn=print) -> tuple[Path, list[dict], dict] | None:
-    """The newest checkpoint of `run` whose `files` all verify: (folder, tensors of each file, meta), None without any.
+def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
+                    warn=print) -> tuple[Path, list[dict[str, Tensor]], dict[str, str]] | None:
+    """The newest checkpoint of `run` whose `files` all verify: (folder, tensors of each file, meta), or None.
 
     Calls `warn` with one line for each damaged one it passes over; ValueError when all of them are damaged.
     """
@@ -348,5 +371,6 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn=print) ->
         except ValueError as e:
             warn(f"{e}; trying the checkpoint before it")
     if folders:
-        raise ValueError(f"all {len(folders)} checkpoints in {run}/checkpoints are damaged. Move them away to start anew")
+        raise ValueError(f"all {len(folders)} checkpoints in {run}/checkpoints are damaged. "
+                         "Move them away to start anew")
     return None
