@@ -21,6 +21,7 @@ import textwrap
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, partial
@@ -98,8 +99,8 @@ GROUNDS = {"white": (246, 245, 240), "yellow": (253, 232, 150), "green": (172, 2
            "purple": (208, 188, 236), "grey": (172, 176, 184)}
 TONES = {"ink": (40, 40, 50), "snow": (252, 252, 250), "wood": (132, 86, 52), "leaf": (62, 140, 70),
          "glass": (196, 230, 250), "cream": (252, 236, 196), "rose": (244, 150, 160), "flame": (255, 190, 60)}
-SPECIAL = {"yellow": {"shade": (236, 170, 24)},             # darkened, it looks green; details of the rest
-           "white": {"shade": (200, 200, 198), "tint": (220, 220, 218), "snow": (180, 180, 178)},
+SPECIAL = {"yellow": {"shade": (240, 186, 30)},             # darkened, it looks green; details of the rest
+           "white": {"shade": (214, 214, 212), "tint": (224, 224, 222), "snow": (180, 180, 178)},
            "black": {"shade": (78, 78, 84), "tint": (120, 120, 126), "ink": (112, 112, 118)}}
 SIZES = {"small": 0.21, "": 0.29, "large": 0.375}           # half a thing's side, of the picture's
 PLACES = {"in the middle": (0, 0), "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0),
@@ -195,21 +196,6 @@ def captions(scene: Scene) -> list[str]:
 font = cache(ImageFont.load_default)
 
 
-@cache
-def strokes(kind: str) -> list[tuple[str, str, list[int]]]:
-    """The row of KINDS as (shape, tone, coordinates), mirrored shapes spelt out."""
-    found = []
-    for shape, tone, *numbers in (line.split() for line in KINDS[kind].split(",")):
-        corners = [int(v) for v in numbers]
-        found.append((shape.rstrip("+"), tone, corners))
-        if shape.endswith("+"):
-            mirrored = [v if i % 2 else -v for i, v in enumerate(corners)]
-            if "poly" not in shape:                         # left before right
-                mirrored[0], mirrored[2] = mirrored[2], mirrored[0]
-            found.append((shape.rstrip("+"), tone, mirrored))
-    return found
-
-
 def draw(scene: Scene, size: int) -> np.ndarray:
     """A scene, uint8 (3, size, size): drawn at a multiple of the size, reduced with the one resize kernel."""
     side = size * (4 if size <= 256 else 2)
@@ -218,14 +204,18 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     for thing in scene.things:
         main, unit = COLOURS[thing.colour], thing.half * side / 100
         middle = thing.x * side - 0.5, thing.y * side - 0.5     # the centre of a pixel is a whole number
-        own = {"shade": tuple(int(v * 0.72) for v in main), "tint": tuple(v // 2 + 127 for v in main)}
+        own = {"shade": tuple(int(v * 0.8) for v in main), "tint": tuple(v // 2 + 127 for v in main)}
         own |= {"main": main, "ground": GROUNDS[scene.background]}
         tones = TONES | own | SPECIAL.get(thing.colour, {})
         ink = tones["snow" if sum(main) < 350 else "ink"]
-        shapes = {"box": pen.rectangle, "oval": pen.ellipse, "poly": pen.polygon,
+        shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
                   "round": partial(pen.rounded_rectangle, radius=18 * unit)}
-        for shape, tone, corners in strokes(thing.kind):
-            shapes[shape]([middle[i % 2] + unit * v for i, v in enumerate(corners)], fill=tones[tone])
+        for shape, tone, *corners in (line.split() for line in KINDS[thing.kind].split(",")):
+            for mirror in (1, -1)[:1 + shape.endswith("+")]:
+                xs = [middle[0] + mirror * unit * int(v) for v in corners[::2]]
+                ys = [middle[1] + unit * int(v) for v in corners[1::2]]
+                points = zip(xs if "poly" in shape else sorted(xs), ys)
+                shapes[shape.strip("+")](list(points), fill=tones[tone])
         step = unit * min(50, 176 / max(1, len(scene.word)))
         for i, letter in enumerate(scene.word):             # one at a time: no shaping library has a say
             at = middle[0] + step * (i - (len(scene.word) - 1) / 2), middle[1] - 16 * unit
@@ -268,7 +258,8 @@ def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
         side = max(1, round(keep * min(image.size)))
         left, top = round(right * (image.width - side)), round(down * (image.height - side))
         image = image.crop((left, top, left + side, top + side))
-        ImageOps.exif_transpose(image, in_place=True)
+        with suppress(Exception):                           # damaged tags: as it lies
+            ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):                      # 16-bit grey: convert() would clip it to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
@@ -290,16 +281,14 @@ def clean(text: str) -> str:
 
 def read_captions(text: bytes, sidecar: bytes) -> list[str]:
     """All captions of a picture: "captions" of its .json, else the lines of its .txt, else .json's one."""
-    try:
+    listed, single = [], []
+    with suppress(ValueError, RecursionError, AttributeError):      # empty or broken: as if it were not there
         fields = json.loads(sidecar)
-    except (ValueError, RecursionError):                    # empty or broken: as if it were not there
-        fields = {}
-    fields = fields if isinstance(fields, dict) else {}
-    listed = fields.get("captions") if isinstance(fields.get("captions"), list) else []
-    lines = text.decode("utf-8-sig", "replace").splitlines()
-    for found in (listed, lines, [fields.get("caption"), fields.get("text")]):
-        if kept := [c for c in (clean(c) for c in found if isinstance(c, str)) if c]:
-            return kept
+        listed, single = fields.get("captions"), [fields.get("caption"), fields.get("text")]
+    for found in (listed, text.decode("utf-8-sig", "replace").splitlines(), single):
+        kept = [clean(c) for c in found if isinstance(c, str)] if isinstance(found, list) else []
+        if any(kept):
+            return [c for c in kept if c]
     return []
 
 
@@ -366,18 +355,14 @@ def index_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     mark = f"1 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "limn")
     kept = os.path.join(folder, hashlib.blake2b(mark, digest_size=16).hexdigest() + ".npz")
-    try:
-        with np.load(kept, allow_pickle=False) as stored:
-            return stored["rows"], stored["keys"], stored["warned"].tolist()
-    except Exception:                                       # not there, or torn
-        rows, keys, warned = scan_tar(path)
-    try:
+    with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
+        return stored["rows"], stored["keys"], stored["warned"].tolist()
+    rows, keys, warned = scan_tar(path)
+    with suppress(OSError):                                 # no room for it: scanned again next time
         os.makedirs(folder, exist_ok=True)
         with open(f"{kept}.{os.getpid()}", "wb") as file:
             np.savez(file, rows=rows, keys=keys, warned=np.array(warned, "U"))
         os.replace(file.name, kept)
-    except OSError:                                         # no room for it: scanned again next time
-        pass
     return rows, keys, warned
 
 
@@ -413,9 +398,9 @@ class Files:
             elif suffix in PARTS:
                 loose.append((key, PARTS[suffix], len(self.files), 0, size))
             self.files.append((path, size))
-        *alone, twice = join(sorted(loose, key=lambda part: (part[0], -part[1])))       # captions before pictures
+        *alone, twice = join(sorted(loose, key=lambda part: (part[0], -part[1])))   # captions before pictures
         if twice:
-            self.warned.append(f"{self.name}: {twice} names of several pictures; kept the first each")
+            self.warned.append(f"{self.name}: {twice} names of several pictures; kept the first")
         self.rows, self.keys = (np.concatenate(arrays) for arrays in zip(*tables, alone))
         if not len(self.rows):
             example = f", e.g. {printable(os.path.basename(self.files[0][0]))}" if self.files else ""
@@ -508,8 +493,8 @@ class Pictures:
         limit, held_out, count = self.config.limit, self.config.held_out, len(source.rows)
         if isinstance(source, BuiltIn) and not limit:       # validation lies behind the end of training
             return range(ENDLESS) if self.split == "train" else range(ENDLESS, ENDLESS + max(1, held_out))
-        if limit:
-            return range(min(count, limit) if count else limit)
+        if limit or not held_out:
+            return range(min(count or limit, limit or count))
         hashes = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in source.keys.tolist())
         held = np.frombuffer(hashes, "<u8") < int(min(0.05, held_out / count) * 2**64)
         if not held.any():
@@ -556,14 +541,9 @@ def collect(dataset: Pictures, first: int, last: int) -> dict:
             "replaced": [line for item in items for line in item["replaced"]]}
 
 
-def work(pipe, dataset: Pictures, firsts: range, share: int, stop: int) -> None:
-    """A worker process: its batches into a pipe, which holds each back until it is wanted.
-
-    Deaf to SIGTERM and SIGINT, which reach whole process groups: the trainer needs batches to stop in good
-    order.
-    """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def work(ours, pipe, dataset: Pictures, firsts: range, share: int, stop: int) -> None:
+    """A worker process: its batches into a pipe, which holds each back until it is wanted."""
+    ours.close()                                            # or it would not break when the trainer is gone
     try:
         for first in firsts:
             pipe.send(collect(dataset, first, min(first + share, stop)))
@@ -597,14 +577,16 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
             process.join()
             pipe.close()
     atexit.register(end)                                    # they would keep the interpreter from leaving
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
-        for worker in range(workers):
+        for worker in range(workers):                       # born deaf, as the trainer stops in order
             pipe, theirs = context.Pipe(duplex=False)
-            job = (theirs, dataset, firsts[worker::workers], share, stop)
+            job = (pipe, theirs, dataset, firsts[worker::workers], share, stop)
             process = context.Process(target=work, args=job, daemon=True)
             process.start()
             theirs.close()
             team.append((process, pipe))
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for turn, first in enumerate(firsts):
             if workers:
                 process, pipe = team[turn % workers]
@@ -612,7 +594,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
                     batch = pipe.recv() if pipe.poll(timeout) else TimeoutError(f"no data in {timeout} s")
                 except EOFError:
                     process.join()
-                    batch = ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is out of "
+                    batch = ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
                                               "memory); use fewer --workers or a smaller --batch-size")
                 if isinstance(batch, Exception):
                     raise batch
@@ -636,7 +618,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
     """One picture of many, uint8 (N, 3, H, W), each with its caption wrapped below it."""
     n, _, height, width = pictures.shape
-    scale = max(1, 128 // height)                                       # small pictures are shown larger, pixel by pixel
+    scale = max(1, 128 // height)                               # small pictures are shown larger
     columns, gap, text = min(columns, n), 8, font(11)
     lines = [textwrap.wrap(c, max(8, width * scale // 6))[:3] or ["(no caption)"] for c in captions]
     cell = (width * scale + gap, height * scale + gap + 14 * max(map(len, lines)))
@@ -646,5 +628,5 @@ def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Imag
         x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
         tile = Image.fromarray(np.ascontiguousarray(np.asarray(pictures[i]).transpose(1, 2, 0)))
         sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
-        pen.multiline_text((x, y + height * scale + 1), "\n".join(lines[i]), fill="black", font=text, spacing=1)
+        pen.text((x, y + height * scale + 1), "\n".join(lines[i]), fill="black", font=text, spacing=1)
     return sheet

@@ -5,12 +5,12 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +20,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
-from data import DataConfig, Pictures, captions, decode, draw, interleave, keyed, loader, permute, picture, scene
+from data import (
+    DataConfig,
+    Pictures,
+    captions,
+    decode,
+    draw,
+    interleave,
+    keyed,
+    loader,
+    permute,
+    picture,
+    scene,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +88,7 @@ def open_source(*patterns, size=16, seed=0, split="train", **options) -> Picture
     return Pictures(DataConfig(data=[str(p) for p in patterns], **options), size, seed, split)
 
 
-# ------------------------------------------------------------------------------------------ the order of the data
+# ---------------------------------------------------------------------------------- the order of the data
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10, 17, 1000])
 def test_permute_is_a_bijection(n):
@@ -149,7 +161,7 @@ def test_bad_sources_are_one_line(tmp_path, monkeypatch, entries):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------ built-in pictures
+# -------------------------------------------------------------------------------------- built-in pictures
 
 def test_scenes_cover_kinds_colours_and_layouts():
     scenes = [scene(i) for i in range(3000)]
@@ -181,6 +193,9 @@ def test_things_stay_inside_apart_and_off_their_own_colour():
             assert distance[shown.relation] >= a.half + b.half - 0.04
 
 
+FILLING = {"a", "an", "on", "background", "with", "the", "word", "that", "says"}
+
+
 def test_captions_are_true_short_and_differ():
     for i in range(1500):
         shown = scene(i)
@@ -192,13 +207,11 @@ def test_captions_are_true_short_and_differ():
             assert f"{thing.colour} {thing.kind}" in full
         assert full.endswith(f"{shown.background} background")
         assert all(word in full for word in (shown.size, shown.place, shown.relation, shown.word))
+        true = {shown.word, shown.background, *f"{shown.size} {shown.place} {shown.relation}".split(),
+                *data.RELATIONS.get(shown.relation, ("",))[0].split(),
+                *(word for thing in shown.things for word in (thing.kind, thing.colour))}
         for caption in found:
-            words = caption.replace('"', "").split()
-            assert sum(caption.count(c) for c in data.COLOURS) <= 3
-            assert all(word in {"a", "an", "on", "background", "in", "the", "middle", "at", "top", "bottom", "left",
-                                "right", "of", "above", "below", "sign", "with", "word", "that", "says", shown.word,
-                                shown.size, shown.background, *(t.kind for t in shown.things),
-                                *(t.colour for t in shown.things)} for word in words), caption
+            assert set(caption.replace('"', "").split()) <= true | FILLING
 
 
 def test_pictures_are_pure_and_the_same_at_every_size():
@@ -216,21 +229,23 @@ def test_pictures_are_pure_and_the_same_at_every_size():
 def test_a_thing_is_mostly_in_its_own_colour():
     for kind, colour in itertools.product([k for k in data.KINDS if k != "sign"], data.COLOURS):
         ground = "grey"
-        shown = draw(data.Scene((data.Thing(kind, colour, 0.5, 0.5, 0.4),), ground), 64).transpose(1, 2, 0).astype(int)
+        alone = data.Scene((data.Thing(kind, colour, 0.5, 0.5, 0.4),), ground)
+        shown = draw(alone, 64).transpose(1, 2, 0).astype(int)
         thing = shown[np.abs(shown - data.GROUNDS[ground]).max(2) > 24]
-        nearest = np.abs(thing[:, None] - np.array([*data.COLOURS.values(), *data.TONES.values()])).sum(2).argmin(1)
-        names = Counter(np.array([*data.COLOURS, *data.TONES])[nearest].tolist())
-        assert names.most_common(1)[0][0] == colour, (kind, colour, names)
+        nearest = np.abs(thing[:, None] - np.array([*data.COLOURS.values()])).sum(2).argmin(1)
+        names = Counter(np.array([*data.COLOURS])[nearest].tolist())
+        others = [n for name, n in names.items() if name != colour]
+        assert names[colour] > 1.4 * max(others, default=0), (kind, colour, names)
 
 
 def test_built_in_pictures_do_not_change_by_accident():
-    """Recorded when they were last changed on purpose; a judge or a run trained before that does not fit them."""
+    """Recorded when they were last changed on purpose; runs trained on other pictures do not fit them."""
     digest = [int(picture(i, 64)[0].astype(np.int64).sum()) for i in range(4)]
     assert digest == GOLDEN[0]
     assert captions(scene(0))[-1] == GOLDEN[1]
 
 
-GOLDEN = None
+GOLDEN = [2502757, 2048433, 2219196, 2693921], "a large pink flower in the middle on a yellow background"
 
 
 def test_validation_is_held_out_of_training(tmp_path):
@@ -243,25 +258,26 @@ def test_validation_is_held_out_of_training(tmp_path):
     assert not set(held) & set(keys(train, len(train)))
     assert keys(open_source(tmp_path, held_out=15, split="val", seed=5), len(val)) == held
     (tmp_path / "0.png").unlink()
-    assert set(keys(open_source(tmp_path, held_out=15, split="val"), len(val) - 1)) >= set(held) - {"0"}
+    assert set(keys(open_source(tmp_path, held_out=15, split="val"), len(val))) >= set(held) - {"0"}
     built_in = [Pictures(DataConfig(), 16, 0, split) for split in ("train", "val")]
     assert not set(keys(built_in[0], 50)) & set(keys(built_in[1], 50))
     limited = [Pictures(DataConfig(limit=4), 16, 0, split) for split in ("train", "val")]
     assert set(keys(limited[0], 8)) == set(keys(limited[1], 8)) == {f"built-in/{i}" for i in range(4)}
 
 
-# ------------------------------------------------------------------------------------------ decoding
+# ----------------------------------------------------------------------------------------------- decoding
 
 RAMP = np.linspace(0, 255, 32).astype(np.uint8)[None].repeat(32, 0)
-RED_HIDDEN = np.dstack([np.full((32, 32), 255), np.zeros((32, 32)), np.zeros((32, 32)), np.zeros((32, 32))]).astype(np.uint8)
+RED_HIDDEN = np.full((32, 32, 4), (255, 0, 0, 0), np.uint8)
 
 
-def palette(transparent: bool) -> bytes:
+def palette(**options) -> bytes:
     image = flat(1, mode="P")
     image.putpalette([9, 9, 9, 200, 100, 50])
-    return encoded(image, transparency=1) if transparent else encoded(image)
+    return encoded(image, **options)
 
 
+MOVING = {"save_all": True, "append_images": [flat((0, 0, 0))]}
 MODES = {
     "RGB jpeg": (lambda: encoded(flat(), "JPEG"), (200, 100, 50)),
     "RGB webp": (lambda: encoded(flat(), "WEBP", lossless=True), (200, 100, 50)),
@@ -272,16 +288,15 @@ MODES = {
     "LA": (lambda: encoded(flat((0, 127), mode="LA")), (128, 128, 128)),
     "RGBA": (lambda: encoded(flat((200, 0, 0, 127), mode="RGBA")), (228, 128, 128)),
     "hidden": (lambda: encoded(Image.fromarray(RED_HIDDEN)), (255, 255, 255)),
-    "P": (lambda: palette(False), (200, 100, 50)),
-    "P transparent": (lambda: palette(True), (255, 255, 255)),
-    "P transparent bytes": (lambda: encoded(flat(1, mode="P"), transparency=b"\xff\x00"), (255, 255, 255)),
+    "P": (lambda: palette(), (200, 100, 50)),
+    "P transparent": (lambda: palette(transparency=1), (255, 255, 255)),
+    "P transparent bytes": (lambda: palette(transparency=b"\xff\x00"), (255, 255, 255)),
     "RGB colour key": (lambda: encoded(flat((1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
     "CMYK": (lambda: encoded(flat((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=95), (255, 0, 0)),
     "I;16": (lambda: encoded(Image.fromarray(np.full((32, 32), 0x4000, np.uint16))), (64, 64, 64)),
-    "animated": (lambda: encoded(flat(), "GIF", save_all=True, append_images=[flat((0, 0, 0))]), (200, 100, 50)),
-    "animated webp": (lambda: encoded(flat(), "WEBP", save_all=True, append_images=[flat((0, 0, 0))], lossless=True),
-                      (200, 100, 50)),
-    "animated png": (lambda: encoded(flat(), save_all=True, append_images=[flat((0, 0, 0))]), (200, 100, 50)),
+    "animated gif": (lambda: encoded(flat(), "GIF", **MOVING), (200, 100, 50)),
+    "animated webp": (lambda: encoded(flat(), "WEBP", lossless=True, **MOVING), (200, 100, 50)),
+    "animated png": (lambda: encoded(flat(), **MOVING), (200, 100, 50)),
 }
 
 
@@ -295,7 +310,7 @@ def test_every_mode_is_decoded_to_its_colour(mode, recwarn):
 
 
 def test_16_bit_grey_keeps_its_greys():
-    wide = decode(encoded(Image.fromarray((RAMP.astype(np.uint16) * 257))), 32).astype(int)
+    wide = decode(encoded(Image.fromarray(RAMP.astype(np.uint16) * 257)), 32).astype(int)
     assert np.abs(wide - decode(encoded(Image.fromarray(RAMP)), 32)).max() <= 1
 
 
@@ -304,11 +319,12 @@ def test_16_bit_grey_keeps_its_greys():
 def test_orientation_is_undone(orientation, kind):
     upright = np.zeros((32, 32, 3), np.uint8)
     upright[:16, :16], upright[:16, 16:], upright[16:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.transpose(1, 0, 2),
-              6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1)}[orientation]
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.transpose(1, 0, 2), 6: np.rot90(upright), 7: upright[::-1, ::-1].transpose(1, 0, 2),
+              8: np.rot90(upright, -1)}[orientation]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     shown = decode(encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options), 32)
     assert np.abs(shown.transpose(1, 2, 0).astype(int) - upright)[2:14, 2:14].max() < 12
     assert np.abs(shown.transpose(1, 2, 0).astype(int) - upright)[18:30, 2:14].max() < 12
@@ -320,7 +336,8 @@ def test_damaged_exif_does_not_cost_the_picture(exif):
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (100, 64), (64, 100), (65, 37), (301, 8)])
-@pytest.mark.parametrize(("keep", "right", "down"), [(1, 0, 0), (1, 1, 1), (1, 0.5, 0.5), (0.5, 0, 1), (0.31, 0.9, 0.2)])
+@pytest.mark.parametrize(("keep", "right", "down"),
+                         [(1, 0, 0), (1, 1, 1), (1, 0.5, 0.5), (0.5, 0, 1), (0.31, 0.9, 0.2)])
 def test_crops_lie_where_they_are_told(width, height, keep, right, down):
     gradient = np.zeros((height, width, 3), np.uint8)
     gradient[..., 0] = np.linspace(0, 255, width)[None]
@@ -333,26 +350,23 @@ def test_crops_lie_where_they_are_told(width, height, keep, right, down):
 
 
 def test_jpeg_draft_gives_the_same_picture():
-    smooth = Image.fromarray(picture(5, 256)[0].transpose(1, 2, 0)).resize((1024, 1024), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(picture(5, 256)[0].transpose(1, 2, 0)).resize((1024, 1024))
     slow, fast = decode(encoded(smooth), 32), decode(encoded(smooth, "JPEG", quality=95), 32)
     assert np.abs(slow.astype(int) - fast).mean() < 3
 
 
-def eps() -> bytes:
-    return encoded(flat(), "EPS")
-
-
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
 BAD = {
-    "truncated jpeg": lambda: encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")[:1500],
-    "truncated png": lambda: encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))[:3000],
-    "truncated webp": lambda: encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "WEBP")[:1500],
+    "truncated jpeg": lambda: encoded(NOISE, "JPEG")[:1500],
+    "truncated png": lambda: encoded(NOISE)[:3000],
+    "truncated webp": lambda: encoded(NOISE, "WEBP")[:1500],
     "empty": lambda: b"",
     "html": lambda: b"<!DOCTYPE html><html><body>404</body></html>",
     "one pixel": lambda: encoded(flat(size=(1, 1))),
     "a line": lambda: encoded(flat(size=(1, 60000))),
     "bomb": lambda: encoded(Image.new("1", (20000, 20000))),
     "larger bomb": lambda: encoded(Image.new("1", (9000, 9000))),
-    "eps": eps,
+    "eps": lambda: encoded(flat(), "EPS"),
     "tiff": lambda: encoded(flat(), "TIFF"),
     "ppm": lambda: encoded(flat(), "PPM"),
     "pdf": lambda: encoded(flat(), "PDF"),
@@ -377,7 +391,7 @@ pictures = [png((20000, 20000)), png((13000, 13000)), png((8, 60000)), png((6000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for stored in pictures:
     try: decode(stored, 64)
-    except ValueError: pass
+    except (ValueError, Image.DecompressionBombError): pass
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
@@ -418,12 +432,11 @@ def test_nothing_readable_is_one_clear_error(tmp_path):
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
     pictures = open_source(make_folder(tmp_path / "a", 10, bad=[1, 2]), held_out=0, max_bad=0.1)
     with pytest.raises(ValueError, match=r"of \d+ pictures are unreadable .*--max-bad 0.1"):
-        for _ in loader(pictures, 0, 3000, 100):
-            pass
+        list(loader(pictures, 0, 3000, 100))
     assert len(list(loader(open_source(tmp_path / "a", held_out=0, max_bad=0.5), 0, 2000, 100))) == 20
 
 
-# ------------------------------------------------------------------------------------------ captions
+# ----------------------------------------------------------------------------------------------- captions
 
 @pytest.mark.parametrize(("text", "sidecar", "expected"), [
     (b"one\ntwo\n\n", b"", ["one", "two"]),
@@ -469,7 +482,7 @@ def test_pictures_without_captions_are_counted(tmp_path):
     assert {item["caption"] for item in stream(pictures, 6) if item["key"] < "003"} == {""}
 
 
-# ------------------------------------------------------------------------------------------ folders and tar shards
+# --------------------------------------------------------------------------------- folders and tar shards
 
 def test_folders_are_read_recursively_and_shards_by_pattern(tmp_path):
     make_folder(tmp_path / "a" / "b c", 2)
@@ -481,7 +494,9 @@ def test_folders_are_read_recursively_and_shards_by_pattern(tmp_path):
         pictures = open_source(tmp_path / pattern, held_out=0)
         assert len(pictures) == 12
         for item in stream(pictures, 12):
-            assert item["caption"] == f"picture {int(item['key'].split('/')[1])}" == f"picture {item['picture'][0, 0, 0]}"
+            number = int(item["key"].split("/")[1])
+            assert item["caption"] == f"picture {number}"
+            assert (item["picture"] == number).all()
     assert len(open_source(tmp_path, held_out=0)) == 17
     with pytest.raises(ValueError, match="00003"):
         open_source(tmp_path / "{00000..00003}.tar")
@@ -517,13 +532,14 @@ def damage(path, kind):
         "zeroed header": whole[:middle] + bytes(512) + whole[middle + 512:],
         "cut at boundary": whole[:middle], "cut in header": whole[:middle + 100],
         "cut in data": whole[:members[15].offset_data + 20], "no end mark": whole[:end],
-        "one zero block": whole[:end] + bytes(512), "bit flip": whole[:middle + 3] + b"\xff" + whole[middle + 4:],
+        "one zero block": whole[:end] + bytes(512),
+        "bit flip": whole[:middle + 3] + b"\xff" + whole[middle + 4:],
         "garbage behind": whole[:end] + bytes(1024) + b"x" * 1024,
     }[kind])
 
 
-@pytest.mark.parametrize("kind", ["random header", "zeroed header", "cut at boundary", "cut in header", "cut in data",
-                                  "no end mark", "one zero block", "bit flip", "garbage behind"])
+@pytest.mark.parametrize("kind", ["random header", "zeroed header", "cut at boundary", "cut in header",
+                                  "bit flip", "cut in data", "no end mark", "one zero block", "garbage behind"])
 def test_a_damaged_shard_is_noticed_and_used_up_to_there(tmp_path, kind):
     path = make_tar(tmp_path / "00012.tar")
     damage(path, kind)
@@ -573,7 +589,7 @@ def test_evil_members_touch_nothing(tmp_path):
 
 
 def test_the_leaf_never_unpickles_a_file():
-    text = open(data.__file__).read()
+    text = Path(data.__file__).read_text()
     assert "pickle" not in text.replace("allow_pickle=False", "")
     assert "torch.load" not in text
     assert "extract" not in text.replace("nothing is extracted", "")
@@ -598,9 +614,9 @@ def test_parts_are_joined_by_key_and_never_across_samples(tmp_path):
         add(tar, "two.dots.txt", b"dots")
         add(tar, "x" * 180 + ".png", grey(9))
     pictures = open_source(tmp_path / "a.tar", held_out=0)
-    found = {item["key"].split("/")[1]: (int(item["picture"][0, 0, 0]), item["caption"]) for item in stream(pictures, len(pictures))}
-    assert found == {"1": (1, "one"), "2": (2, "two"), "twice": (3, "value 3"), "bare": (5, ""), "other": (6, ""),
-                     "two.dots": (8, "dots"), "x" * 180: (9, "")}
+    found = {item["key"]: (int(item["picture"][0, 0, 0]), item["caption"]) for item in stream(pictures, 7)}
+    assert found == {"a/1": (1, "one"), "a/2": (2, "two"), "a/twice": (3, "value 3"), "a/bare": (5, ""),
+                     "a/other": (6, ""), "a/two.dots": (8, "dots"), f"a/{'x' * 180}": (9, "")}
     assert any("2 duplicate keys" in line for line in pictures.warnings)
 
 
@@ -624,7 +640,8 @@ def test_an_empty_or_wrong_folder_is_one_clear_error(tmp_path):
 
 def test_odd_names_and_loops_are_survived(tmp_path):
     folder = make_folder(tmp_path / "a", 1)
-    for name in (b"new\nline.png", b"quote'\".png", b"bytes\xff\xfe.png", "é家👍.png".encode(), b"n" * 250 + b".png"):
+    names = b"new\nline.png", b"q'\".png", b"bytes\xff\xfe.png", "é家👍.png".encode(), b"n" * 250 + b".png"
+    for name in names:
         with open(os.path.join(os.fsencode(folder), name), "wb") as file:
             file.write(encoded(flat(size=(8, 8))))
     (folder / "loop").symlink_to(folder)
@@ -664,8 +681,8 @@ def test_permission_denied_is_one_clear_line(tmp_path):
         try:
             open_source(tmp_path / "b")
         except ValueError as error:
-            queue.put(([item["key"] for item in items], items[0]["replaced"] + items[1]["replaced"] + items[2]["replaced"],
-                       str(error)))
+            queue.put(([item["key"] for item in items],
+                       [line for item in items for line in item["replaced"]], str(error)))
     queue = multiprocessing.get_context("fork").Queue()
     process = multiprocessing.get_context("fork").Process(target=as_nobody, args=(queue,))
     process.start()
@@ -688,12 +705,13 @@ def test_random_crops_depend_on_the_position_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(gradient)))
     pictures = open_source(tmp_path, held_out=0, min_crop=0.5)
     means = [item["picture"].mean() for item in stream(pictures, 40)]
-    assert means == [item["picture"].mean() for item in stream(open_source(tmp_path, held_out=0, min_crop=0.5), 40)]
+    again, fixed = (open_source(tmp_path, held_out=0, min_crop=0.5, split=name) for name in ("train", "val"))
+    assert means == [item["picture"].mean() for item in stream(again, 40)]
     assert max(means) - min(means) > 40
-    assert np.ptp([item["picture"].mean() for item in stream(open_source(tmp_path, held_out=0, min_crop=0.5, split="val"), 9)]) == 0
+    assert len({item["picture"].mean() for item in stream(fixed, 9)}) == 1
 
 
-# ------------------------------------------------------------------------------------------ the loader
+# --------------------------------------------------------------------------------------------- the loader
 
 def drain(**options):
     pictures = Pictures(DataConfig(), 16, 3)
@@ -709,8 +727,8 @@ def test_any_number_of_workers_gives_the_same_batches():
     assert [p for batch in expected for p in batch["positions"]] == list(range(7, 43))
     for workers in (1, 2, 4):
         for a, b in zip(expected, drain(start=7, stop=7 + 36, batch_size=8, workers=workers), strict=True):
-            assert torch.equal(a.pop("picture"), b.pop("picture").clone()) if workers == 4 else torch.equal(a["picture"], b.pop("picture"))
-            assert {k: v for k, v in a.items() if k != "picture"} == b
+            assert torch.equal(a["picture"], b["picture"])
+            assert a | {"picture": 0} == b | {"picture": 0}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -748,8 +766,7 @@ def test_a_killed_worker_is_one_clear_error():
     for pid in children() - before:
         os.kill(pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=r"a data worker died \(exit code -9.*--workers") as error:
-        for _ in range(10):
-            next(batches)
+        list(itertools.islice(batches, 10))
     assert "\n" not in str(error.value)
     assert children() == before
 
@@ -778,7 +795,15 @@ def test_a_hanging_worker_is_a_timeout():
         next(batches)
 
 
-@pytest.mark.parametrize("ending", ["raise SystemExit(3)", "raise RuntimeError", "os.kill(os.getpid(), signal.SIGKILL)", "pass"])
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("ending", ["pass", "raise SystemExit(3)", "raise RuntimeError",
+                                    "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_no_worker_outlives_the_program_or_keeps_it(ending):
     code = f"""
 import multiprocessing, os, signal
@@ -793,8 +818,7 @@ print(*[process.pid for process in multiprocessing.active_children()], flush=Tru
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2
     deadline = 50
-    while alive := [pid for pid in pids if os.path.exists(f"/proc/{pid}") and "Z" not in
-                    open(f"/proc/{pid}/stat").read().rsplit(")")[1][:3]]:
+    while alive := [pid for pid in pids if running(pid)]:
         deadline -= 1
         assert deadline, alive
         signal.sigtimedwait([signal.SIGUSR2], 0.1)
@@ -807,7 +831,3 @@ def test_shared_memory_is_not_used():
     now = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     batches.close()
     assert not [name for name in now - before if "torch" in name]
-
-
-def test_peak_is_bounded_in_this_process():
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
