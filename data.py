@@ -101,7 +101,7 @@ TONES = {"ink": (40, 40, 50), "snow": (252, 252, 250), "wood": (132, 86, 52), "l
          "glass": (196, 230, 250), "cream": (252, 236, 196), "rose": (244, 150, 160), "flame": (255, 190, 60)}
 SPECIAL = {"yellow": {"shade": (240, 186, 30)},             # darkened, it looks green; details of the rest
            "white": {"shade": (214, 214, 212), "tint": (224, 224, 222), "snow": (180, 180, 178)},
-           "black": {"shade": (78, 78, 84), "tint": (120, 120, 126), "ink": (112, 112, 118)}}
+           "black": {"shade": (66, 66, 72), "tint": (120, 120, 126), "ink": (112, 112, 118)}}
 SIZES = {"small": 0.21, "": 0.29, "large": 0.375}           # half a thing's side, of the picture's
 PLACES = {"in the middle": (0, 0), "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0),
           "on the right": (1, 0), "at the top left": (-1, -1), "at the top right": (1, -1),
@@ -116,8 +116,8 @@ Scene = namedtuple("Scene", "things background size place relation word", defaul
 # A thing fills the square -100..100, y down: shape, tone, coordinates; + draws it again with x mirrored.
 # Tones: its own colour (main), a shade and a tint of it, the background (ground), TONES. Most of it is main.
 KINDS = {
-    "house": "box shade 42 -88 68 -20, poly shade -100 -4 0 -96 100 -4, box main -78 -6 78 94, "
-             "box+ glass 26 16 58 50, box shade -16 34 16 94",
+    "house": "box shade 42 -88 68 -20, poly shade -100 -18 0 -96 100 -18, box main -78 -20 78 94, "
+             "box+ glass 26 8 58 42, box shade -16 32 16 94",
     "tree": "box wood -15 20 15 96, oval+ main -16 -50 92 50, oval main -60 -98 60 16, "
             "oval tint -34 -76 2 -46, oval shade 28 -6 60 24",
     "car": "poly main -66 4 -42 -62 36 -62 72 4, round main -100 -10 100 50, "
