@@ -1,0 +1,522 @@
+"""model.py: the counts of the presets, what the network may and may not see, checkpoints that survive."""
+import errno
+import json
+import math
+import os
+import random
+import re
+import resource
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import model
+from model import PRESETS, ModelConfig, UNet, load_checkpoint, load_tensors, save_checkpoint, save_tensors
+from text_encoder import TextConfig, load_text_encoder
+
+SMALL = ModelConfig(channels=32, channel_mult=(1, 2), attn_resolutions=(8,), head_dim=16)
+SIZE, L, D, P = 16, 12, 24, 20
+
+
+def make_unet(config=SMALL, size=SIZE, seed=0, **options) -> UNet:
+    """A network whose zero-initialised layers have been moved away from zero, as training does."""
+    torch.manual_seed(seed)
+    unet = UNet(config, size, D, P, **options)
+    with torch.no_grad():
+        for p in unet.parameters():
+            if not p.any():
+                torch.nn.init.normal_(p, std=1 / math.sqrt(p[0].numel()) if p.ndim > 1 else 0.1)
+    return unet
+
+
+def make_batch(batch=3, size=SIZE, tokens=(5, 12, 1), seed=1) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(L)[None] < torch.tensor(tokens[:batch])[:, None]
+    return {"x_t": torch.randn(batch, 3, size, size, generator=g), "t": torch.rand(batch, generator=g),
+            "context": torch.randn(batch, L, D, generator=g), "mask": mask,
+            "pooled": torch.randn(batch, P, generator=g)}
+
+
+# ----------------------------------------------------------------------------------------------- the U-Net
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_and_flops_are_those_of_the_table(name):
+    source = Path(model.__file__).read_text()
+    row = re.search(rf'^ *"{name}":.*#\s+([\d.]+) M\s+([\d.]+) GFLOPs$', source, re.M)
+    with torch.device("meta"):
+        unet = UNet(PRESETS[name], 64, 128, 128)
+        flops = model.count_flops(unet, torch.empty(1, 3, 64, 64), torch.empty(1), torch.empty(1, 128, 128),
+                                  torch.empty(1, 128, dtype=torch.bool), torch.empty(1, 128))
+    counted = sum(p.numel() for p in unet.parameters()) / 1e6, flops / 1e9
+    for text, number in zip(row.groups(), counted):
+        assert text == f"{number:.{len(text.partition('.')[2])}f}"
+
+
+def test_flops_are_the_same_on_the_cpu_and_grow_with_the_batch():
+    unet, batch = make_unet(), make_batch()
+    with torch.device("meta"):
+        shadow = UNet(SMALL, SIZE, D, P)
+        empty = {k: torch.empty_like(v, device="meta") for k, v in batch.items()}
+        expected = model.count_flops(shadow, **empty)
+    assert model.count_flops(unet, **batch) == expected
+    assert expected == 3 * model.count_flops(unet, **{k: v[:1] for k, v in batch.items()})
+    one = torch.nn.Conv2d(3, 5, 3, padding=1)
+    assert model.count_flops(one, torch.zeros(2, 3, 8, 8)) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+
+
+@pytest.mark.parametrize(("config", "size", "out"), [
+    (SMALL, 16, 3), (ModelConfig(32, (1, 2), 1, (16,), 16, 2), 32, 6),
+    (ModelConfig(32, (1,), 1, (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), 2, (16, 4), 8, 1), 16, 3),
+    (PRESETS["tiny"], 64, 3)])
+def test_shapes_are_those_of_the_docstring(config, size, out):
+    y = make_unet(config, size, out_channels=out)(**make_batch(2, size))
+    assert y.shape == (2, out, size, size)
+    assert y.dtype == torch.float32
+    assert y.isfinite().all()
+
+
+def test_output_is_zero_at_the_start():
+    assert not UNet(SMALL, SIZE, D, P)(**make_batch()).any()
+
+
+def test_time_embedding_is_bounded_and_tells_times_apart():
+    t = torch.linspace(0, 1, 1001)
+    e = model.timestep_embedding(t, 64)
+    assert e.shape == (1001, 64)
+    assert e.abs().max() <= 1
+    assert torch.pdist(e).min() > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [12, 32, 128])
+def test_padding_does_not_change_the_output(length):
+    unet, batch = make_unet(), make_batch()
+    plain = unet(**batch)
+    more = length - L
+    padded = batch | {"mask": torch.cat([batch["mask"], torch.zeros(3, more, dtype=torch.bool)], 1),
+                      "context": torch.cat([batch["context"], 50 * torch.randn(3, more, D)], 1)}
+    assert (unet(**padded) - plain).abs().max() < 1e-5
+    assert plain.std() > 0.1
+    for i in range(3):                                       # alone, and without its padding
+        n = int(batch["mask"][i].sum())
+        alone = {k: v[i:i + 1] for k, v in padded.items()}
+        tight = alone | {"mask": alone["mask"][:, :n], "context": alone["context"][:, :n]}
+        for single in (alone, tight):
+            assert (unet(**single) - plain[i:i + 1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_prompt_padded_to_32_or_128_tokens_gives_the_same_output_alone_or_in_a_batch():
+    torch.manual_seed(0)
+    encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D, byte_heads=4)) for n in (32, 128)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    unet, noisy = make_unet(ModelConfig(32, (1, 2), 1, (8,), 16, 2)), make_batch()
+    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
+    prompts = ["a red house", "ein grünes Haus am Meer", ""]
+
+    def draw(encoder, rows):
+        context, mask, pooled = encoder(*encoder.tokenize([prompts[i] for i in rows]))
+        return unet(noisy["x_t"][rows], noisy["t"][rows], context, mask, pooled)
+
+    together = draw(encoders[0], [0, 1, 2])
+    assert (draw(encoders[1], [0, 1, 2]) - together).abs().max() < 1e-5
+    for encoder in encoders:
+        for i in range(3):
+            assert (draw(encoder, [i]) - together[i]).abs().max() < 1e-5
+
+
+def test_padded_context_gets_no_gradient():
+    unet, batch = make_unet(), make_batch()
+    context = batch["context"].requires_grad_()
+    unet(**batch).square().sum().backward()
+    hidden = ~batch["mask"]
+    assert not context.grad[hidden].any()
+    assert context.grad[~hidden].abs().amax(-1).min() > 0
+
+
+@torch.no_grad()
+def test_row_without_tokens_is_the_unconditional_branch():
+    unet, batch = make_unet(), make_batch()
+    batch["mask"][1] = False
+    out = unet(**batch)
+    other = batch | {"context": batch["context"].clone(), "pooled": batch["pooled"].clone()}
+    other["context"][1], other["pooled"][1] = 100.0, -7.0
+    changed = unet(**other)
+    assert out.isfinite().all()
+    assert torch.equal(changed, out)
+    with_text = unet(**(batch | {"mask": make_batch()["mask"]}))
+    assert (with_text - out)[1].abs().max() > 1e-2
+    assert (with_text - out)[[0, 2]].abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_context_and_pooled_reach_the_output():
+    unet, batch = make_unet(), make_batch()
+    out = unet(**batch)
+    for key in ("context", "pooled", "t", "x_t"):
+        moved = batch | {key: batch[key] + 0.5 * torch.randn(batch[key].shape)}
+        assert ((unet(**moved) - out).flatten(1).abs().amax(1) > 1e-3).all(), key
+
+
+@torch.no_grad()
+def test_order_of_the_words_changes_the_output_through_the_encoder():
+    torch.manual_seed(0)
+    text = load_text_encoder(TextConfig(text_length=40, byte_width=D, byte_heads=4))
+    unet = make_unet()
+    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
+    noisy = {k: v[:1].expand(2, *v.shape[1:]) for k, v in make_batch().items() if k in ("x_t", "t")}
+    ids, mask = text.tokenize(["a red house left of a green tree", "a green tree left of a red house"])
+    assert ids[0].sort().values.equal(ids[1].sort().values)           # the same letters
+    a, b = unet(**noisy, **dict(zip(("context", "mask", "pooled"), text(ids, mask))))
+    assert (a - b).abs().max() > 1e-2
+    context, mask, pooled = text(ids[:1], mask[:1])                   # to the U-Net itself, tokens are a set
+    order = torch.cat([torch.randperm(int(mask.sum())), torch.arange(int(mask.sum()), 40)])
+    one = {k: v[:1] for k, v in noisy.items()}
+    assert (unet(**one, context=context[:, order], mask=mask, pooled=pooled)
+            - unet(**one, context=context, mask=mask, pooled=pooled)).abs().max() < 1e-5
+
+
+def test_bfloat16_is_near_float32():
+    unet, batch = make_unet(), make_batch()
+    plain = unet(**batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = unet(**batch)
+        low.square().mean().backward()
+    assert low.dtype == torch.float32
+    assert (low - plain).square().mean().sqrt() < 0.03 * plain.std()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_activation_checkpointing_gives_the_plain_gradient():
+    unet, batch, gradients = make_unet(), make_batch(), []
+    for unet.checkpointing in (False, True):
+        unet.zero_grad()
+        unet(**batch).square().sum().backward()
+        gradients.append([p.grad.clone() for p in unet.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("tokens", [(5, 12, 1), (5, 0, 1), (0, 0, 0)])
+def test_every_parameter_gets_a_gradient_with_or_without_text(tokens):
+    unet = make_unet()
+    unet(**make_batch(tokens=tokens)).square().sum().backward()
+    assert [name for name, p in unet.named_parameters() if p.grad is None] == []
+    silent = {name for name, p in unet.named_parameters() if not p.grad.any()}
+    of_text = {"pooled.0.weight", "context.0.weight", "context.0.bias", "context.1.weight", "context.1.bias"}
+    assert silent == (set() if any(tokens) else of_text)
+
+
+def test_no_recompilation_between_calls():
+    compiled, counts = make_unet(), []
+
+    def count(graph, inputs):
+        counts.append(len(inputs))
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend=count)
+    for seed, tokens in enumerate([(5, 12, 1), (0, 0, 0), (12, 12, 12)]):
+        run(**make_batch(tokens=tokens, seed=seed)).sum().backward()
+    assert len(counts) == 1                                  # one graph: no break, no second compilation
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_any_height_and_width_that_divide_are_legal():
+    unet, wide = make_unet(), torch.randn(3, 3, 8, 24)
+    out = unet(**(make_batch() | {"x_t": wide}))
+    assert out.shape == wide.shape
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("options", "size", "message"), [
+    ({"patch": 0}, 64, "--patch 0 must be at least 1"),
+    ({"channel_mult": ()}, 64, "--channel-mult () must be at least 1"),
+    ({"channel_mult": (1, 0)}, 64, "--channel-mult (1, 0) must be at least 1"),
+    ({"num_res_blocks": -1}, 64, "--num-res-blocks -1 must be at least 1"),
+    ({}, 65, "--size 65 must be a multiple of 8 for this model. Try 64 or 72"),
+    ({}, 4, "--size 4 must be a multiple of 8 for this model. Try 8 or 16"),
+    ({"channels": 16}, 64, "--channels 16 must be a multiple of 32. Try 32"),
+    ({"channels": 100}, 64, "--channels 100 must be a multiple of 32. Try 96"),
+    ({"head_dim": 4}, 64, "--head-dim 4 must be 8 or more and divide --channels 64. Try 32"),
+    ({"head_dim": 48}, 64, "--head-dim 48 must be 8 or more and divide --channels 64. Try 32"),
+    ({"attn_resolutions": (7,)}, 64, "--attn-resolutions 7 is not a side of a feature map here. "
+                                     "Choose from [32, 16, 8]")])
+def test_a_shape_that_cannot_be_built_is_named(options, size, message):
+    with pytest.raises(ValueError) as e:
+        UNet(ModelConfig(**options), size, D, P)
+    assert str(e.value) == message
+
+
+# --------------------------------------------------------------------------------------------- checkpoints
+
+META = {"config": "{}", "step": "5"}
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {"weight": torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
+            "half": torch.randn(5).bfloat16(), "step": torch.tensor(7.0), "none": torch.zeros(0, 3),
+            "flags": torch.tensor([True, False]), "counts": torch.arange(3),
+            "odd": torch.tensor([math.nan, -0.0, math.inf])}
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = [t.contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*bits)
+
+
+def save_steps(run: Path, steps, keep=9, **options) -> None:
+    for step in steps:
+        files = {"ema": {"a": torch.full((50,), float(step))}, "train": {"b": torch.ones(3)}}
+        save_checkpoint(run, step, files, META | {"step": str(step)}, keep, **options)
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def test_tensors_come_back_bit_for_bit(tmp_path):
+    tensors = some_tensors()
+    save_tensors(tmp_path / "x.safetensors", tensors, META)
+    back, meta = load_tensors(tmp_path / "x.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(same_bits(back[name], t) for name, t in tensors.items())
+    assert meta == {"format": model.FORMAT, **META, "sha256": meta["sha256"]}
+
+
+def test_network_comes_back_bit_for_bit_and_in_its_memory_layout(tmp_path):
+    unet, other = make_unet(), UNet(SMALL, SIZE, D, P)
+    save_checkpoint(tmp_path, 5, {"ema": unet.state_dict()}, META, keep=1)
+    _, (tensors,), _ = load_checkpoint(tmp_path)
+    other.load_state_dict(tensors)
+    for a, b in zip(unet.parameters(), other.parameters()):
+        assert same_bits(a.detach(), b.detach())
+        assert a.stride() == b.stride()
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert torch.equal(unet(**make_batch()), other(**make_batch()))
+
+
+def test_checksum_covers_names_types_shapes_bytes_and_metadata():
+    base = {"a": torch.zeros(4), "b": torch.ones(2)}
+    variants = [base | {"a": torch.tensor([0, 0, 0, 1e-45])}, base | {"a": torch.zeros(2, 2)},
+                base | {"a": torch.zeros(4, dtype=torch.int32)}, {"c": base["a"], "b": base["b"]},
+                {"a": base["a"]}]
+    sums = [model.checksum(tensors, META) for tensors in [base, *variants]]
+    sums.append(model.checksum(base, META | {"step": "6"}))
+    assert len(set(sums)) == len(sums)
+    assert model.checksum(dict(reversed(base.items())), META) == sums[0]
+
+
+def mutations(good: bytes) -> dict[str, bytes]:
+    n = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8:8 + n])
+
+    def rebuilt(**changes) -> bytes:
+        text = json.dumps(header | changes).encode()
+        return len(text).to_bytes(8, "little") + text + good[8 + n:]
+
+    weight = header["weight"]
+    return {
+        "empty": b"", "half": good[:len(good) // 2], "one byte": good[:1], "last byte missing": good[:-1],
+        "appended": good + b"\0", "header longer than the file": (10**6).to_bytes(8, "little") + good[8:],
+        "huge header": (2**62).to_bytes(8, "little") + good[8:], "zeroed end": good[:-64] + bytes(64),
+        "overlapping": rebuilt(half=header["half"] | {"data_offsets": weight["data_offsets"]}),
+        "huge shape": rebuilt(weight=weight | {"shape": [2**40, 2**20]}),
+        "another type": rebuilt(weight=weight | {"dtype": "I32"}),
+        "offsets outside": rebuilt(weight=weight | {"data_offsets": [0, 2**50]}),
+        "not JSON": good[:8] + b"x" * n + good[8 + n:], "a picture": b"\x89PNG\r\n\x1a\n" + good,
+        "swapped names": good.replace(b'"odd"', b'"ddo"'),
+        "another step": good.replace(b'"step":"5"', b'"step":"6"'),
+    }
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("good") / "x.safetensors"
+    save_tensors(path, some_tensors(), META)
+    return path.read_bytes()
+
+
+def refuse(path: Path, content: bytes) -> str:
+    """The one line that loading `content` ends in."""
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        load_tensors(path)
+    assert len(str(e.value).splitlines()) == 1
+    assert str(e.value).startswith(str(path))
+    return str(e.value)
+
+
+def test_a_mutated_file_is_refused_in_one_line(tmp_path, good):
+    cases = mutations(good)
+    assert len(cases) >= 12
+    for name, content in cases.items():
+        assert content != good, name
+        line = refuse(tmp_path / "x.safetensors", content)
+        assert "is damaged: " in line or "is not a checkpoint" in line, name
+
+
+def test_a_flipped_bit_anywhere_is_refused_in_one_line(tmp_path, good):
+    rng = random.Random(0)
+    header = 8 + int.from_bytes(good[:8], "little")
+    for i in range(200):                                     # half of them in the header
+        content = bytearray(good)
+        content[rng.randrange(header) if i % 2 else rng.randrange(len(good))] ^= 1 << rng.randrange(8)
+        refuse(tmp_path / "x.safetensors", bytes(content))
+
+
+def test_missing_foreign_and_newer_files_are_named(tmp_path):
+    save_file({"transformer.h.0": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    save_file({"a": torch.zeros(2)}, tmp_path / "newer.safetensors", metadata={"format": "limn 99"})
+    (tmp_path / "folder").mkdir()
+    lines = {"foreign": "not a checkpoint of limn (first tensor: transformer.h.0)", "gone": "is missing",
+             "newer": "has format limn 99, this code reads limn 1. Update the code"}
+    for name, words in lines.items():
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_tensors(tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tensors(tmp_path / "folder")
+
+
+def test_a_checkpoint_is_published_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
+    save_steps(tmp_path, [1], keep=1)
+    calls, real_fsync, real_replace, real_rmtree = [], os.fsync, os.replace, model.shutil.rmtree
+
+    def fsync(fd):
+        calls.append(f"fsync {Path(os.readlink(f'/proc/self/fd/{fd}')).name}")
+        real_fsync(fd)
+
+    def replace(a, b):
+        calls.append(f"rename {Path(a).name} {Path(b).name}")
+        real_replace(a, b)
+
+    def rmtree(path, **options):
+        calls.extend([f"rmtree {Path(path).name}"] * Path(path).exists())
+        real_rmtree(path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(model.shutil, "rmtree", rmtree)
+    save_steps(tmp_path, [2], keep=1)
+    assert calls == ["fsync ema.safetensors", "fsync train.safetensors", "fsync .tmp-000002",
+                     "rename .tmp-000002 000002", "fsync checkpoints", "rmtree 000001"]
+
+
+def test_pruning_keeps_the_last_ones_and_none_of_a_later_run(tmp_path):
+    save_steps(tmp_path, [10, 20, 30, 1000000], keep=2)
+    assert [p.name for p in model.checkpoint_folders(tmp_path)] == ["000030", "1000000"]
+    save_steps(tmp_path, [40, 50], keep=2)                   # behind 1000000: that one is not ours to remove
+    assert [p.name for p in model.checkpoint_folders(tmp_path)] == ["000040", "000050", "1000000"]
+
+
+def test_the_newest_checkpoint_that_verifies_is_chosen_and_damaged_ones_are_named(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+    save_steps(tmp_path, [1, 2, 3, 4])
+    checkpoints, lines = tmp_path / "checkpoints", []
+    (checkpoints / "000004" / "ema.safetensors").unlink()
+    damaged = checkpoints / "000003" / "train.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    folder, tensors, meta = load_checkpoint(tmp_path, ("train", "ema"), lines.append)
+    assert (folder.name, meta["step"], tensors[1]["a"][0]) == ("000002", "2", 2)
+    assert [line for line in lines if "\n" in line] == []
+    assert "000004/ema.safetensors is missing" in lines[0]
+    assert "000003/train.safetensors is damaged" in lines[1]
+    assert load_checkpoint(tmp_path, ("ema",), lines.append)[0].name == "000003"     # its other file is whole
+
+
+def test_all_damaged_is_an_error_and_no_new_start(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    for path in tmp_path.rglob("ema.safetensors"):
+        path.write_bytes(b"")
+    lines = []
+    with pytest.raises(ValueError, match=r"all 2 checkpoints in .* are damaged. Move them away"):
+        load_checkpoint(tmp_path, warn=lines.append)
+    assert len(lines) == 2
+
+
+def test_leftovers_of_a_killed_save_are_ignored_and_replaced(tmp_path):
+    save_steps(tmp_path, [1])
+    leftover = tmp_path / "checkpoints" / ".tmp-000002"
+    leftover.mkdir()
+    (leftover / "ema.safetensors").write_bytes(b"half")
+    (leftover / "other").write_bytes(b"")
+    assert load_checkpoint(tmp_path)[0].name == "000001"
+    save_steps(tmp_path, [2])
+    assert not leftover.exists()
+    assert sorted(p.name for p in (tmp_path / "checkpoints" / "000002").iterdir()) == [
+        "ema.safetensors", "train.safetensors"]
+
+
+def test_saving_a_step_again_keeps_the_damaged_one_aside(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "checkpoints" / "000002" / "ema.safetensors").write_bytes(b"torn")
+    save_steps(tmp_path, [2])
+    assert load_checkpoint(tmp_path)[0].name == "000002"
+    aside, = (tmp_path / "checkpoints").glob("000002.damaged-*")
+    assert (aside / "ema.safetensors").read_bytes() == b"torn"
+
+
+@pytest.mark.parametrize("where", ["save_file", "fsync", "replace", "mkdir", "second file"])
+def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, where):
+    save_steps(tmp_path, [1, 2], keep=1)
+    before = listing(tmp_path)
+    real, count, words = model.save_file, [], "I/O error: No space left on device (os error 28)"
+
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def rust(tensors, path, metadata):                       # what safetensors raises, and no OSError
+        count.append(path)
+        if where == "second file" and len(count) == 1:
+            return real(tensors, path, metadata)
+        Path(path).write_bytes(b"half")
+        raise model.SafetensorError(f"Error while serializing: {words}")
+
+    with monkeypatch.context() as m:
+        if where in ("save_file", "second file"):
+            m.setattr(model, "save_file", rust)
+        else:
+            m.setattr(Path if where == "mkdir" else os, where, full)
+        with pytest.raises(OSError) as e:
+            save_steps(tmp_path, [3], keep=1)
+    assert e.value.errno == errno.ENOSPC
+    assert e.value.strerror == "No space left on device"
+    assert listing(tmp_path) == before
+    save_steps(tmp_path, [3], keep=1)
+    assert load_checkpoint(tmp_path)[0].name == "000003"
+
+
+def test_a_real_limit_of_the_file_size_leaves_everything_as_it_was(tmp_path):
+    save_steps(tmp_path, [1])
+    before, limits = listing(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    files = {"train": {"a": torch.ones(10)}, "ema": {"a": torch.ones(9999)}}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_checkpoint(tmp_path, 2, files, META, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_file_mode_follows_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)}, META)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+def test_there_is_no_pickle():
+    for name in ("train", "sample", "model", "diffusion", "data", "text_encoder"):
+        source = (Path(model.__file__).parent / f"{name}.py").read_text()
+        found = re.findall(r"pickle\.|import pickle|torch\.(?:load|save)|weights_only|allow_pickle=T", source)
+        assert found == [], name
