@@ -726,4 +726,4 @@ def inpaint(sampler: Callable, denoise: Callable, x: Tensor, times: Tensor, nois
             draws += len(part)
             if visit < resample - 1:
                 x = back * x + math.sqrt(sigma[0] ** 2 - (back * sigma[-1]) ** 2) * noise(draws - 1)
-    return x
+    return torch.where(keep, known, x) if times[-1] == 0 else x
