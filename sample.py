@@ -82,6 +82,7 @@ def load_stage(path: Path, device: torch.device) -> Stage:
         config = diffusion.DiffusionConfig(**stored["DiffusionConfig"])
         text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]))
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
+        schedule = diffusion.make_schedule(config, size)
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim,
                           out_channels=6 if config.learn_sigma else 3)
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
@@ -89,7 +90,6 @@ def load_stage(path: Path, device: torch.device) -> Stage:
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    schedule = diffusion.make_schedule(config, size)
     return Stage(unet, text, schedule, config, size, device, step, digest=meta["sha256"])
 
 

@@ -1,0 +1,430 @@
+"""sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
+import errno
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import diffusion
+import model
+import sample
+import train
+
+PROGRAM = Path(sample.__file__)
+RECIPE = ["--size=16", "--steps=2", "--batch-size=4", "--save-every=1", "--sample-every=0", "--val-every=0",
+          "--device=cpu", "--no-compile", "--dtype=fp32", "--channels=32", "--channel-mult", "1", "2",
+          "--attn-resolutions=4", "--head-dim=16", "--byte-width=32", "--byte-layers=1", "--byte-heads=2",
+          "--text-length=32"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with runs/16, two steps old."""
+    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(folder)
+    try:
+        train.main(RECIPE)
+    finally:
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return folder
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch) -> Path:
+    """A working directory with that run in it."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run the program as `python sample.py ARGUMENTS` does: (exit status, standard output, its errors)."""
+    def run(*argv, steps=2):
+        extra = [] if "--sample-steps" in argv or not steps else ["--sample-steps", str(steps)]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv), *extra])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(PROGRAM), run_name="__main__")
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def stage(trained) -> sample.Stage:
+    """The run's network with weights far enough from the start that the text matters."""
+    stage = sample.load_stage(trained / "runs" / "16", torch.device("cpu"))
+    torch.manual_seed(0)
+    for p in stage.unet.parameters():
+        p += 0.05 * torch.randn_like(p)
+    return stage
+
+
+def draw(stage, prompts, seeds=None, **options) -> torch.Tensor:
+    return sample.generate(stage, prompts, seeds or [0] * len(prompts), **{"steps": 3} | options)
+
+
+def notes_of(path: Path) -> dict:
+    with Image.open(path) as image:
+        return json.loads(image.info["limn"])
+
+
+def checkpoint_of(folder: Path) -> Path:
+    return model.checkpoint_folders(folder / "runs" / "16")[-1] / "ema.safetensors"
+
+
+def rewrite(path: Path, change) -> None:
+    """Save a checkpoint again, whole, after change(tensors, config)."""
+    tensors, meta = model.load_tensors(path)
+    config = json.loads(meta["config"])
+    change(tensors, config)
+    del meta["sha256"]
+    model.save_tensors(path, tensors, meta | {"config": json.dumps(config)})
+
+
+# ------------------------------------------------------------------------------------------------ end to end
+
+
+def test_a_prompt_becomes_a_picture_of_the_newest_run(here, cli):
+    status, out, err = cli("a house")
+    assert (status, out, err) == (0, "a-house.png\n", "")
+    with Image.open(here / "a-house.png") as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (16, 16))
+        assert 5 < np.asarray(image).std() < 120
+    assert sorted(p.name for p in here.iterdir()) == ["a-house.png", "runs", "temporary"]
+    stage = sample.load_stage(here / "runs" / "16", torch.device("cpu"))
+    drawn = draw(stage, ["a house"], steps=2)[0].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(Image.open(here / "a-house.png")), drawn)
+
+
+def test_two_steps_of_training_leave_what_a_reader_expects(here):
+    run = here / "runs" / "16"
+    assert [p.name for p in model.checkpoint_folders(run)] == ["000001", "000002"]
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["step"], line["images"]) == (2, 8)
+    assert 0.5 < line["raw_loss"] < 1.5                      # an output of 0 misses v by its variance
+    config = json.loads((run / "config.json").read_text())
+    assert config["TrainConfig"]["size"] == 16
+    assert Image.open(run / "first_batch.png").size[0] > 16
+
+
+def test_nothing_is_overwritten(here, cli):
+    first = [cli("a house", "--seed", 5)[1] for _ in range(3)]
+    assert first == ["a-house.png\n", "a-house-2.png\n", "a-house-3.png\n"]
+    before = (here / "a-house.png").read_bytes()
+    assert cli("A house!", "--seed", 6)[1] == "a-house-4.png\n"
+    assert cli("a house", "--out", "a-house.png")[1] == "a-house-5.png\n"
+    assert (here / "a-house.png").read_bytes() == before
+    assert (here / "a-house-2.png").read_bytes() == before   # same prompt, same seed, same bytes
+
+
+def test_metadata_tells_how_the_picture_was_made_and_no_local_path(here, cli):
+    prompt = "a house \U0001f3e0 \"quoted\""
+    cli(prompt, "--seed", 7, "--guidance", 2.5, "--negative", "a car", "--sampler", "ddim", "--ckpt",
+        here / "runs" / "16")
+    digest = model.load_tensors(checkpoint_of(here))[1]["sha256"]
+    assert notes_of(here / "a-house-quoted.png") == {
+        "prompt": prompt, "seed": 7, "guidance": 2.5, "negative": "a car", "sampler": "ddim",
+        "sample_steps": 2, "checkpoint": digest, "step": 2}
+    content = (here / "a-house-quoted.png").read_bytes()
+    assert str(here).encode() not in content
+    assert b"runs" not in content
+
+
+def test_n_pictures_have_the_next_seeds(here, cli):
+    out = cli("a house", "--n", 3, "--seed", 4, "--batch-size", 2)[1].split()
+    assert out == ["a-house.png", "a-house-2.png", "a-house-3.png"]
+    assert [notes_of(Path(p))["seed"] for p in out] == [4, 5, 6]
+    cli("a house", "--seed", 5, "--out", "one")
+    a, b = (np.asarray(Image.open(p)).astype(int) for p in ("a-house-2.png", "one/a-house.png"))
+    assert abs(a - b).max() <= 1
+
+
+def test_a_file_of_prompts_gives_a_picture_a_line(here, cli):
+    Path("list.txt").write_bytes("a house\n\n  a red car  \nein grünes Haus\n\xff\n".encode("latin-1"))
+    out = cli("--prompts", "list.txt", "--out", "drawn/deep")[1].split()
+    assert out == [f"drawn/deep/{n}.png" for n in ("a-house", "a-red-car", "ein-gr-nes-haus", "picture")]
+    assert notes_of(Path(out[1]))["prompt"] == "a red car"
+
+
+def test_grid_is_one_sheet(here, cli):
+    Path("list.txt").write_text("a house\na car\na tree")
+    assert cli("--prompts", "list.txt", "--grid")[1] == "grid.png\n"
+    assert cli("--prompts", "list.txt", "--grid", "--n", 2, "--out", "sheet.png")[1] == "sheet.png\n"
+    assert notes_of(Path("grid.png"))["prompts"] == ["a house", "a car", "a tree"]
+    assert notes_of(Path("sheet.png"))["seeds"] == [0, 1] * 3
+    assert Image.open("sheet.png").size[1] > Image.open("grid.png").size[1] > 16
+    assert sorted(p.name for p in here.glob("*.png")) == ["grid.png", "sheet.png"]
+
+
+def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(here):
+    shutil.copytree("runs/16", "runs/other")
+    (Path("runs") / "empty" / "checkpoints").mkdir(parents=True)
+    for age, run in ((100, "16"), (50, "other")):
+        newest = model.checkpoint_folders(Path("runs") / run)[-1]
+        os.utime(newest, (newest.stat().st_mtime - age,) * 2)
+    assert sample.newest_run(Path("runs")) == Path("runs/other")
+
+
+def test_a_checkpoint_is_found_by_run_folder_or_file(here):
+    file = checkpoint_of(here)
+    (here / "alone").mkdir()
+    shutil.copy(file, here / "alone")                        # nothing else of the run is needed
+    shutil.copy(file, here / "renamed.safetensors")
+    paths = [here / "runs" / "16", file.parent, file, here / "alone", here / "renamed.safetensors"]
+    stages = [sample.load_stage(path, torch.device("cpu")) for path in paths]
+    shutil.rmtree(here / "runs")
+    assert {(s.digest, s.step, s.size) for s in stages} == {(stages[0].digest, 2, 16)}
+    assert len({draw(s, ["a house"]).numpy().tobytes() for s in stages}) == 1
+
+
+def test_the_stage_has_the_averaged_weights_of_training(here):
+    stage = sample.load_stage(here / "runs" / "16", torch.device("cpu"))
+    averaged, _ = model.load_tensors(checkpoint_of(here))
+    for prefix, part in (("unet", stage.unet), ("text_encoder", stage.text)):
+        for name, value in part.state_dict().items():
+            assert torch.equal(averaged[f"{prefix}.{name}"], value)
+        assert not part.training
+        assert not any(p.requires_grad for p in part.parameters())
+    assert stage.schedule.shift == diffusion.make_schedule(stage.config, 16).shift
+
+
+# --------------------------------------------------------------------------------------------- what is drawn
+
+
+def test_a_picture_does_not_depend_on_its_batch(stage):
+    prompts = ["a red house", "", "a green tree left of a blue car", "a star", "a fish"]
+    seeds = [3, 1, 4, 1, 5]
+    together = draw(stage, prompts, seeds).int()
+    for batch_size in (1, 2, 3):
+        assert (draw(stage, prompts, seeds, batch_size=batch_size).int() - together).abs().max() <= 1
+    backwards = draw(stage, prompts[::-1], seeds[::-1]).flip(0).int()
+    assert (backwards - together).abs().max() <= 1
+    assert together.float().std() > 20
+
+
+def test_seed_prompt_guidance_and_negative_prompt_change_the_picture(stage):
+    base = draw(stage, ["a red house"])
+    assert torch.equal(base, draw(stage, ["a red house"], negative=""))
+    others = [draw(stage, ["a red house"], [1]), draw(stage, ["a blue car"]), draw(stage, [""]),
+              draw(stage, ["a red house"], guidance_scale=1), draw(stage, ["a red house"], guidance_scale=6),
+              draw(stage, ["a red house"], negative="a blue car"), draw(stage, ["a red house"], steps=4)]
+    pictures = [p.numpy().tobytes() for p in (base, *others)]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_guidance_one_calls_the_network_once_a_step_on_the_prompts_alone(stage, monkeypatch):
+    rows, forward = [], stage.unet.forward
+
+    def counted(x_t, *args, **condition):
+        rows.append(len(x_t))
+        return forward(x_t, *args, **condition)
+
+    monkeypatch.setattr(stage.unet, "forward", counted)
+    draw(stage, ["a", "b", "c"], guidance_scale=1.0, steps=4)
+    assert rows == [3] * 4
+    rows.clear()
+    draw(stage, ["a", "b", "c"], guidance_scale=2.0, steps=4)
+    assert rows == [6] * 4
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_every_sampler_draws(stage, sampler):
+    both, again = (draw(stage, ["a red house", ""], sampler=sampler, steps=5) for _ in range(2))
+    alone = draw(stage, ["a red house"], sampler=sampler, steps=5)
+    assert (both.shape, both.dtype) == ((2, 3, 16, 16), torch.uint8)
+    assert torch.equal(both, again)
+    assert (both[:1].int() - alone.int()).abs().max() <= 1
+
+
+def test_bfloat16_draws_nearly_the_same(stage):
+    low = draw(stage, ["a red house"], dtype=torch.bfloat16).float()
+    full = draw(stage, ["a red house"], dtype=torch.float32).float()
+    assert (low - full).square().mean().sqrt() < 8
+
+
+def test_an_empty_prompt_is_drawn_without_one(here, cli, stage):
+    status, out, err = cli("  ")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == ["note: empty prompt, drawing without one", "picture.png"]
+    unconditional = draw(stage, [""], guidance_scale=1)
+    assert torch.equal(draw(stage, [""], guidance_scale=5), unconditional)
+
+
+def test_a_long_prompt_and_a_high_guidance_are_warned_of(here, cli):
+    status, _, err = cli("a house " * 20, "--guidance", 50)
+    assert status == 0
+    assert err.splitlines() == ["sample.py: warning: --guidance 50.0 is very high; 2 to 8 is usual",
+                                "sample.py: warning: a prompt was cut at 32 tokens"]
+
+
+@pytest.mark.parametrize("grid", [[], ["--grid"]])
+def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, grid):
+    monkeypatch.setattr(sample, "generate", lambda *a: torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))
+    sample.main(["a house", *grid])
+    out, err = capsys.readouterr()
+    assert "sample.py: warning: picture 1 is constant" in err
+    assert Path(out.strip()).exists()
+
+
+# ------------------------------------------------------------------------------------------------- the files
+
+
+NASTY = [
+    "../../x", "-rf", "/etc/passwd", ".hidden", "..", ".", "", " ", "a" * 5000, "a/b\\c", "x\0y", "CON", "~",
+    "a\nb\rc\td", "$HOME", "`ls`", "*?[]", "a;b|c&d", "'\"", "\U0001f3e0", "房子", "بيت", "Ünïcödé", "\ud800",
+    "\u202egnp.x", "%00%2e", "{a,b}", "--out", "a" * 79 + "/b", "İstanbul", "nul.png", "<svg>"]
+
+
+@pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
+def test_a_file_name_is_safe_whatever_the_prompt(prompt):
+    name = sample.file_name(prompt)
+    assert 1 <= len(name) <= 80
+    assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+    assert name.strip("-") == name
+
+
+@pytest.mark.parametrize("prompt", ["\ud800 house", "房子\u202e", "a\tb\nc", "x" * 3000])
+def test_nasty_prompts_are_drawn_and_noted(here, cli, prompt):
+    for grid in ([], ["--grid"]):
+        status, out, _ = cli(prompt, *grid)
+        assert status == 0
+        kept = notes_of(Path(out.split()[-1]))
+        assert kept.get("prompt", kept.get("prompts", [None])[0]) == prompt
+
+
+def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(here, capsys, monkeypatch):
+    image, real = Image.new("RGB", (8, 8)), Image.Image.save
+
+    def full(self, target, *args, **options):
+        if Path(target).parent == here / "wanted":
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, target, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    (here / "wanted").mkdir()
+    target = sample.save_png(image, here / "wanted" / "a.png", {"prompt": "a"})
+    assert target == here / "temporary" / "a.png"
+    assert notes_of(target) == {"prompt": "a"}
+    assert list((here / "wanted").iterdir()) == []
+    assert "(No space left on device); writing" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+BAD = [
+    ([], "give a prompt"),
+    (["a", "b"], "unrecognized arguments: b"),
+    (["a", "--prompts", "blank.txt"], "give a prompt"),
+    (["a", "--n", "0"], "--n 0 is outside 1 to 10000"),
+    (["a", "--n", "1000000"], "--n 1000000 is outside"),
+    (["a", "--n", "2.5"], "--n"),
+    (["a", "--guidance", "nan"], "--guidance nan is outside 0 to 100"),
+    (["a", "--guidance", "inf"], "--guidance inf is outside"),
+    (["a", "--guidance=-1"], "--guidance -1.0 is outside"),
+    (["a", "--guidance", "1e9"], "is outside"),
+    (["a", "--sample-steps", "0"], "--sample-steps 0 is outside 1 to 1000"),
+    (["a", "--sample-steps", "many"], "--sample-steps"),
+    (["a", "--seed", "-1"], "--seed -1 is outside"),
+    (["a", "--seed", str(2**70)], "is outside 0 to"),
+    (["a", "--batch-size", "0"], "--batch-size 0 is outside"),
+    (["a", "--sampler", "magic"], "--sampler"),
+    (["a", "--dtype", "int8"], "--dtype"),
+    (["a", "--device", "tpu"], "--device tpu is not here. Choose from"),
+    (["a", "--guid", "3"], "unrecognized arguments: --guid"),
+    (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--prompts", "nowhere.txt"], "No such file"),
+    (["--prompts", "blank.txt"], "--prompts blank.txt has no prompt in it. Write one a line"),
+    (["--prompts", "runs"], "Is a directory"),
+    (["a", "--out", "blank.txt"], "cannot write to --out blank.txt"),
+    (["a", "--out", "blank.txt/x.png"], "cannot write to --out blank.txt"),
+    (["a", "--out", "blank.txt/folder"], "Not a directory"),
+    (["a", "--ckpt", "nowhere"], "nowhere is missing"),
+    (["a", "--ckpt", "temporary"], "temporary has no checkpoints/STEP/ema.safetensors (found: nothing)"),
+    (["a", "--ckpt", "runs"], "(found: 16). Name a run directory"),
+    (["a", "--ckpt", "blank.txt"], "blank.txt is damaged"),
+    (["a", "--ckpt", "foreign.safetensors"], "not a checkpoint of limn (first tensor: transformer.h.0)"),
+    (["a", "--ckpt", "torn.safetensors"], "torn.safetensors is damaged: checksum mismatch"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv)[:40] or "nothing" for argv, _ in BAD])
+def test_bad_input_ends_in_one_line_with_status_2(here, cli, argv, words):
+    Path("blank.txt").write_text(" \n\n")
+    save_file({"transformer.h.0": torch.zeros(2)}, "foreign.safetensors")
+    content = bytearray(checkpoint_of(here).read_bytes())
+    content[-9] ^= 1
+    Path("torn.safetensors").write_bytes(content)
+    status, out, err = cli(*argv, steps=0)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("sample.py: error: ")
+    assert words in err
+    assert not list(here.glob("*.png"))
+
+
+def test_without_a_checkpoint_the_line_says_how_to_train_one(tmp_path):
+    done = subprocess.run([sys.executable, PROGRAM, "a house"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("sample.py: error: no checkpoint in runs/. Train one first: "
+                           "python train.py --size 64\n")
+
+
+def test_weights_that_are_not_finite_end_in_an_error_and_no_file(here, cli):
+    rewrite(checkpoint_of(here), lambda tensors, _: tensors["unet.conv_out.bias"].fill_(torch.nan))
+    status, out, err = cli("a house")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "the network's output is not finite (checkpoint of step 2)" in err
+    assert not list(here.glob("*.png"))
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(here, cli):
+    checkpoint_of(here).write_bytes(b"torn")
+    status, _, err = cli("a house")
+    assert (status, len(err.splitlines())) == (0, 1)
+    assert err.startswith("sample.py: warning: runs/16/checkpoints/000002/ema.safetensors is damaged")
+    assert notes_of(Path("a-house.png"))["step"] == 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, config: config["ModelConfig"].update(wings=2),
+    lambda tensors, config: config["DiffusionConfig"].update(schedule="magic"),
+    lambda tensors, config: config.pop("TextConfig"),
+    lambda tensors, config: config["ModelConfig"].update(channels=64),
+    lambda tensors, config: config["ModelConfig"].update(channels=33),
+    lambda tensors, config: tensors.pop("unet.null"),
+    lambda tensors, config: tensors.update({"unet.wings": torch.zeros(2)}),
+    lambda tensors, config: tensors.update({"unet.null": torch.zeros(2)})])
+def test_a_checkpoint_of_other_code_is_one_line(here, cli, change):
+    rewrite(checkpoint_of(here), change)
+    status, out, err = cli("a house")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "does not fit this code" in err
+    assert len(err) < 500
+
+
+def test_help_names_every_flag_with_its_default(cli):
+    status, out, _ = cli("--help", steps=0)
+    assert status == 0
+    assert "[images] (default: 1)" in " ".join(out.split())
