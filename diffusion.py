@@ -2,8 +2,8 @@
 
     x_t = alpha_t x0 + sigma_t eps      logsnr = ln(alpha_t^2 / sigma_t^2)      t = 0 clean, t = 1 pure noise
 
-It knows nothing of U-Nets or text: a network is any `model(x_t, t, **condition)` and a denoiser any
-`denoise(x_t, t) -> x0`. Guidance and thresholds are functions that return a denoiser; a sampler uses one.
+A network is any `model(x_t, t, **condition)`, a denoiser any `denoise(x_t, t) -> x0`; nothing here knows of
+U-Nets or text. Guidance and thresholds are functions that return a denoiser, which a sampler uses.
 
 Shapes: B batch, C channels, H W picture, N sampling steps.
 x0, x_t, eps (B, C, H, W), or any (B, ...), float32; t, logsnr (B,) float32; times (N+1,) float64 on the CPU.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 LOGSNR_MAX = 20.0  # schedules are clamped to +-20, where sigma(0) = alpha(1) = 4.5e-5: far below 1/255
 TRAIN_STEPS = 1000  # of the discrete processes of the literature: their step i is t = (i + 1) / 1000
 GOLDEN, MIX_1, MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64, as int64
+LossWeight = Literal["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm", "learned"]
 
 
 @dataclass
@@ -31,17 +32,15 @@ class DiffusionConfig:
     zero_snr: bool = False  # rescale linear or scaled_linear so that no signal is left at t = 1
     prediction: Literal["v", "eps", "x0", "flow"] = "v"  # what the network predicts
     learn_sigma: bool = False  # predict the variance of a step too, for the ddpm sampler (twice the outputs)
-    loss_weight: Literal[
-        "uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm", "learned"] = "uniform"  # by noise level
+    loss_weight: LossWeight = "uniform"  # by noise level; uniform: 1 on the error of what is predicted
     snr_gamma: float = 5.0  # ceiling of min_snr and soft_min_snr [signal-to-noise ratio]
     sigmoid_bias: float = 2.0  # middle of the sigmoid weight [logsnr]
-    t_density: Literal["uniform", "logit_normal", "log_normal", "importance"] = "uniform"  # of t in training
+    t_density: Literal["uniform", "logit_normal", "log_normal", "importance"] = "uniform"  # density of t
     t_mean: float = 0.0  # of logit_normal [logit t] and log_normal [ln sigma/alpha, EDM: -1.2]
     t_std: float = 1.0  # of logit_normal and log_normal (EDM: 1.2)
 
 
 # Noise: a pure function of (key, element) ------------------------------------------------------------------
-
 
 def mix(z: Tensor) -> Tensor:
     """The finaliser of splitmix64 (Steele et al. 2014), a bijection of int64."""
@@ -54,8 +53,7 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | 
     """Standard normal noise from (key, element index) alone, so it is the same for every split of the batch.
     Counter-based (Salmon et al. 2011): splitmix64 of key and counter, then Box-Muller, two normals a hash.
     keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8. Devices agree but for rounding."""
-    device = device or keys.device
-    n = math.prod(shape)
+    device, n = device or keys.device, math.prod(shape)
     counter = torch.arange(1, (n + 1) // 2 + 1, device=device) * GOLDEN
     bits = mix(mix(keys.to(device) + GOLDEN)[:, None] + counter)                        # (B, ceil(n/2)) int64
     radius = torch.sqrt(-2 * torch.log((((bits >> 32) & 0xFFFFFFFF).float() + 0.5) * 2.0**-32))
@@ -66,11 +64,11 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | 
 
 def noise_source(keys: Tensor, shape: tuple[int, ...], device: torch.device | str | None = None) -> Callable:
     """noise(step) -> (B, *shape) for the samplers: independent for each step, and of gaussian(keys)."""
-    return lambda step: gaussian(mix(keys) + step, shape, device)
+    keys = mix(keys.to(device or keys.device))  # once: a copy inside a sampler's loop would stop the device
+    return lambda step: gaussian(keys + step, shape)
 
 
 # Schedules: t -> logsnr -> (alpha, sigma) ------------------------------------------------------------------
-
 
 class Schedule:
     """A falling function logsnr(t): a curve, shifted by the picture's size and clamped to +-LOGSNR_MAX.
@@ -105,11 +103,11 @@ def betas(first: float, last: float, power: int) -> Callable[[Tensor], Tensor]:
     alpha_t^2 = prod_{j < 1000 t} (1 - beta_j) (Ho et al. 2020, 2006.11239, eq. 4); the sum of log(1 - beta_j)
     as an integral over j from -1/2 to 1000 t - 1/2, by Gauss-Legendre: within 1e-6 of the product."""
     low, high = first ** (1 / power), last ** (1 / power)
-    nodes, weights = (-0.7745966692414834, 0.0, 0.7745966692414834), (5 / 18, 8 / 18, 5 / 18)
+    gauss = (-0.7745966692414834, 5 / 18), (0.0, 8 / 18), (0.7745966692414834, 5 / 18)
 
     def curve(t: Tensor) -> Tensor:
         mean = 0.0
-        for node, weight in zip(nodes, weights):
+        for node, weight in gauss:
             j = TRAIN_STEPS * t * ((1 + node) / 2) - 0.5
             mean = mean + weight * torch.log1p(-(low + (high - low) / (TRAIN_STEPS - 1) * j) ** power)
         return -log(torch.expm1(-TRAIN_STEPS * t * mean))
@@ -132,8 +130,8 @@ CURVES = {  # name: logsnr(t), before shift and clamp
 
 def zero_terminal_snr(curve: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """alpha shifted and scaled to be 0 at t = 1, the same at step 1 (Lin et al. 2023, 2305.08891, alg. 1)."""
-    ends = torch.sigmoid(curve(torch.tensor([1 / TRAIN_STEPS, 1.0], dtype=torch.float64))).sqrt()
-    first, last = ends.tolist()
+    ends = curve(torch.tensor([1 / TRAIN_STEPS, 1.0], dtype=torch.float64))
+    first, last = torch.sigmoid(ends).sqrt().tolist()
     gain = first / (first - last)
 
     def rescaled(t: Tensor) -> Tensor:
@@ -162,7 +160,6 @@ def make_schedule(config: DiffusionConfig, size: int) -> Schedule:
 
 # Targets and the posterior ---------------------------------------------------------------------------------
 
-
 def expand(value: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, ..., 1), to multiply x (B, ...)."""
     return value.view(-1, *[1] * (x.ndim - 1))
@@ -174,18 +171,12 @@ def noised(x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
 
-TARGETS = {  # name: (a, b) of the target a x0 + b eps, from (alpha, sigma)
+TARGETS = {  # name: (a, b) of a x0 + b eps, what the network should say, from (alpha, sigma)
     "x0": lambda alpha, sigma: (1.0, 0.0),
     "eps": lambda alpha, sigma: (0.0, 1.0),
     "v": lambda alpha, sigma: (-sigma, alpha),      # Salimans & Ho 2022, 2202.00512, section 4
     "flow": lambda alpha, sigma: (-1.0, 1.0),       # the velocity of Liu et al. 2022, 2209.03003
 }
-
-
-def target(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> Tensor:
-    """What the network should say; alpha and sigma (B, 1, ...)."""
-    a, b = TARGETS[prediction](alpha, sigma)
-    return a * x0 + b * eps
 
 
 def x0_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction: str) -> list[Tensor]:
@@ -211,7 +202,6 @@ def posterior(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor,
 
 # Training: noise levels, weights, losses -------------------------------------------------------------------
 
-
 def stratify(u: Tensor, index: Tensor, total: int) -> Tensor:
     """Uniform u (B,) of the items `index` (B,) of a batch of `total` -> one in each of `total` strata."""
     return (index + u) / total
@@ -221,10 +211,9 @@ def draw_t(u: Tensor, config: DiffusionConfig, schedule: Schedule) -> Tensor:
     """t (B,) float32 from u (B,) in [0, 1), by the inverse distribution function of the density.
     logit_normal: Esser et al. 2024, 2403.03206, eq. 19. log_normal: ln(sigma / alpha) is normal, shifted
     as the schedule (Karras et al. 2022, 2206.00364, table 1). importance has a state: class Importance."""
-    if config.t_density == "uniform":
-        return u.float()
     normal = config.t_mean + config.t_std * torch.special.ndtri(u.float())
     match config.t_density:
+        case "uniform": return u.float()
         case "logit_normal": return torch.sigmoid(normal)
         case "log_normal": return schedule.inverse(schedule.shift - 2 * normal)
     raise ValueError(f"t_density {config.t_density!r} is not uniform, logit_normal or log_normal")
@@ -258,13 +247,11 @@ class Uncertainty(nn.Module):
 
     def __init__(self, features: int = 128):
         super().__init__()
-        frequency, phase = gaussian(torch.tensor([0, 1]), (features,))
-        self.register_buffer("frequency", 2 * math.pi * frequency)
-        self.register_buffer("phase", 2 * math.pi * phase)
+        self.register_buffer("waves", 2 * math.pi * gaussian(torch.tensor([0, 1]), (features,)))
         self.weight = nn.Parameter(torch.zeros(features))  # zero: training starts from the plain loss
 
     def forward(self, logsnr: Tensor) -> Tensor:
-        return (self.weight * torch.cos(logsnr[:, None] / 8 * self.frequency + self.phase)).sum(1)
+        return (self.weight * torch.cos(logsnr[:, None] / 8 * self.waves[0] + self.waves[1])).sum(1)
 
 
 def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
@@ -294,21 +281,19 @@ def losses(model: Callable, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedu
     the network predicts: one unit for all targets and schedules. uniform weighs the prediction's error by
     1, learned by e^-u, plus u. learn_sigma adds the variational term of a step of 1/1000 in bits per
     dimension, which trains the variance only (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
-    alpha, sigma = schedule.alpha_sigma(t)
-    logsnr = schedule.logsnr(t)
-    x_t = noised(x0, eps, t, schedule)                                                    # (B, C, H, W)
+    logsnr, (alpha, sigma) = schedule.logsnr(t), (expand(c, x0) for c in schedule.alpha_sigma(t))
+    x_t = alpha * x0 + sigma * eps                                                        # (B, C, H, W)
     output = model(x_t, t, **condition).float()                                           # (B, C or 2C, H, W)
     output, head = output[:, :x0.shape[1]], output[:, x0.shape[1]:]
-    goal = target(x0, eps, expand(alpha, x0), expand(sigma, x0), config.prediction)
-    error = (output - goal).square().flatten(1).mean(1)                                   # (B,)
     a, b = TARGETS[config.prediction](alpha, sigma)
-    scale = (sigma / (alpha * b - sigma * a)) ** 2  # from this error to that of x0 at the same x_t
+    error = (output - (a * x0 + b * eps)).square().flatten(1).mean(1)                     # (B,)
+    scale = (sigma / (alpha * b - sigma * a)).flatten() ** 2  # from this error to that of x0 at the same x_t
     raw = error * scale * (1 + torch.exp(logsnr))
     weighted = error
     if config.loss_weight not in ("uniform", "learned"):
         weighted = error * (scale * x0_weight(t, schedule, config))
     if config.learn_sigma:
-        guess, _ = x0_eps(output.detach(), x_t, expand(alpha, x0), expand(sigma, x0), config.prediction)
+        guess, _ = x0_eps(output.detach(), x_t, alpha, sigma, config.prediction)
         end = t.clamp(min=1 / TRAIN_STEPS)
         s = end - 1 / TRAIN_STEPS
         weighted = weighted + variational_bits(x0, x_t, guess, (head + 1) / 2, s, end, schedule)
@@ -332,7 +317,6 @@ def loss_buckets(loss: Tensor, logsnr: Tensor, buckets: int = 8) -> tuple[Tensor
 
 
 # Likelihood in bits per dimension --------------------------------------------------------------------------
-
 
 def decoder_bits(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """-log2 of the normal's mass in the bin of the 8-bit x0, the outer bins open (2006.11239, eq. 13)."""
@@ -374,7 +358,6 @@ def nll(denoise: Callable, x0: Tensor, times: Tensor, noise: Callable, schedule:
 
 # Denoisers: denoise(x_t (B, ...), t (B,)) -> x0 (B, ...) float32 -------------------------------------------
 
-
 def denoiser(model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict) -> Callable:
     """The network as a denoiser under one condition; channels beyond those of x_t (the variance) are left."""
     def denoise(x_t: Tensor, t: Tensor) -> Tensor:
@@ -385,7 +368,7 @@ def denoiser(model: Callable, schedule: Schedule, config: DiffusionConfig, condi
 
 
 class LearnedVariance:
-    """A network with learn_sigma that remembers its variance: `ddpm(..., variance=lambda: net.fraction[:B])`.
+    """A network with learn_sigma that remembers its variance: `ddim(..., variance=lambda: net.fraction[:B])`.
     The condition's rows come first in a guided batch, so guidance never extrapolates a variance."""
 
     def __init__(self, model: Callable):
@@ -413,9 +396,7 @@ def branches(model: Callable, schedule: Schedule, config: DiffusionConfig, condi
 
     def pair(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         *conds, uncond = together(torch.cat([x_t] * rows), torch.cat([t] * rows)).chunk(rows)
-        if len(conds) == 1 and weights[0] == 1:
-            return conds[0], uncond
-        return uncond + sum(weight * (cond - uncond) for weight, cond in zip(weights, conds)), uncond
+        return sum(w * cond for w, cond in zip(weights, conds)) + (1 - sum(weights)) * uncond, uncond
     return pair
 
 
@@ -423,8 +404,8 @@ def guidance(pair: Callable, guidance_scale: float, interval: tuple[float, float
              combine: Callable = torch.lerp) -> Callable:
     """x0 = uncond + w (cond - uncond), w = guidance_scale where t is in the interval, else 1.
     `pair(x_t, t)` -> (cond, uncond): `branches` (classifier-free, Ho & Salimans 2022, 2207.12598, eq. 6) or
-    `lambda x_t, t: (good(x_t, t), bad(x_t, t))` (autoguidance, Karras et al. 2024, 2406.02507).
-    The interval (Kynkaanniemi et al. 2024, 2404.07724) saves no call: looking at t would stop the device.
+    `lambda x_t, t: (good(x_t, t), bad(x_t, t))` (autoguidance, Karras et al. 2024, 2406.02507). The interval
+    (Kynkaanniemi et al. 2024, 2404.07724) saves no call: looking at t would stop the device.
     `combine(uncond, cond, w)` is torch.lerp, rescaled(phi) or projected(...)."""
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale {guidance_scale} is not a finite number of at least 0 (1 = none)")
@@ -466,8 +447,7 @@ def projected(limit: float = 15.0, parallel: float = 0.0, momentum: float = -0.5
     def combine(uncond: Tensor, cond: Tensor, w: Tensor) -> Tensor:
         nonlocal average
         average = cond - uncond + momentum * average
-        norm = expand(average.flatten(1).norm(dim=1), cond)
-        push = average * (limit / norm.clamp(min=1e-6)).clamp(max=1)
+        push = average * (limit / expand(average.flatten(1).norm(dim=1), cond).clamp(min=1e-6)).clamp(max=1)
         unit = cond / expand(cond.flatten(1).norm(dim=1), cond).clamp(min=1e-6)
         along = expand((push * unit).flatten(1).sum(1), cond) * unit
         return cond + (w - 1) * (push - along + parallel * along)
@@ -505,7 +485,6 @@ def threshold(denoise: Callable, percentile: float | None = None) -> Callable:
 
 
 # Time grids ------------------------------------------------------------------------------------------------
-
 
 def time_grid(steps: int, start: float = 1.0) -> Tensor:
     """Falling times (steps + 1,) from `start` to exactly 0, uniform in t."""
@@ -546,9 +525,8 @@ def respaced(spec: str, steps: int = TRAIN_STEPS) -> Tensor:
 
 
 def levels(x: Tensor, times: Tensor, schedule: Schedule) -> tuple[Tensor, list, list, list]:
-    """t (N+1, B) on the device of x; alpha, sigma, logsnr as N+1 numbers each, in float64 before the loop.
-    Python numbers travel as arguments of the kernels: nothing is copied or waited for inside a loop.
-    t = 0 is exactly clean: alpha 1, sigma 0, logsnr inf."""
+    """t (N+1, B) on the device of x; alpha, sigma, logsnr as N+1 numbers each, so that nothing is copied or
+    waited for inside a loop. t = 0 is exactly clean: alpha 1, sigma 0, logsnr inf."""
     times = times.detach().to("cpu", torch.float64)
     if times.ndim != 1 or len(times) < 2 or not (times.diff() < 0).all() or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times {times.tolist()[:8]} must be a row of at least 2, falling, within 1 and 0")
@@ -560,9 +538,9 @@ def levels(x: Tensor, times: Tensor, schedule: Schedule) -> tuple[Tensor, list, 
 
 def ddim(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule, eta: float = 0.0,
          variance: float | Callable = 0.0) -> Tensor:
-    """DDIM (Song et al. 2020, 2010.02502, eq. 12 and 16): eta 0 is deterministic, eta 1 is DDPM.
-    variance: where the log variance of the fresh noise lies between that of the posterior (0) and that of the
-    forward step (1), whose ratio is that of the two sigma^2."""
+    """DDIM (Song et al. 2020, 2010.02502, eq. 12 and 16): eta 0 is deterministic, eta 1 is ancestral DDPM.
+    variance: where the log variance of the fresh noise is between the posterior's (0, "small") and the
+    forward step's (1, "large"), or a function that tells it after each call, see LearnedVariance."""
     t, alpha, sigma, logsnr = levels(x, times, schedule)
     for i in range(len(t) - 1):
         x0 = denoise(x, t[i])
@@ -575,25 +553,16 @@ def ddim(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule:
     return x
 
 
-def ddpm(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule,
-         variance: float | Callable = 0.0) -> Tensor:
-    """Ancestral sampling (Ho et al. 2020, 2006.11239, algorithm 2) on any times, as DDIM with eta 1.
-    variance: 0 "small", 1 "large", or a function that gives what the network learned in the last call of the
-    denoiser (2102.09672, eq. 15): see LearnedVariance."""
-    return ddim(denoise, x, times, noise, schedule, 1.0, variance)
-
-
-def transfer(x0: Tensor, eps: Tensor, alpha: list[float], sigma: list[float], i: int, j: int,
-             turn: Tensor | float = 0.0) -> Tensor:
+def transfer(x0: Tensor, eps: Tensor, alpha: list, sigma: list, i: int, j: int, turn: Tensor | int = 0):
     """x at level j from (x0, eps) at i, along d(x/alpha) / d(sigma/alpha) = eps + turn (2202.09778, eq. 11).
     The turn is added to the DDIM step, instead of to x, since x / alpha has no digits left near t = 1."""
     return alpha[j] * x0 + sigma[j] * eps + (sigma[j] - alpha[j] * sigma[i] / alpha[i]) * turn
 
 
-def blind(alpha: list[float], sigma: list[float], i: int) -> bool:
-    """Whether step i must be an Euler step: eps has no value at t = 0, and from pure noise sigma / alpha
-    falls a thousandfold at once, where the mean of the end slopes is wrong, but the first one is right."""
-    return sigma[i + 1] == 0 or (i == 0 and sigma[0] * alpha[1] > 10 * sigma[1] * alpha[0])
+def blind(alpha: list[float], sigma: list[float], i: int, j: int) -> bool:
+    """Whether the step from i to j must be an Euler step: eps has no value at t = 0, and from pure noise
+    sigma / alpha falls a thousandfold at once, where only the first slope is any good."""
+    return sigma[j] == 0 or (i == 0 and sigma[0] * alpha[j] > 10 * sigma[j] * alpha[0])
 
 
 def heun(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
@@ -603,7 +572,7 @@ def heun(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule:
         x0 = denoise(x, t[i])
         eps = (x - alpha[i] * x0) / sigma[i]
         x = transfer(x0, eps, alpha, sigma, i, i + 1)
-        if not blind(alpha, sigma, i):
+        if not blind(alpha, sigma, i, i + 1):
             ahead = (x - alpha[i + 1] * denoise(x, t[i + 1])) / sigma[i + 1]
             x = transfer(x0, eps, alpha, sigma, i, i + 1, turn=(ahead - eps) / 2)
     return x
@@ -612,25 +581,24 @@ def heun(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule:
 def prk(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule: Schedule) -> Tensor:
     """Pseudo Runge-Kutta (Liu et al. 2022, 2202.09778, eq. 14): fourth order, four calls a step.
     The middle of a step is halfway in sigma / alpha whatever the times: halfway in t the order is 2."""
-    t, alpha, sigma, _ = levels(x, times, schedule)
+    _, alpha, sigma, _ = levels(x, times, schedule)
     ratio = torch.tensor([s / a for s, a in zip(sigma, alpha)], dtype=torch.float64)
     middle = schedule.inverse(-2 * torch.log((ratio[1:] + ratio[:-1]) / 2))
-    alpha_m, sigma_m = (c.tolist() for c in schedule.alpha_sigma(middle))
-    t_m = middle.to(x)[:, None].expand(-1, len(x))
-    for i in range(len(t) - 1):
+    both = torch.stack([times[:-1].to(middle), middle], dim=1).flatten()
+    t, alpha, sigma, _ = levels(x, torch.cat([both, times[-1:].to(middle)]), schedule)
+    for i in range(0, len(t) - 1, 2):
         x0 = denoise(x, t[i])
         e1 = (x - alpha[i] * x0) / sigma[i]
-        if blind(alpha, sigma, i):
-            x = transfer(x0, e1, alpha, sigma, i, i + 1)
+        if blind(alpha, sigma, i, i + 2):
+            x = transfer(x0, e1, alpha, sigma, i, i + 2)
             continue
-        a, s = [alpha[i], alpha_m[i], alpha[i + 1]], [sigma[i], sigma_m[i], sigma[i + 1]]
-        x = transfer(x0, e1, a, s, 0, 1)
-        e2 = (x - a[1] * denoise(x, t_m[i])) / s[1]
-        x = transfer(x0, e1, a, s, 0, 1, turn=e2 - e1)
-        e3 = (x - a[1] * denoise(x, t_m[i])) / s[1]
-        x = transfer(x0, e1, a, s, 0, 2, turn=e3 - e1)
-        e4 = (x - a[2] * denoise(x, t[i + 1])) / s[2]
-        x = transfer(x0, e1, a, s, 0, 2, turn=(e1 + 2 * e2 + 2 * e3 + e4) / 6 - e1)
+        x = transfer(x0, e1, alpha, sigma, i, i + 1)
+        e2 = (x - alpha[i + 1] * denoise(x, t[i + 1])) / sigma[i + 1]
+        x = transfer(x0, e1, alpha, sigma, i, i + 1, turn=e2 - e1)
+        e3 = (x - alpha[i + 1] * denoise(x, t[i + 1])) / sigma[i + 1]
+        x = transfer(x0, e1, alpha, sigma, i, i + 2, turn=e3 - e1)
+        e4 = (x - alpha[i + 2] * denoise(x, t[i + 2])) / sigma[i + 2]
+        x = transfer(x0, e1, alpha, sigma, i, i + 2, turn=(e1 + 2 * e2 + 2 * e3 + e4) / 6 - e1)
     return x
 
 
@@ -695,10 +663,10 @@ def unipc(denoise: Callable, x: Tensor, times: Tensor, noise: Callable, schedule
     return x
 
 
-# Euler in sigma / alpha (k-diffusion) or in t of flow is DDIM; Euler ancestral is DDIM with eta = 1.
-SAMPLERS = {"dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0), "unipc": unipc, "ddpm": ddpm,
-            "ddim": ddim, "euler": ddim, "euler_ancestral": partial(ddim, eta=1.0), "heun": heun, "prk": prk,
-            "plms": plms}
+# Euler in sigma / alpha or in t of flow is DDIM; with eta 1 it is DDPM (2006.11239) and Euler ancestral.
+SAMPLERS = {"dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0), "unipc": unipc, "ddim": ddim,
+            "ddpm": partial(ddim, eta=1.0), "euler": ddim, "euler_ancestral": partial(ddim, eta=1.0),
+            "heun": heun, "plms": plms, "prk": prk}
 
 
 # Editing, with any sampler ---------------------------------------------------------------------------------
