@@ -6,12 +6,16 @@
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
+import copy
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,9 +266,123 @@ def count_flops(model: nn.Module, *args, **kwargs) -> int:
     return counter.get_total_flops()
 
 
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large square matrix product reaches here and now, the best of some [operations/second]."""
+    n, best = 8192 if device.type == "cuda" else 1024, math.inf
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for _ in range(8):
+        start = clock(device)
+        for _ in range(4):
+            a @ b
+        best = min(best, (clock(device) - start) / 4)
+    return 2 * n**3 / best
+
+
+def compile_error(device: torch.device) -> str:
+    """Why torch.compile does not work here, tried on one number; empty where it does."""
+    try:
+        torch.compile(lambda x: x * 2 + 1)(torch.ones(1, device=device))
+    except Exception as e:                                     # of whatever compiler is or is not there
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+    return ""
+
+
 # --------------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = "limn 1"
+
+
+class State:
+    """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
+
+    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. clip: largest norm of the
+    gradient, 0 = any. fp16: scale the loss.
+    """
+
+    def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool):
+        self.net, self.clip, self.ema_decay = net, clip or math.inf, ema_decay
+        self.ema = copy.deepcopy(net).requires_grad_(False).eval()
+        self.weights, self.averages = list(net.parameters()), list(self.ema.parameters())
+        groups = [{"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay},
+                  {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+        self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=fp16)
+
+    @torch.no_grad()
+    def update(self, lr: float) -> tuple[Tensor, Tensor]:
+        """One step of AdamW, and of the average; neither moves where the gradient is not finite.
+
+        The average of n updates is plain, the last weighs 1/n, up to n = 1 / (1 - ema_decay); then
+        exponential.
+        Returns the gradient's norm before clipping, and 1.0 for an update that was skipped, on the device:
+        nothing here waits for it.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
+        bad = (~norm.isfinite()).float()
+        if not self.scaler.is_enabled():                       # fused AdamW skips by what scalers use
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        n = self.optimizer.state[self.weights[0]]["step"].clamp(min=1)        # without skipped ones
+        delta = torch._foreach_sub(self.weights, self.averages)
+        torch._foreach_mul_(delta, (1 - bad) * (1 / n).clamp(min=1 - self.ema_decay))
+        torch._foreach_add_(self.averages, delta)
+        return norm, bad
+
+    def size(self) -> float:
+        """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
+        norms = torch._foreach_norm(self.weights + self.averages)
+        total = float(sum(norm.detach().cpu().double() for norm in norms))
+        return total if math.isfinite(total) else math.inf
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The two files of a checkpoint, {"ema", "train"}, under plain names."""
+        train = {f"weights.{name}": value for name, value in self.net.state_dict().items()}
+        for name, p in self.net.named_parameters():
+            parts = self.optimizer.state.get(p, {})
+            train |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
+        return {"ema": self.ema.state_dict(), "train": train}
+
+    def load(self, ema: dict[str, Tensor], train: dict[str, Tensor], scaler: dict) -> None:
+        """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
+        try:
+            self.ema.load_state_dict(ema)
+            self.net.load_state_dict({k[8:]: v for k, v in train.items() if k.startswith("weights.")})
+        except RuntimeError as e:
+            raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+        for name, p in self.net.named_parameters():
+            start = f"optimizer.{name}."
+            if f"{start}step" in train:                        # moments in the memory layout of weights
+                moments = {k: torch.empty_like(p).copy_(train[start + k]) for k in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+
+
+def lock(run: Path) -> None:
+    """Hold `run`/.lock until the process ends; remove what a killed save left. ValueError if it is in use."""
+    run.mkdir(parents=True, exist_ok=True)
+    fd = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)                # closed when the process ends
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by data workers, as flock is
+    except OSError:
+        owner = os.read(fd, 200).decode(errors="replace") or "another run"
+        raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
+    os.truncate(fd, 0)
+    os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+    for left in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(left)
 
 
 def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
@@ -357,7 +475,8 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
         shutil.rmtree(temp, ignore_errors=True)
         raise
     for old in [p for p in checkpoint_folders(run) if int(p.name) <= step][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)                 # what stays is tried again at the next save
+        os.replace(old, parent / f".tmp-{old.name}")           # never half a checkpoint under its name
+        shutil.rmtree(parent / f".tmp-{old.name}", ignore_errors=True)        # lock() clears what stays
     return target
 
 

@@ -405,7 +405,8 @@ def test_a_checkpoint_is_published_in_the_order_that_survives_a_power_cut(tmp_pa
     monkeypatch.setattr(model.shutil, "rmtree", rmtree)
     save_steps(tmp_path, [2], keep=1)
     assert calls == ["fsync ema.safetensors", "fsync train.safetensors", "fsync .tmp-000002",
-                     "rename .tmp-000002 000002", "fsync checkpoints", "rmtree 000001"]
+                     "rename .tmp-000002 000002", "fsync checkpoints", "rename 000001 .tmp-000001",
+                     "rmtree .tmp-000001"]
 
 
 def test_pruning_keeps_the_last_ones_and_none_of_a_later_run(tmp_path):
