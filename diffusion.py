@@ -500,7 +500,7 @@ def logsnr_grid(steps: int, schedule: Schedule, start: float = 1.0) -> Tensor:
     For dpmpp_2m and unipc, which are polynomials in logsnr; ddim and plms do better on `time_grid`.
     At logsnr 8 the noise is 2.3 of 255."""
     first = schedule.logsnr(torch.tensor([start], dtype=torch.float64)).clamp(min=schedule.shift - 8)
-    inner = torch.lerp(first, first.new_tensor([schedule.shift + 8]), 1 - time_grid(steps, 1.0)[1:-1])
+    inner = torch.lerp(first, (first + 1).clamp(min=schedule.shift + 8), 1 - time_grid(steps)[1:-1])
     return torch.cat([first.new_tensor([start]), schedule.inverse(inner), first.new_zeros(1)])
 
 
@@ -522,7 +522,6 @@ def respaced(spec: str, steps: int = TRAIN_STEPS) -> Tensor:
 
 
 # Samplers: (denoise, x at times[0], times, noise, schedule) -> x at times[-1]; at t = 0 that is an x0 ------
-
 
 def levels(x: Tensor, times: Tensor, schedule: Schedule) -> tuple[Tensor, list, list, list]:
     """t (N+1, B) on the device of x; alpha, sigma, logsnr as N+1 numbers each, so that nothing is copied or

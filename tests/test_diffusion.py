@@ -523,6 +523,7 @@ def test_logsnr_grid_suits_the_multistep_solvers():
     torch.testing.assert_close(logsnr.diff(), logsnr.diff()[:1].expand(18))
     assert diffusion.logsnr_grid(7, schedule, 0.5)[0] == 0.5
     assert len(diffusion.logsnr_grid(1, schedule)) == 2
+    assert (diffusion.logsnr_grid(9, schedule, 0.002).diff() < 0).all()
     schedule, x = schedule_of("cosine"), torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
     grids = diffusion.logsnr_grid(20, schedule), time_grid(20)
     ends = [diffusion.dpmpp_2m(mixture_denoiser(schedule), x, times, None, schedule) for times in grids]
@@ -591,7 +592,8 @@ def test_posterior_variances_equal_those_published():
     t = (torch.arange(1000, dtype=F64) + 1) / 1000
     s = torch.arange(1000, dtype=F64) / 1000
     _, _, small, large = diffusion.posterior(schedule_of("linear"), s, t)
-    expected = torch.stack([theirs._get_variance(k, variance_type="fixed_small").double() for k in range(1000)])
+    expected = [theirs._get_variance(k, variance_type="fixed_small") for k in range(1000)]
+    expected = torch.stack(expected).double()
     torch.testing.assert_close(small.exp()[1:], expected[1:], atol=1e-6, rtol=0)
     torch.testing.assert_close(small[0], small[1])  # theirs clamps a zero instead
     torch.testing.assert_close(large.exp(), theirs.betas.double(), atol=1e-6, rtol=0)
@@ -686,7 +688,7 @@ def test_learned_variance_equals_the_published_one(toy, monkeypatch):
 
 
 def test_plms_equals_the_published_one_after_its_start(toy):
-    """Theirs starts with a doubled step: it is given our first three eps and goes on from the fourth level."""
+    """Theirs starts with a doubled step: it gets our first three eps and goes on from the fourth level."""
     schedule, steps = schedule_of("scaled_linear"), 20
     denoise, times = mixture_denoiser(schedule), leading(steps)
     history = []
