@@ -319,10 +319,9 @@ class State:
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
         """One step of AdamW, and of the average; neither moves where the gradient is not finite.
 
-        The average of n updates is plain, the last weighs 1/n, up to n = 1 / (1 - ema_decay); then
-        exponential.
-        Returns the gradient's norm before clipping, and 1.0 for an update that was skipped, on the device:
-        nothing here waits for it.
+        The average of n updates is plain, the last weighs 1/n, up to n = 1 / (1 - ema_decay); then it is
+        exponential. Returns the gradient's norm before clipping, and 1.0 for an update that was skipped, on
+        the device: nothing here waits for it.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
@@ -376,7 +375,7 @@ def lock(run: Path) -> None:
     fd = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)                # closed when the process ends
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)         # not inherited by data workers, as flock is
-    except OSError:
+    except (BlockingIOError, PermissionError):                 # POSIX allows either
         owner = os.read(fd, 200).decode(errors="replace") or "another run"
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
     os.truncate(fd, 0)

@@ -257,6 +257,58 @@ def test_a_shape_that_cannot_be_built_is_named(options, size, message):
 META = {"config": "{}", "step": "5"}
 
 
+def make_state() -> model.State:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 3))
+    net.to(memory_format=torch.channels_last)
+    return model.State(net, weight_decay=0.1, clip=1.0, ema_decay=0.75, fp16=False)
+
+
+def update(state: model.State, step: int) -> None:
+    g = torch.Generator().manual_seed(step)
+    for p in state.weights:
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g))
+    state.update(0.05)
+
+
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
+    straight, resumed = make_state(), make_state()
+    for step in range(6):
+        if step == 3:
+            save_checkpoint(tmp_path, step, resumed.tensors(), META, keep=1)
+            resumed = make_state()
+            with torch.no_grad():
+                resumed.weights[0].zero_()
+            _, (train, ema), _ = load_checkpoint(tmp_path, ("train", "ema"))
+            resumed.load(ema, train, {})
+        for state in (straight, resumed):
+            update(state, step)
+    assert straight.tensors()["train"].keys() == resumed.tensors()["train"].keys()
+    for name, tensors in straight.tensors().items():
+        assert all(same_bits(t.detach(), resumed.tensors()[name][key].detach()) for key, t in tensors.items())
+    for p, q in zip(straight.weights, resumed.weights):
+        assert (straight.optimizer.state[p]["exp_avg"].stride()
+                == resumed.optimizer.state[q]["exp_avg"].stride() == p.stride())
+
+
+def test_size_tells_states_apart_and_is_infinite_where_one_weight_is_not_finite():
+    state, other = make_state(), make_state()
+    assert state.size() == other.size() < math.inf
+    with torch.no_grad():
+        other.weights[1][0] += 1e-3
+        assert other.size() != state.size()
+        other.averages[0][0, 0] = math.nan
+    assert other.size() == math.inf
+
+
+def test_why_nothing_can_be_compiled_is_one_line(monkeypatch):
+    def broken(function):
+        raise RuntimeError("no compiler\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert model.compile_error(torch.device("cpu")) == "RuntimeError: no compiler"
+
+
 def some_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return {"weight": torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
