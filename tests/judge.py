@@ -1,0 +1,296 @@
+"""The judge: does a picture show the kind and the colour of thing that its prompt asks for?
+
+    python tests/judge.py                              # trains the judge if needed, prints its own accuracy
+    python tests/judge.py --ckpt runs/64 --n 200       # draws unseen prompts from a run and judges them
+    python tests/judge.py --pictures DIR_OR_NPZ        # judges pictures by their captions
+
+A small network for 64-pixel pictures, trained on built-in pictures of one thing, blurred, shifted, noised and
+tinted so that it judges drawn ones by what they show. Of two things each is judged where it has to be. Training,
+testing and prompts use ranges of the built-in pictures that no run is trained on.
+"""
+import argparse
+import hashlib
+import os
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+
+KINDS = [kind for kind in data.KINDS if kind != "sign"]
+COLOURS = list(data.COLOURS)
+TRAIN, TEST, PROMPTS = (data.ENDLESS * 2**i for i in (1, 2, 3))     # the first scene of each
+BATCH, STEPS, RATE = 128, 450, 4e-3
+
+
+class Judge(nn.Module):
+    """uint8 (B, 3, 64, 64) -> logits of the kind (B, 16) and of the colour (B, 10)."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (32, 64, 96, 96)
+        self.first = nn.Conv2d(3, 32, 5, 2, padding=2, bias=False)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in (32, *widths[1:]))
+        self.kind = nn.Linear(2 * 4 * 96, len(KINDS))
+        self.colour = nn.Linear(2 * 4 * 96, len(COLOURS))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.max_pool2d(F.relu(self.norms[0](self.first(pictures.float() / 127.5 - 1))), 2)  # (B, 32, 16, 16)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms[1:])):
+            x = F.relu(norm(conv(x)))
+            x = x if i else F.max_pool2d(x, 2)                                                # (B, 96, 8, 8)
+        features = torch.cat([F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)], 1).flatten(1)
+        return self.kind(features), self.colour(features)
+
+    @torch.no_grad()
+    def kinds_colours(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices into KINDS and COLOURS of what uint8 pictures (N, 3, 64, 64) show, int64 (N,)."""
+        device = self.kind.weight.device
+        parts = (self(part.to(device)) for part in pictures.split(256))
+        found = [[logits.argmax(1).cpu() for logits in part] for part in parts]
+        return tuple(torch.cat(part) for part in zip(*found))
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+def scenes(first: int, things: int):
+    """Scenes from an index on that show so many things, and no sign."""
+    while True:
+        shown = data.scene(first)
+        if len(shown.things) == things and not shown.word:
+            yield shown
+        first += 1
+
+
+def halves(picture: np.ndarray, shown: data.Scene) -> list[np.ndarray]:
+    """The square around the place of each of two things, in their order, at the size of the whole picture."""
+    half = picture.shape[1] // 2
+    _, dx, dy = data.RELATIONS[shown.relation]
+    parts = []
+    for sign in (1, -1):
+        left, top = (round(half / 2 + 0.24 * 2 * half * sign * step) for step in (dx, dy))
+        part = picture[:, max(0, top):max(0, top) + half, max(0, left):max(0, left) + half]
+        parts.append(part.repeat(2, 1).repeat(2, 2))
+    return parts
+
+
+def examples(first: int):
+    """Pictures and their thing: four whole ones of one thing, then the two parts of one with two things."""
+    one, two = scenes(first, 1), scenes(first, 2)
+    while True:
+        for _ in range(4):
+            shown = next(one)
+            yield data.draw(shown, 64), shown.things[0]
+        shown = next(two)
+        yield from zip(halves(data.draw(shown, 64), shown), shown.things)
+
+
+def batches(first: int, size: int):
+    source = examples(first)
+    while True:
+        drawn = [next(source) for _ in range(size)]
+        yield (torch.from_numpy(np.stack([picture for picture, _ in drawn])),
+               torch.tensor([KINDS.index(thing.kind) for _, thing in drawn]),
+               torch.tensor([COLOURS.index(thing.colour) for _, thing in drawn]))
+
+
+def disturb(pictures: Tensor) -> Tensor:
+    """What a generated picture may differ in: its place, sharpness, brightness, tint and grain."""
+    n = len(pictures)
+    x = F.pad(pictures.float(), (4, 4, 4, 4), mode="replicate")
+    left, top = torch.randint(0, 9, (2,)).tolist()
+    x = x[:, :, top:top + 64, left:left + 64]
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, blurred, torch.rand(n, 1, 1, 1))
+    x = x * (1 + 0.06 * torch.randn(n, 1, 1, 1)) + 6 * torch.randn(n, 3, 1, 1)
+    return (x + 16 * torch.rand(n, 1, 1, 1) * torch.randn_like(x)).clamp(0, 255)
+
+
+def accuracy(judge: Judge, n: int = 2048) -> tuple[float, float]:
+    """Shares of right kinds and colours on real pictures of one thing that the judge has not seen."""
+    source = scenes(TEST, 1)
+    shown = [next(source) for _ in range(n)]
+    pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in shown]))
+    kinds, colours = judge.kinds_colours(pictures)
+    return (float(np.mean([KINDS[k] == s.things[0].kind for k, s in zip(kinds.tolist(), shown)])),
+            float(np.mean([COLOURS[c] == s.things[0].colour for c, s in zip(colours.tolist(), shown)])))
+
+
+def train(device: torch.device) -> Judge:
+    torch.manual_seed(0)
+    judge, source, start = Judge().to(device), batches(TRAIN, BATCH), time.time()
+    optimizer = torch.optim.AdamW(judge.parameters(), RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    for step in range(STEPS):
+        pictures, kinds, colours = (part.to(device) for part in next(source))
+        by_kind, by_colour = judge(disturb(pictures.cpu()).to(device))
+        loss = F.cross_entropy(by_kind, kinds) + F.cross_entropy(by_colour, colours)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"judge {step + 1}/{STEPS}, loss {loss:.3f}, {time.time() - start:.0f} s", flush=True)
+    return judge.eval()
+
+
+def load(device: torch.device | None = None) -> Judge:
+    """The judge, trained once for these built-in pictures and this file, then kept in the user's cache."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mark = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
+    for i in range(64):
+        mark.update(data.picture(i, 64)[0].tobytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limn"
+    kept = folder / f"judge-{mark.hexdigest()}.safetensors"
+    if not kept.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = train(device)
+        temporary = kept.with_suffix(f".{os.getpid()}")
+        safetensors.torch.save_file(trained.cpu().state_dict(), temporary)
+        os.replace(temporary, kept)
+    judge = Judge().to(device).eval()
+    judge.load_state_dict(safetensors.torch.load_file(kept))
+    return judge.to(device)
+
+
+def kinds_colours(pictures: Tensor) -> tuple[Tensor, Tensor]:
+    return load().kinds_colours(pictures)
+
+
+# ---------------------------------------------------------------------------------------- prompts and scores
+
+def prompts(n: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """Prompts of unseen scenes with one thing, as (prompt, kind, colour), in styles that name its colour."""
+    source, rng = scenes(PROMPTS + seed * 10**6, 1), data.keyed(seed, "judge", 1)
+    shown = [next(source) for _ in range(n)]
+    return [(str(rng.choice(data.captions(s)[1:])), s.things[0].kind, s.things[0].colour) for s in shown]
+
+
+def two_prompts(n: int, seed: int = 0) -> list[tuple[str, data.Scene]]:
+    """Prompts of unseen scenes with two things, with what they have to show."""
+    source, rng = scenes(PROMPTS + seed * 10**6, 2), data.keyed(seed, "judge", 2)
+    return [(str(rng.choice(data.captions(s)[1:])), s) for s in (next(source) for _ in range(n))]
+
+
+def read_prompt(text: str) -> tuple[str, str]:
+    """The kind and the colour of the thing that a caption names first; empty for what it does not name."""
+    words = text.lower().replace(",", " ").split()
+    first = lambda names: next((word for word in words if word in names), "")
+    return first(KINDS), first(COLOURS)
+
+
+def judge_one(judge: Judge, pictures: Tensor, kinds: list[str], colours: list[str]) -> dict:
+    """Shares of right kinds and colours, and by kind what it was taken for."""
+    found_kinds, found_colours = judge.kinds_colours(pictures)
+    right_kind = np.array([KINDS[i] == kind for i, kind in zip(found_kinds.tolist(), kinds)])
+    right_colour = np.array([COLOURS[i] == colour for i, colour in zip(found_colours.tolist(), colours)])
+    table = {}
+    for kind in KINDS:
+        rows = [i for i, wanted in enumerate(kinds) if wanted == kind]
+        if rows:
+            taken = Counter(KINDS[found_kinds[i]] for i in rows if not right_kind[i]).most_common(3)
+            table[kind] = (len(rows), right_kind[rows].mean(), right_colour[rows].mean(), taken)
+    return {"n": len(pictures), "kind": right_kind.mean(), "colour": right_colour.mean(),
+            "both": (right_kind & right_colour).mean(), "table": table}
+
+
+def judge_two(judge: Judge, pictures: Tensor, wanted: list[data.Scene]) -> dict:
+    """Shares of things right in kind and colour where they have to be, and of pictures all right."""
+    parts = [torch.from_numpy(part) for picture, shown in zip(pictures.numpy(), wanted)
+             for part in halves(picture, shown)]
+    things = [thing for shown in wanted for thing in shown.things]
+    kinds, colours = judge.kinds_colours(torch.stack(parts))
+    kind = np.array([KINDS[i] == thing.kind for i, thing in zip(kinds.tolist(), things)]).reshape(-1, 2)
+    colour = np.array([COLOURS[i] == thing.colour for i, thing in zip(colours.tolist(), things)])
+    colour = colour.reshape(-1, 2)
+    right = (kind & colour).all(1)
+    return {"n": len(pictures), "kind": kind.mean(), "colour": colour.mean(), "all": right.mean()}
+
+
+def print_one(scores: dict) -> None:
+    print(f"{scores['n']} pictures of one thing: colour {scores['colour']:.1%}, kind {scores['kind']:.1%}, "
+          f"both {scores['both']:.1%}")
+    print(f"{'kind':<12}{'n':>4}{'kind':>7}{'colour':>8}   taken for")
+    for kind, (n, right_kind, right_colour, taken) in scores["table"].items():
+        others = ", ".join(f"{name} {times}" for name, times in taken)
+        print(f"{kind:<12}{n:>4}{right_kind:>7.0%}{right_colour:>8.0%}   {others}")
+
+
+def print_two(scores: dict) -> None:
+    print(f"{scores['n']} pictures of two things in their relation: colour {scores['colour']:.1%}, "
+          f"kind {scores['kind']:.1%} of the things, all right in {scores['all']:.1%} of the pictures")
+
+
+def at_64(pictures: Tensor) -> Tensor:
+    """Pictures of any size at the judge's, by the project's kernel."""
+    if pictures.shape[-1] == 64:
+        return pictures
+    images = [data.Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) for picture in pictures]
+    small = np.stack([np.asarray(data.shrink(image, 64)) for image in images])
+    return torch.from_numpy(small).permute(0, 3, 1, 2).contiguous()
+
+
+def read_pictures(path: str) -> tuple[Tensor, list[str]]:
+    """Pictures and captions of an .npz (pictures uint8 (N, 3, H, W), captions (N,)), or of a --data source."""
+    if path.endswith(".npz"):
+        with np.load(path, allow_pickle=False) as stored:
+            return at_64(torch.from_numpy(stored["pictures"])), stored["captions"].tolist()
+    source = data.Pictures(data.DataConfig(data=[path], held_out=0), 64, 0)
+    items = [source[i] for i in range(len(source))]
+    pictures = torch.from_numpy(np.stack([item["picture"] for item in items]))
+    return pictures, [item["caption"] for item in items]
+
+
+def draw_prompts(args: argparse.Namespace, texts: list[str]) -> Tensor:
+    """The prompts drawn by the run at --ckpt, uint8 (N, 3, 64, 64)."""
+    import sample
+    stage = sample.load_stage(Path(args.ckpt), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    seeds = list(range(args.seed, args.seed + len(texts)))
+    return at_64(sample.generate(stage, texts, seeds, guidance_scale=args.guidance, sampler=args.sampler,
+                                 steps=args.sample_steps, batch_size=args.batch_size))
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.add_argument("--ckpt", help="run or checkpoint to judge")
+    parser.add_argument("--pictures", nargs="+", default=[], help="folders or .npz files with captions")
+    parser.add_argument("--n", type=int, default=200, help="prompts with one thing, half as many with two")
+    parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 = none")
+    parser.add_argument("--sampler", default="dpmpp_2m")
+    parser.add_argument("--sample-steps", type=int, default=25, help="[steps]")
+    parser.add_argument("--batch-size", type=int, default=32, help="[images]")
+    parser.add_argument("--save", help=".npz to write the drawn pictures and their captions to")
+    args = parser.parse_args(argv)
+
+    judge = load()
+    kind, colour = accuracy(judge)
+    print(f"the judge on unseen real pictures: colour {colour:.2%}, kind {kind:.2%}")
+    for path in args.pictures:
+        pictures, texts = read_pictures(path)
+        print_one(judge_one(judge, pictures, *zip(*map(read_prompt, texts))))
+    if args.ckpt:
+        one, two, start = prompts(args.n, args.seed), two_prompts(args.n // 2, args.seed), time.time()
+        texts = [text for text, *_ in one] + [text for text, _ in two]
+        pictures = draw_prompts(args, texts)
+        print(f"{len(texts)} pictures in {time.time() - start:.0f} s: {args.sampler}, "
+              f"{args.sample_steps} steps, guidance {args.guidance}")
+        if args.save:
+            np.savez(args.save, pictures=pictures.numpy(), captions=np.array(texts))
+        print_one(judge_one(judge, pictures[:args.n], *list(zip(*one))[1:]))
+        if two:
+            print_two(judge_two(judge, pictures[args.n:], [shown for _, shown in two]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,61 @@
+"""judge.py: its prompts, its crops and its scores; the judge itself is trained by its own command."""
+import numpy as np
+import torch
+
+import data
+from tests import judge
+
+
+def perfect(shown):
+    """A judge that answers with these things, in this order."""
+    class Perfect:
+        def kinds_colours(self, pictures):
+            assert len(pictures) == len(shown)
+            return (torch.tensor([judge.KINDS.index(thing.kind) for thing in shown]),
+                    torch.tensor([judge.COLOURS.index(thing.colour) for thing in shown]))
+    return Perfect()
+
+
+def test_prompts_name_one_thing_with_its_colour_and_can_be_read_back():
+    drawn = judge.prompts(100, seed=3)
+    assert drawn == judge.prompts(100, seed=3)
+    assert drawn != judge.prompts(100, seed=4)
+    assert all(judge.read_prompt(text) == (kind, colour) for text, kind, colour in drawn)
+    assert {kind for _, kind, _ in drawn} == set(judge.KINDS)
+
+
+def test_the_parts_of_a_picture_show_its_two_things():
+    for _, shown in judge.two_prompts(40):
+        first, second = judge.halves(data.draw(shown, 64), shown)
+        for part, thing in ((first, shown.things[0]), (second, shown.things[1])):
+            assert part.shape == (3, 64, 64)
+            assert (np.abs(part.transpose(1, 2, 0) - np.array(data.COLOURS[thing.colour])).max(2) < 9).mean() > 0.05
+
+
+def test_scores_count_kinds_colours_and_relations():
+    one = [judge.data.Thing("house", "red", 0, 0, 0), judge.data.Thing("cat", "blue", 0, 0, 0)]
+    pictures = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    scores = judge.judge_one(perfect(one), pictures, ["house", "car"], ["red", "blue"])
+    assert (scores["kind"], scores["colour"], scores["both"]) == (0.5, 1, 0.5)
+    assert scores["table"]["car"][3] == [("cat", 1)]
+    wanted = [shown for _, shown in judge.two_prompts(10)]
+    right = judge.judge_two(perfect([thing for shown in wanted for thing in shown.things]),
+                            torch.zeros(10, 3, 64, 64, dtype=torch.uint8), wanted)
+    swapped = judge.judge_two(perfect([thing for shown in wanted for thing in shown.things[::-1]]),
+                              torch.zeros(10, 3, 64, 64, dtype=torch.uint8), wanted)
+    assert right["all"] == 1
+    assert swapped["all"] == swapped["kind"] == 0
+
+
+def test_pictures_with_captions_are_read_at_64_pixels(tmp_path):
+    larger = np.stack([data.picture(i, 128)[0] for i in range(3)])
+    np.savez(tmp_path / "drawn.npz", pictures=larger, captions=np.array(["a red car", "a blue cat", "a house"]))
+    pictures, texts = judge.read_pictures(str(tmp_path / "drawn.npz"))
+    assert pictures.shape == (3, 3, 64, 64)
+    assert texts[0] == "a red car"
+    assert np.abs(pictures[0].numpy().astype(int) - data.picture(0, 64)[0]).mean() < 2
+
+
+def test_an_untrained_judge_answers_for_any_batch():
+    kinds, colours = judge.Judge().eval().kinds_colours(torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
+    assert kinds.shape == colours.shape == (5,)
