@@ -5,8 +5,8 @@
     python tests/judge.py --pictures DIR_OR_NPZ        # judges pictures by their captions
 
 A small network for 64-pixel pictures, trained on built-in pictures of one thing, blurred, shifted, noised and
-tinted so that it judges drawn ones by what they show. Of two things each is judged where it has to be. Training,
-testing and prompts use ranges of the built-in pictures that no run is trained on.
+tinted so that it judges drawn ones by what they show. Of two things each is judged where it has to be.
+Training, testing and prompts use ranges of the built-in pictures that no run is trained on.
 """
 import argparse
 import hashlib
@@ -45,10 +45,11 @@ class Judge(nn.Module):
         self.colour = nn.Linear(2 * 4 * 96, len(COLOURS))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(F.relu(self.norms[0](self.first(pictures.float() / 127.5 - 1))), 2)  # (B, 32, 16, 16)
+        x = self.first(pictures.float() / 127.5 - 1)                            # (B, 32, 32, 32)
+        x = F.max_pool2d(F.relu(self.norms[0](x)), 2)                           # (B, 32, 16, 16)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms[1:])):
             x = F.relu(norm(conv(x)))
-            x = x if i else F.max_pool2d(x, 2)                                                # (B, 96, 8, 8)
+            x = x if i else F.max_pool2d(x, 2)                                  # (B, 96, 8, 8)
         features = torch.cat([F.adaptive_avg_pool2d(x, 2), F.adaptive_max_pool2d(x, 2)], 1).flatten(1)
         return self.kind(features), self.colour(features)
 
@@ -241,7 +242,7 @@ def at_64(pictures: Tensor) -> Tensor:
 
 
 def read_pictures(path: str) -> tuple[Tensor, list[str]]:
-    """Pictures and captions of an .npz (pictures uint8 (N, 3, H, W), captions (N,)), or of a --data source."""
+    """Pictures and captions of an .npz (pictures uint8 (N, 3, H, W), captions), or of a --data source."""
     if path.endswith(".npz"):
         with np.load(path, allow_pickle=False) as stored:
             return at_64(torch.from_numpy(stored["pictures"])), stored["captions"].tolist()
