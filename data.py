@@ -37,7 +37,6 @@ MAX_PIXELS = 64 * 2**20      # a larger picture is refused before it is decoded
 MIN_SIDE = 8                 # so is one with a shorter side [pixels]
 MAX_TRIES = 20               # unreadable pictures in a row before giving up
 MAX_CAPTION = 2000           # a longer caption is cut [characters]
-MAX_TEXT = 2**20             # read of one caption file [bytes]
 ENDLESS = 2**40              # built-in pictures
 
 
@@ -51,7 +50,6 @@ class DataConfig:
 
 
 # ---------------------------------------------------------------------------------- the order of the data
-
 def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
     """A random generator that is a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
     digest = hashlib.blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
@@ -90,7 +88,6 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
 
 
 # -------------------------------------------------------------------------------------- built-in pictures
-
 COLOURS = {"red": (216, 34, 44), "orange": (246, 130, 22), "yellow": (252, 214, 36), "green": (46, 152, 66),
            "blue": (34, 92, 214), "purple": (126, 52, 172), "pink": (250, 132, 184), "brown": (122, 74, 40),
            "white": (250, 250, 248), "black": (36, 36, 42)}
@@ -117,39 +114,39 @@ Scene = namedtuple("Scene", "things background size place relation word", defaul
 # Tones: its own colour (main), a shade and a tint of it, the background (ground), TONES. Most of it is main.
 KINDS = {
     "house": "box shade 42 -88 68 -20, poly shade -100 -18 0 -96 100 -18, box main -78 -20 78 94, "
-             "box+ glass 26 8 58 42, box shade -16 32 16 94",
+        "box+ glass 26 8 58 42, box shade -16 32 16 94",
     "tree": "box wood -15 20 15 96, oval+ main -16 -50 92 50, oval main -60 -98 60 16, "
-            "oval tint -34 -76 2 -46, oval shade 28 -6 60 24",
+        "oval tint -34 -76 2 -46, oval shade 28 -6 60 24",
     "car": "poly main -66 4 -42 -62 36 -62 72 4, round main -100 -10 100 50, "
-           "poly glass -46 -8 -30 -46 -4 -46 -4 -8, poly glass 8 -8 8 -46 28 -46 50 -8, "
-           "oval+ ink 20 20 76 76, oval+ snow 37 37 59 59",
+        "poly glass -46 -8 -30 -46 -4 -46 -4 -8, poly glass 8 -8 8 -46 28 -46 50 -8, oval+ ink 20 20 76 76, "
+        "oval+ snow 37 37 59 59",
     "boat": "box wood -6 -94 6 40, poly main 10 -96 10 18 86 18, poly tint -10 -76 -10 18 -70 18, "
-            "poly main -100 32 100 32 62 92 -62 92, poly shade -100 32 100 32 90 48 -90 48",
+        "poly main -100 32 100 32 62 92 -62 92, poly shade -100 32 100 32 90 48 -90 48",
     "sun": "poly shade 0 -100 100 0 0 100 -100 0, poly+ shade 50 -87 87 50 -50 87 -87 -50, "
-           "oval main -72 -72 72 72, oval ink -38 6 38 50, oval main -50 -20 50 28, oval+ ink 14 -28 34 4",
+        "oval main -72 -72 72 72, oval ink -38 6 38 50, oval main -50 -20 50 28, oval+ ink 14 -28 34 4",
     "flower": "box leaf -7 10 7 98, oval leaf -58 56 -2 80, oval leaf 2 68 58 92, "
-              "oval main -30 -100 30 -40, oval+ main 6 -79 66 -19, oval+ main 6 -37 66 23, "
-              "oval main -30 -16 30 44, oval cream -24 -52 24 -4",
+        "oval main -30 -100 30 -40, oval+ main 6 -79 66 -19, oval+ main 6 -37 66 23, "
+        "oval main -30 -16 30 44, oval cream -24 -52 24 -4",
     "fish": "poly shade 36 0 98 -56 80 0 98 56, poly shade -40 -40 0 -86 34 -30, oval main -98 -56 60 56, "
-            "oval snow -74 -30 -42 2, oval ink -66 -22 -50 -6, poly shade -10 -12 24 6 -10 24",
+        "oval snow -74 -30 -42 2, oval ink -66 -22 -50 -6, poly shade -10 -12 24 6 -10 24",
     "star": "poly main 0 -98 27 -31 99 -26 44 20 61 90 0 52 -61 90 -44 20 -99 -26 -27 -31, "
-            "poly tint 0 -40 12 -10 44 -8 19 12 27 43 0 26 -27 43 -19 12 -44 -8 -12 -10",
+        "poly tint 0 -40 12 -10 44 -8 19 12 27 43 0 26 -27 43 -19 12 -44 -8 -12 -10",
     "heart": "oval+ main -6 -88 98 16, poly main -85 -1 0 94 85 -1 0 -60, oval tint -70 -64 -38 -28",
     "moon": "oval main -95 -95 95 95, oval ground -32 -76 98 54, oval shade -80 -20 -56 4, "
-            "oval shade -58 36 -34 60",
+        "oval shade -58 36 -34 60",
     "mushroom": "oval main -100 -92 100 112, box ground -100 10 100 114, round cream -30 -2 30 94, "
-                "oval+ snow 32 -36 66 -2, oval snow -18 -76 18 -42",
+        "oval+ snow 32 -36 66 -2, oval snow -18 -76 18 -42",
     "balloon": "poly ink -3 40 3 40 10 68 1 99 -5 99 3 68, poly shade 0 30 16 56 -16 56, "
-               "oval main -68 -98 68 44, oval tint -42 -76 -12 -34",
+        "oval main -68 -98 68 44, oval tint -42 -76 -12 -34",
     "cup": "oval main 20 -30 98 50, oval ground 40 -10 78 30, poly main -82 -50 56 -50 40 90 -66 90, "
-           "oval shade -82 -68 56 -32, oval wood -70 -62 44 -38",
+        "oval shade -82 -68 56 -32, oval wood -70 -62 44 -38",
     "cat": "poly+ main 86 -98 90 20 10 -40, poly+ rose 74 -68 74 -30 44 -46, oval main -94 -54 94 92, "
-           "oval+ snow 16 -20 56 22, oval+ ink 26 -16 44 20, poly rose -16 32 16 32 0 52",
+        "oval+ snow 16 -20 56 22, oval+ ink 26 -16 44 20, poly rose -16 32 16 32 0 52",
     "rocket": "poly flame -24 50 24 50 0 100, poly+ shade 36 0 74 72 30 56, "
-              "poly main 0 -100 24 -70 38 -30 40 10 32 60 -32 60 -40 10 -38 -30 -24 -70, "
-              "oval snow -26 -40 26 12, oval glass -18 -32 18 4",
+        "poly main 0 -100 24 -70 38 -30 40 10 32 60 -32 60 -40 10 -38 -30 -24 -70, oval snow -26 -40 26 12, "
+        "oval glass -18 -32 18 4",
     "butterfly": "oval+ main 4 -86 100 12, oval+ main 4 -6 82 86, oval+ tint 36 -60 74 -20, "
-                 "oval+ shade 28 24 58 56, oval ink -11 -70 11 80",
+        "oval+ shade 28 24 58 56, oval ink -11 -70 11 80",
     "sign": "box wood -9 20 9 98, round shade -100 -72 100 40, round main -93 -65 93 33",
 }
 
@@ -230,7 +227,6 @@ def picture(index: int, size: int) -> tuple[np.ndarray, list[str]]:
 
 
 # ----------------------------------------------------------------------------------------------- decoding
-
 def shrink(image: Image.Image, size: int) -> Image.Image:
     """The one resize kernel: means of blocks by a whole factor, antialiased bicubic for the rest."""
     return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0)
@@ -239,10 +235,9 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
     """A square of an encoded picture, uint8 (3, size, size): upright, alpha over white, 16 bits scaled to 8.
 
-    It keeps a part of the short side, and lies at fractions of what is left, in the stored orientation. It is
-    cut out before it is converted and resized, and a JPEG is decoded at the smallest scale that leaves twice
-    the size, to save memory. Raises ValueError or Pillow's errors for all but a whole, sane picture in
-    FORMATS.
+    It keeps a part of the short side, placed in the rest by fractions, in the stored orientation. It is cut
+    before it is converted and resized, and a JPEG is decoded at the smallest scale that leaves twice the
+    size, to save memory. Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of bombs and damaged tags: the limits are ours
@@ -293,16 +288,15 @@ def read_captions(text: bytes, sidecar: bytes) -> list[str]:
 
 
 # --------------------------------------------------------------------------------- folders and tar shards
-
 PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2}
 
 
 def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
     """Samples of a list of (key, part, file, at, size): rows, keys, and how many keys were used twice.
 
-    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. The parts of a
-    sample need not be adjacent. Of a key used twice only the first picture and the parts that stand with it
-    are kept, so that no picture gets another one's caption.
+    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Parts need not be
+    adjacent. Of a key used twice only the first picture and what stands with it is kept: no picture ever gets
+    another one's caption.
     """
     groups, last = {}, None
     for key, part, *where in parts:
@@ -385,8 +379,7 @@ class Files:
     """The samples of a --data entry: loose pictures with captions beside them, tar shards read by offset."""
 
     def __init__(self, pattern: str):
-        self.name, self.warned, self.files, self.shards = printable(pattern), [], [], 0
-        loose, tables = [], []
+        self.name, self.warned, self.files, loose, tables = printable(pattern), [], [], [], []
         for path, key in self.walk(pattern):
             suffix, size = path.rpartition(".")[2].lower(), os.path.getsize(path)
             if suffix == "tar":
@@ -394,7 +387,7 @@ class Files:
                 rows[:, 0] += np.where(rows[:, 0] < 0, 0, len(self.files))
                 prefix = printable(key).encode() + b"/"
                 tables.append((rows, np.array([prefix + k for k in keys.tolist()], "S")))
-                self.warned, self.shards = self.warned + warned, self.shards + 1
+                self.warned += warned
             elif suffix in PARTS:
                 loose.append((key, PARTS[suffix], len(self.files), 0, size))
             self.files.append((path, size))
@@ -407,8 +400,7 @@ class Files:
             raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); found "
                              f"{len(self.files)} files{example} {' '.join(self.warned[:1])}".rstrip())
         if bare := int((self.rows[:, 2, 1:].sum(1) == 0).sum()):
-            self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption; "
-                               "they train as unconditional")
+            self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
 
     def walk(self, pattern: str) -> Iterator[tuple[str, str]]:
         """All files and their names without suffix, in order; links to folders are not followed."""
@@ -440,7 +432,7 @@ class Files:
 
     def show(self, row: int, size: int, *crop: float) -> tuple[np.ndarray, list[str]]:
         """A sample's picture (see decode) and its captions; raises whatever is wrong with it."""
-        texts = [self.part(row, part, MAX_TEXT) for part in (1, 2)]
+        texts = [self.part(row, part, most=2**20) for part in (1, 2)]
         return decode(self.part(row, 0), size, *crop), read_captions(*texts)
 
 
@@ -452,7 +444,6 @@ class BuiltIn:
 
 
 # --------------------------------------------------------------------------------- the stream of pictures
-
 def parse_source(entry: str) -> tuple[str, Fraction | None]:
     """PATH or PATH:WEIGHT; what exists under the whole name has no weight."""
     path, _, weight = entry.rpartition(":")
@@ -467,14 +458,13 @@ class Pictures:
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
     Sources are interleaved by weight, by default their numbers of pictures. The "val" split, in a fixed order
     and centred, is the pictures whose hashed key is below a threshold, so that they stay when others come or
-    go; with --limit, or too few to hold any out, it is the training pictures. len() is the number of
-    pictures.
+    go; with --limit, or too few to hold any out, it is the training pictures. len() is their number.
     """
 
     def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
         self.config, self.size, self.seed, self.split = config, size, seed, split
         patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
-        if any(weights) and not all(weights):
+        if set(weights) != {None} and not all(weights):
             raise ValueError(f"--data {printable(' '.join(config.data))}: give all a weight above 0, or none")
         if not 0 < config.min_crop <= 1:
             raise ValueError(f"--min-crop {config.min_crop} is not above 0 and at most 1")
@@ -485,8 +475,7 @@ class Pictures:
         self.weights = [int(w * math.lcm(*(w.denominator for w in weights))) for w in weights]
         contents = b"".join(source.keys.tobytes() + source.rows[:, 2:].tobytes() for source in self.sources)
         self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
-        names = (source.name for source in self.sources)
-        self.summary = "; ".join(f"{name}: {len(rows):,} pictures" for name, rows in zip(names, self.rows))
+        self.summary = "; ".join(f"{s.name}: {len(r):,} pictures" for s, r in zip(self.sources, self.rows))
 
     def choose(self, source: Files | BuiltIn) -> range | np.ndarray:
         """The rows of a source that belong to this split."""
@@ -518,9 +507,8 @@ class Pictures:
             index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
         rng, replaced = keyed(self.seed if training else 0, self.split, position), []
         keep, right, down, which = rng.random(4).tolist()
-        crop = 1 - keep * (1 - self.config.min_crop), right, down
-        if not training or self.config.min_crop == 1:
-            crop = ()
+        free = training and self.config.min_crop < 1
+        crop = (1 - keep * (1 - self.config.min_crop), right, down) if free else ()
         for _ in range(MAX_TRIES):
             row = int(rows[index])
             try:
@@ -557,13 +545,12 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
            workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
     """Batches {"picture" uint8 (b, 3, H, W), "captions", "positions", "keys", "replaced"} of start..stop-1.
 
-    Of each global batch of batch_size, rank r gets the r-th contiguous block, b = batch_size / world. Batch k
-    is a pure function of k, so a pipe from each worker process, read in turn, gives the same for any number
-    of workers. On Linux they are forked, which shares the index and is safe as they touch neither torch nor
-    CUDA; elsewhere spawned. numpy goes through the pipe, not through shared memory, which containers ration.
-    `pin` page-locks the pictures for a GPU. Call close() in the end. Raises ValueError for too many bad
-    pictures (max_bad of the last ten thousand), ChildProcessError for a dead worker, TimeoutError after
-    `timeout` [seconds].
+    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Batch k is a pure
+    function of k, so a pipe from each worker process, read in turn, gives the same for any number of workers.
+    On Linux they are forked, which shares the index and is safe as they touch neither torch nor CUDA;
+    elsewhere spawned. numpy goes through the pipe, not through shared memory, which containers ration. `pin`
+    page-locks the pictures. Call close() in the end. Raises ValueError for too many bad pictures (max_bad of
+    the last 10,000), ChildProcessError for a dead worker, TimeoutError after `timeout` [seconds].
     """
     if batch_size % world:
         raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
@@ -614,7 +601,6 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
 
 # ---------------------------------------------------------------------------------------------- pictures out
-
 def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
     """One picture of many, uint8 (N, 3, H, W), each with its caption wrapped below it."""
     n, _, height, width = pictures.shape
