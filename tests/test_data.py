@@ -539,8 +539,8 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    "random header", "zeroed header", "bit flip", "cut in header", "cut in data", "cut at boundary", "no end mark",
-    "one zero block", "garbage behind"])
+    "random header", "zeroed header", "bit flip", "cut in header", "cut in data", "cut at boundary",
+    "no end mark", "one zero block", "garbage behind"])
 def test_a_damaged_shard_is_noticed_and_used_up_to_there(tmp_path, kind):
     path = make_tar(tmp_path / "00012.tar")
     damage(path, kind)
