@@ -1,43 +1,60 @@
-"""Captions to tensors: T5 over bytes, trained along with the U-Net.
+"""Captions to tensors: every T5 and CLIP in plain torch, and a cache of what they say.
 
-    encoder = load_text_encoder(TextConfig())
+    encoder = load_text_encoder(TextConfig())                           # bytes, trained along with the U-Net
+    encoder = load_text_encoder(TextConfig(["t5-v1_1-xl"]))             # a folder as published, frozen
     context, mask, pooled = encoder(*encoder.tokenize(["a red house"]))
 
-Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, F feed-forward width.
+Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels.
 """
 
+import contextlib
+import functools
 import hashlib
+import itertools
+import json
 import math
+import os
+import re
+import unicodedata
+import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from torch import nn
 
 MAX_CHARS = 2000    # a caption is cut here before it is tokenised: a megabyte of text would cost 0.1 s
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
 class TextConfig:
     """What turns a caption into tensors."""
-
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
     text_length: int = 128  # a caption is cut or padded to this length [tokens; of the byte encoder: bytes]
-    byte_width: int = 128  # width of the byte encoder [channels]
+    text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
+    text_cache: str = ""  # folder that keeps the embeddings of all captions (empty: encode them at each step)
+    clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
+    allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
+    byte_width: int = 128  # width of the byte encoder, a multiple of 32 [channels]
     byte_layers: int = 2  # layers of the byte encoder
-    byte_heads: int = 4  # attention heads of the byte encoder
 
     def __post_init__(self):
-        if not 2 <= self.text_length <= 4096:
-            raise ValueError(f"--text-length {self.text_length} is outside 2..4096. The default is 128")
-        if min(self.byte_width, self.byte_layers, self.byte_heads) < 1 or self.byte_width % self.byte_heads:
-            raise ValueError(f"--byte-width {self.byte_width} must be a positive multiple of --byte-heads "
-                             f"{self.byte_heads}, and --byte-layers {self.byte_layers} at least 1")
+        if not 4 <= self.text_length <= 4096:
+            raise ValueError(f"--text-length {self.text_length} is outside 4..4096. The default is 128")
+        if self.byte_width < 32 or self.byte_width % 32 or not 1 <= self.byte_layers <= 100:
+            raise ValueError(f"--byte-width {self.byte_width} is no multiple of 32, or --byte-layers is 0")
 
 
 # ---------------------------------------------------------------------------------------------- tokenizers
-
 def clean(text: str) -> str:
     """The start of a caption, without what no tokenizer reads: lone surrogates, NUL, byte order mark."""
     text = text[:MAX_CHARS].encode("utf-8", "replace").decode("utf-8")
@@ -46,89 +63,107 @@ def clean(text: str) -> str:
 
 class ByteTokenizer:
     """UTF-8 bytes as tokens (ByT5; Xue et al. 2021, arXiv:2105.13626): byte + 3, padding 0, end 1."""
+    pad, prefix, suffix, unknown = 0, [], [1], 2
 
-    pad, prefix, suffix, vocabulary = 0, [], [1], 259
-
-    def __call__(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return [byte + 3 for byte in text.encode()]
 
 
+class SentencePieceTokenizer:
+    """The pieces of a `spiece.model` (Kudo & Richardson 2018, arXiv:1808.06226) as T5 uses them."""
+    def __init__(self, path: Path, vocabulary: int):
+        with damaged(path):
+            model = SentencePieceProcessor(model_proto=path.read_bytes())
+        pieces, end = model.get_piece_size(), model.eos_id()
+        if not max(1, vocabulary - 512) <= pieces <= vocabulary or end < 0:     # tables are padded by < 512
+            raise ValueError(f"{path} has {pieces} pieces and end token {end}, config.json says {vocabulary}")
+        self.encode, self.unknown = model.encode, model.unk_id()
+        self.pad, self.prefix, self.suffix = max(model.pad_id(), 0), [], [end]
+
+
+@functools.lru_cache(1 << 16)
+def letter_class(char: str) -> str:
+    """An ASCII stand-in of the same class: itself, or a letter, digit, space or sign."""
+    if char.isascii() and char.isprintable():
+        return char
+    kind = "Z" if char in "\t\n\v\f\r\x85" else unicodedata.category(char)[0]
+    return {"L": "a", "N": "1", "Z": " "}.get(kind, "!")
+
+
+class ClipTokenizer:
+    """Byte pair encoding of `vocab.json` and `merges.txt` (Radford et al. 2021, arXiv:2103.00020)."""
+    words = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
+
+    def __init__(self, folder: Path, vocabulary: int):
+        self.vocab = read_json(folder / "vocab.json")
+        with damaged(folder / "merges.txt"):
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        start, end = (self.vocab.get(f"<|{name}|>") for name in ("startoftext", "endoftext"))
+        good = all(isinstance(i, int) and 0 <= i < vocabulary for i in (start, end, *self.vocab.values()))
+        if not good or any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"{folder}: vocab.json or merges.txt is damaged, or does not fit config.json")
+        self.rank = {pair: i for i, pair in enumerate(pairs)}
+        self.prefix, self.suffix, self.pad, self.unknown = [start], [end], end, end
+        visible = [*range(33, 127), *range(161, 173), *range(174, 256)]     # the others are chr(256), ...
+        hidden = [byte for byte in range(256) if byte not in visible]
+        self.letter = dict(zip(visible + hidden, map(chr, visible + [*range(256, 324)])))
+        self.word = functools.lru_cache(1 << 16)(self.merge)
+
+    def merge(self, word: str) -> list[int]:
+        """Merge the neighbours of lowest rank until none are left that merge."""
+        parts = f" {' '.join(self.letter[byte] for byte in word.encode())}</w> "
+        while True:
+            pairs = itertools.pairwise(parts.split())
+            pair = min(pairs, key=lambda pair: self.rank.get(pair, math.inf), default=None)
+            if pair not in self.rank:
+                return [self.vocab.get(part, self.unknown) for part in parts.split()]
+            parts = parts.replace(f" {pair[0]} {pair[1]} ", f" {pair[0]}{pair[1]} ")
+
+    def encode(self, text: str) -> list[int]:
+        text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
+        spans = (match.span() for match in self.words.finditer("".join(map(letter_class, text))))
+        return [i for start, stop in spans for i in self.word(text[start:stop])]
+
+
 # ------------------------------------------------------------------------------------------------------ T5
-
-@dataclass
-class T5Shape:
-    """The fields of a T5 `config.json` that shape its encoder, by their published names."""
-
-    vocab_size: int
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 whatever x is (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-
-
-class T5Attention(nn.Module):
-    def __init__(self, shape: T5Shape, has_table: bool):
-        super().__init__()
-        self.heads, inner = shape.num_heads, shape.num_heads * shape.d_kv
-        self.q, self.k, self.v = (nn.Linear(shape.d_model, inner, bias=False) for _ in range(3))
-        self.o = nn.Linear(inner, shape.d_model, bias=False)
-        if has_table:
-            self.relative_attention_bias = nn.Embedding(shape.relative_attention_num_buckets, shape.num_heads)
-
-    def forward(self, x, bias):
-        q, k, v = (w(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=1.0)   # (B, K, L, E)
-        return self.o(y.transpose(1, 2).flatten(2))                                          # (B, L, D)
-
-
-class T5FeedForward(nn.Module):
-    def __init__(self, shape: T5Shape):
-        super().__init__()
-        self.wi_0, self.wi_1 = (nn.Linear(shape.d_model, shape.d_ff, bias=False) for _ in range(2))
-        self.wo = nn.Linear(shape.d_ff, shape.d_model, bias=False)
-
-    def forward(self, x):
-        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
-
-
-class T5Layer(nn.Module):
-    """One residual branch; `name` is the published name of the module inside."""
-
-    def __init__(self, shape: T5Shape, name: str, module: nn.Module):
-        super().__init__()
-        self.name = name
-        self.add_module(name, module)
-        self.layer_norm = RMSNorm(shape.d_model, shape.layer_norm_epsilon)
-
-    def forward(self, x, *args):
-        return x + getattr(self, self.name)(self.layer_norm(x), *args)
+# What shapes a tower, by its name in config.json: the default, or all that is known here, that one first.
+T5_SHAPE = {"vocab_size": None, "d_model": None, "d_kv": None, "d_ff": None, "num_layers": None,
+            "num_heads": None, "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6, "feed_forward_proj": ("relu", "gated-gelu"),
+            "model_type": ("t5", "mt5", "umt5")}
 
 
 class T5Block(nn.Module):
-    def __init__(self, shape: T5Shape, has_table: bool):
+    """Attention, then gelu(wi_0 y) * wi_1 y (Shazeer 2020, arXiv:2002.05202) or, in v1.0, relu(wi y)."""
+    def __init__(self, shape: SimpleNamespace, has_table: bool):
         super().__init__()
-        self.layer = nn.ModuleList([T5Layer(shape, "SelfAttention", T5Attention(shape, has_table)),
-                                    T5Layer(shape, "DenseReluDense", T5FeedForward(shape))])
+        self.heads, self.gated = shape.num_heads, shape.feed_forward_proj == "gated-gelu"
+        width, inner, eps = shape.d_model, self.heads * shape.d_kv, shape.layer_norm_epsilon
+        linear = functools.partial(nn.Linear, bias=False)
+        attention = {name: linear(width, inner) for name in "qkv"} | {"o": linear(inner, width)}
+        if has_table:
+            buckets = shape.relative_attention_num_buckets
+            attention["relative_attention_bias"] = nn.Embedding(buckets, self.heads)
+        feed = {name: linear(width, shape.d_ff) for name in (["wi_0", "wi_1"] if self.gated else ["wi"])}
+        feed["wo"] = linear(shape.d_ff, width)
+        parts = {"SelfAttention": nn.ModuleDict(attention), "DenseReluDense": nn.ModuleDict(feed)}
+        self.layer = nn.ModuleList(nn.ModuleDict({name: part, "layer_norm": nn.RMSNorm(width, eps)})
+                                   for name, part in parts.items())
+
+    def forward(self, x, bias):
+        w, y = self.layer[0]["SelfAttention"], self.layer[0]["layer_norm"](x)
+        q, k, v = (w[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), scale=1.0)             # (B, K, L, E)
+        x = x + w["o"](y.transpose(1, 2).flatten(2))                                         # (B, L, D)
+        w, y = self.layer[1]["DenseReluDense"], self.layer[1]["layer_norm"](x)
+        y = F.gelu(w["wi_0"](y), approximate="tanh") * w["wi_1"](y) if self.gated else F.relu(w["wi"](y))
+        return x + w["wo"](y)
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int, device=None) -> torch.Tensor:
-    """Bucket of each (query, key) pair, (L, L): half for keys behind, half for keys ahead; in each half one for
-    every near offset, then wider ones by the logarithm up to max_distance (Raffel et al. 2020, section 2.1)."""
+    """Bucket of each (query, key) pair, (L, L), by distance (Raffel et al. 2020, arXiv:1910.10683, 2.1): half
+    of them for keys ahead; in each half one for every near offset, then wider ones up to max_distance."""
     place = torch.arange(length, device=device)
     offset = place[None, :] - place[:, None]
     half, exact = buckets // 2, buckets // 4
@@ -138,98 +173,428 @@ def relative_buckets(length: int, buckets: int, max_distance: int, device=None) 
 
 
 class T5Encoder(nn.Module):
-    """The encoder of T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202).
-
-    Pre-norm, no biases, no scaling of q.k, one unscaled table of relative positions for all layers.
-    ids (B, L) int64, mask (B, L) bool -> (B, L, D); without meaning at padding, finite in an empty row.
-    """
-
-    def __init__(self, shape: T5Shape):
+    """The encoder of T5 v1.0 (Raffel et al. 2020, arXiv:1910.10683), v1.1, Flan, mT5, umT5, ByT5: pre-norm,
+    no biases, q.k unscaled, one unscaled table of relative positions for all layers (umT5: one each). ids
+    (B, L) int64, mask (B, L) bool -> context (B, L, D), its mean over the tokens (B, D); finite if empty."""
+    def __init__(self, shape: SimpleNamespace):
         super().__init__()
-        self.shape = shape
-        self.shared = nn.Embedding(shape.vocab_size, shape.d_model)
-        self.encoder = nn.Module()
-        self.encoder.block = nn.ModuleList(T5Block(shape, i == 0) for i in range(shape.num_layers))
-        self.encoder.final_layer_norm = RMSNorm(shape.d_model, shape.layer_norm_epsilon)
+        self.shape, self.dim, self.pooled_dim = shape, shape.d_model, shape.d_model
+        self.shared, self.encoder = nn.Embedding(shape.vocab_size, shape.d_model), nn.Module()
+        self.encoder.block = nn.ModuleList(T5Block(shape, i == 0 or shape.model_type == "umt5")
+                                           for i in range(shape.num_layers))
+        self.encoder.final_layer_norm = nn.RMSNorm(shape.d_model, shape.layer_norm_epsilon)
 
     def initialise(self) -> "T5Encoder":
-        """Draw the weights as T5 does, 1/sqrt(E) of the attention in q; but let head h look at its own neighbour.
-
-        The head's bias starts at 4 for the key 1, -1, 2, -2, ... tokens away and at 0 elsewhere, so that letters
-        meet as words from the first step: naming colour and kind in a caption took 150 steps instead of 600.
-        """
-        shape, inner = self.shape, self.shape.num_heads * self.shape.d_kv
-        std = {"shared": 1.0, "q": (shape.d_model * shape.d_kv) ** -0.5, "o": inner ** -0.5,
-               "wo": shape.d_ff ** -0.5}
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                nn.init.normal_(weight, std=std.get(name.split(".")[-2], shape.d_model ** -0.5))
-        table, half = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight, 16
-        nn.init.zeros_(table)
-        with torch.no_grad():
-            for head in range(min(shape.num_heads, half)):
-                table[(1 - head % 2) * half + head // 2 + 1, head] = 4.0
+        """PyTorch's own weights are near T5's but for q, which holds 1/sqrt(E). New: heads see a neighbour:
+        the bias starts at 4 for the key 1, -1, 2, -2, ... tokens away: letters meet as words at once. To read
+        colour and kind off a caption then takes 200 steps; with T5's bias 600 were not enough."""
+        for block in self.encoder.block:
+            block.layer[0]["SelfAttention"]["q"].weight.detach().mul_(self.shape.d_kv ** -0.5)
+        attention = self.encoder.block[0].layer[0]["SelfAttention"]
+        table = attention["relative_attention_bias"].weight.detach().zero_()
+        for head in range(min(self.shape.num_heads, len(table) // 4)):
+            table[(1 - head % 2) * len(table) // 2 + head // 2 + 1, head] = 4.0
         return self
 
-    def bias(self, block: T5Block, mask):
-        """Bias of the relative position, and the lowest finite number at padded keys: (B, K, L, L)."""
-        shape, table = self.shape, block.layer[0].SelfAttention.relative_attention_bias.weight
-        buckets = relative_buckets(mask.shape[1], shape.relative_attention_num_buckets,
-                                   shape.relative_attention_max_distance, mask.device)
-        bias = F.embedding(buckets, table).permute(2, 0, 1)[None]                            # (1, K, L, L)
-        return torch.where(mask[:, None, None, :], bias, torch.finfo(bias.dtype).min)
+    def forward(self, ids, mask):
+        shape, x = self.shape, self.shared(ids)                                              # (B, L, D)
+        buckets = relative_buckets(ids.shape[1], shape.relative_attention_num_buckets,
+                                   shape.relative_attention_max_distance, ids.device)
+        for block in self.encoder.block:
+            attention = block.layer[0]["SelfAttention"]
+            if "relative_attention_bias" in attention:
+                bias = attention["relative_attention_bias"](buckets).permute(2, 0, 1)        # (K, L, L)
+                bias = torch.where(mask[:, None, None], bias, torch.finfo(bias.dtype).min)   # (B, K, L, L)
+            x = block(x, bias)
+        x = self.encoder.final_layer_norm(x)
+        return x, (x.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------- CLIP
+CLIP_TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
+             "num_attention_heads": 8, "projection_dim": 512, "max_position_embeddings": 77,
+             "layer_norm_eps": 1e-5, "hidden_act": ("quick_gelu", "gelu"), "model_type": ("clip_text_model",)}
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, shape: SimpleNamespace):
+        super().__init__()
+        width, inner, self.heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
+        self.quick, names = shape.hidden_act == "quick_gelu", ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, inner), "fc2": nn.Linear(inner, width)})
+        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(width, shape.layer_norm_eps) for _ in range(2))
+
+    def forward(self, x, causal: bool):
+        w, y = self.self_attn, self.layer_norm1(x)
+        q, k, v = (w[f"{name}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)                        # (B, K, L, E)
+        x = x + w["out_proj"](y.transpose(1, 2).flatten(2))                                  # (B, L, D)
+        y = self.mlp["fc1"](self.layer_norm2(x))
+        return x + self.mlp["fc2"](y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
+
+
+class CLIPTextEncoder(nn.Module):
+    """The text tower of CLIP (Radford et al. 2021, arXiv:2103.00020), or OpenCLIP. ids (B, L) int64,
+    mask (B, L) bool -> context (B, L, D), the last layer normalised or the penultimate as it is; pooled
+    (B, P), the last layer at the end token, projected if the checkpoint has a projection."""
+    def __init__(self, shape: SimpleNamespace, has_projection: bool, layer: str):
+        super().__init__()
+        width, self.layer, self.text_model = shape.hidden_size, layer, nn.Module()
+        self.dim, self.pooled_dim = width, shape.projection_dim if has_projection else width
+        self.text_model.embeddings, self.text_model.encoder = embed, encoder = nn.Module(), nn.Module()
+        embed.token_embedding = nn.Embedding(shape.vocab_size, width)
+        embed.position_embedding = nn.Embedding(shape.max_position_embeddings, width)
+        encoder.layers = nn.ModuleList(ClipLayer(shape) for _ in range(shape.num_hidden_layers))
+        self.text_model.final_layer_norm = nn.LayerNorm(width, shape.layer_norm_eps)
+        if has_projection:
+            self.text_projection = nn.Linear(width, self.pooled_dim, bias=False)
 
     def forward(self, ids, mask):
-        x = self.shared(ids)                                                                 # (B, L, D)
-        bias = self.bias(self.encoder.block[0], mask)
-        for block in self.encoder.block:
-            x = block.layer[1](block.layer[0](x, bias))
-        return self.encoder.final_layer_norm(x)
+        model = self.text_model
+        place = model.embeddings.position_embedding.weight[:ids.shape[1]]
+        x = before = model.embeddings.token_embedding(ids) + place                           # (B, L, D)
+        for layer in model.encoder.layers:
+            before, x = x, layer(x, causal=True)            # no token sees the padding behind it
+        x = model.final_layer_norm(x)
+        pooled = x[torch.arange(len(x), device=x.device), (mask.sum(1) - 1).clamp(min=0)]
+        pooled = self.text_projection(pooled) if hasattr(self, "text_projection") else pooled
+        return before if self.layer == "penultimate" else x, pooled * mask.any(1, keepdim=True)
+
+
+# --------------------------------------------------------------------------------------- published weights
+@contextlib.contextmanager
+def damaged(path: Path, fix: str = "Download it again"):
+    """Turn whatever a reader throws at a missing or broken file into one line that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        found = ", ".join(sorted(p.name for p in path.parent.glob("*"))[:8]) or "nothing"
+        raise ValueError(f"{path.parent} has no {path.name} (found {found}). {fix}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:200]}. {fix}") from None
+
+
+def read_json(path: Path) -> dict:
+    with damaged(path):
+        if not isinstance(content := json.loads(path.read_text(encoding="utf-8")), dict):
+            raise TypeError("not a JSON object")
+        return content
+
+
+def read_shape(table: dict, config: dict, path: Path) -> SimpleNamespace:
+    """The fields of `table` out of a config.json; ValueError for one that is missing or impossible."""
+    shape = {}
+    for name, usual in table.items():
+        choice, limit = isinstance(usual, tuple), 1000 if "layers" in name else 10 ** 7
+        value = shape[name] = config.get(name, usual[0] if choice else usual)
+        number = type(value) is (float if isinstance(usual, float) else int) and 0 < value < limit
+        if not (value in usual if choice else number):
+            known = f"one of {', '.join(usual)}" if choice else f"a number below {limit}"
+            raise ValueError(f"{path}: {name} is {value!r}, it must be {known}")
+    if shape.get("hidden_size", 0) % shape.get("num_attention_heads", 1):
+        raise ValueError(f"{path}: hidden_size is no multiple of num_attention_heads")
+    return SimpleNamespace(**shape)
+
+
+def weight_files(folder: Path, allow_bin: bool) -> list[Path]:
+    """The file with a folder's weights, or the shards that its index lists."""
+    names = itertools.product(("model.safetensors", "pytorch_model.bin"), ("", ".index.json"))
+    paths = [folder / "".join(name) for name in names]
+    path = next((path for path in paths if path.exists()), paths[0])
+    recent = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+    if ".bin" in path.name and not (allow_bin and recent):
+        raise ValueError(f"{path} is a pickle file. Convert it to safetensors, or pass --allow-bin with "
+                         f"torch >= 2.10 (this is {torch.__version__}; CVE-2026-24747)")
+    if path.suffix != ".json":
+        return [path]
+    with damaged(path):
+        shards = sorted(set(map(str, read_json(path)["weight_map"].values())))
+    for name in shards:
+        if name != os.path.basename(name) or name in ("", ".", ".."):
+            raise ValueError(f"{path} lists a path outside the folder: {name!r}")
+        if not (folder / name).exists():
+            raise ValueError(f"{path} lists {name}, which is missing. Incomplete download?")
+    return [folder / name for name in shards]
+
+
+def read_slice(path: Path, name: str, rows: slice) -> torch.Tensor:
+    with damaged(path), safetensors.safe_open(path, "pt") as file:
+        return file.get_slice(name)[rows].clone()               # leaving unmaps the file: it holds no memory
+
+
+class Weights:
+    """The tensors of a folder by their published names; each is read when asked for, and only then."""
+    def __init__(self, folder: Path, allow_bin: bool):
+        self.folder, self.shape, self.read = folder, {}, {}     # read: name -> function of the rows to read
+        for path in weight_files(folder, allow_bin):
+            with damaged(path):
+                if path.suffix == ".bin":
+                    found = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                    found = {name: (tensor.shape, tensor.__getitem__) for name, tensor in found.items()}
+                else:
+                    with safetensors.safe_open(path, "pt") as file:
+                        shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
+                    found = {name: (shape, functools.partial(read_slice, path, name))
+                             for name, shape in shapes.items()}
+            for name, (shape, read) in found.items():
+                name = "shared.weight" if name == "encoder.embed_tokens.weight" else name       # one matrix
+                if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+                    name = f"text_model.{name}"             # CLIP's text tower as transformers >= 5 saves it
+                self.shape[name], self.read[name] = tuple(shape), read
+
+    def check(self, model: nn.Module, others: tuple[str, ...]):
+        """ValueError unless these are the tensors of `model`, but for names that start by `others`."""
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        extra = [name for name in sorted(set(self.shape) - set(wanted)) if not name.startswith(others)]
+        wrong = [f"{name} is missing" for name in wanted if name not in self.shape]
+        wrong += [f"{name} is {self.shape[name]}, config.json says {shape}" for name, shape in wanted.items()
+                  if self.shape.get(name, shape) != shape]
+        wrong += [f"{name} is not known" for name in extra if not name.endswith(".position_ids")]
+        if wrong:
+            raise ValueError(f"{self.folder}: {wrong[0]} ({len(wrong)} tensors do not fit). Another model?")
+
+    def fill(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """Give `model` (checked, on the meta device) its weights, frozen; peaks one tensor above them."""
+        state = {}
+        for name in model.state_dict():
+            tensor = self.read[name](slice(None))
+            if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(f"{self.folder}: {name} is {tensor.dtype}. Quantised weights are not read")
+            state[name] = tensor.to(dtype)
+        model.load_state_dict(state, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def digest(self, model: nn.Module, *also: str) -> str:
+        """Which weights these are: a hash of the first and last row of each tensor, and of `also`."""
+        result = hashlib.sha256(repr(also).encode())
+        for name, rows in itertools.product(model.state_dict(), (slice(0, 1), slice(-1, None))):
+            result.update(name.encode() + self.read[name](rows).float().numpy().tobytes())
+        return result.hexdigest()[:32]
 
 
 # ------------------------------------------------------------------------------------------- text encoders
-
 class TextEncoder(nn.Module):
-    """A tokenizer and a tower: captions -> (ids, mask) -> (context, mask, pooled).
-
-    dim = D, pooled_dim = P. trainable: the weights train with the U-Net and belong into its checkpoint.
-    counts: how many captions were empty, cut at `length`, or changed by `clean`.
-    """
-
-    def __init__(self, tower: nn.Module, tokenizer, dim: int, length: int, trainable: bool, fingerprint: str):
+    """A tokenizer and a tower: captions -> (ids, mask) -> (context, mask, pooled); dim = D, pooled_dim = P.
+    trainable: the weights train with the U-Net and belong into its checkpoint; else they stay in their
+    folder, and the output has no gradient and ignores autocast. counts: how many captions so far were empty,
+    cut or cleaned, and how many of the tokens were unknown."""
+    def __init__(self, tower: nn.Module, tokenizer, length: int, fingerprint: str, trainable: bool):
         super().__init__()
-        self.tower, self.tokenizer, self.dim, self.pooled_dim = tower, tokenizer, dim, dim
-        self.length, self.trainable, self.fingerprint, self.counts = length, trainable, fingerprint, Counter()
+        self.tower, self.tokenizer, self.length, self.fingerprint = tower, tokenizer, length, fingerprint
+        self.dim, self.pooled_dim, self.trainable = tower.dim, tower.pooled_dim, trainable
+        self.counts = Counter()
 
     def tokenize(self, captions: list[str]):
         """Captions -> ids (B, L) int64 and mask (B, L) bool, True at tokens; an empty caption has none."""
-        ids = torch.full((len(captions), self.length), self.tokenizer.pad, dtype=torch.int64)
-        mask = torch.zeros(len(captions), self.length, dtype=torch.bool)
-        room = self.length - len(self.tokenizer.prefix) - len(self.tokenizer.suffix)
+        prefix, suffix = self.tokenizer.prefix, self.tokenizer.suffix
+        ids = torch.full((len(captions), self.length), self.tokenizer.pad)
+        mask, room = torch.zeros(ids.shape, dtype=torch.bool), self.length - len(prefix) - len(suffix)
         for row, caption in enumerate(captions):
             text = clean(caption)
-            tokens = self.tokenizer(text) if text else []
-            self.counts.update(empty=not text, cut=len(tokens) > room or len(caption) > MAX_CHARS,
-                               cleaned=text != caption[:MAX_CHARS].strip())
-            if tokens:
-                tokens = [*self.tokenizer.prefix, *tokens[:room], *self.tokenizer.suffix]
-                ids[row, :len(tokens)] = torch.tensor(tokens)
-                mask[row, :len(tokens)] = True
+            tokens = self.tokenizer.encode(text) if text else []
+            self.counts.update(empty=not tokens, cut=len(tokens) > room or len(caption) > MAX_CHARS,
+                               cleaned=text != caption[:MAX_CHARS].strip(), tokens=len(tokens),
+                               unknown=tokens.count(self.tokenizer.unknown))
+            if tokens := tokens and [*prefix, *tokens[:room], *suffix]:
+                ids[row, :len(tokens)], mask[row, :len(tokens)] = torch.tensor(tokens), True
         return ids, mask
 
     def forward(self, ids, mask):
-        """ids, mask (B, L) -> context (B, L, D), zero at padding; mask; pooled (B, P), the mean of it."""
-        context = self.tower(ids, mask) * mask[..., None]                                    # (B, L, D)
-        pooled = context.float().sum(1) / mask.sum(1, keepdim=True).clamp(min=1)             # (B, P)
-        return context, mask, pooled.to(context.dtype)
+        """ids, mask (B, L) -> context (B, L, D), zero at padding; mask; pooled (B, P), zero if empty."""
+        if self.trainable:
+            context, pooled = self.tower(ids, mask)
+        else:
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+                context, pooled = (x.float() for x in self.tower(ids, mask))
+        return context * mask[..., None], mask, pooled
 
 
-def load_text_encoder(config: TextConfig) -> nn.Module:
-    """The text encoder that `config.text_encoder` names, with fresh weights when it is trained along."""
-    if config.text_encoder != ["bytes"]:
-        raise ValueError(f"--text-encoder {' '.join(config.text_encoder)}: only bytes is known")
-    shape = T5Shape(ByteTokenizer.vocabulary, config.byte_width, config.byte_width // config.byte_heads,
-                    2 * config.byte_width, config.byte_layers, config.byte_heads)
-    fingerprint = hashlib.sha256(f"bytes {shape} {config.text_length}".encode()).hexdigest()
-    return TextEncoder(T5Encoder(shape).initialise(), ByteTokenizer(), config.byte_width, config.text_length,
-                       True, fingerprint)
+class MultiEncoder(nn.Module):
+    """Several encoders side by side: their tokens in one row, each through its own projection, plus its type.
+    Only what is learned is registered (projections, types, encoders trained along): parameters() and
+    state_dict() leave the frozen ones out. context (B, sum of L, max of D), pooled (B, sum of P)."""
+    def __init__(self, encoders: list[TextEncoder]):
+        super().__init__()
+        self.encoders, self.lengths = tuple(encoders), [encoder.length for encoder in encoders]
+        self.dim, self.length = max(encoder.dim for encoder in encoders), sum(self.lengths)
+        self.pooled_dim = sum(encoder.pooled_dim for encoder in encoders)
+        self.fingerprint = " + ".join(encoder.fingerprint for encoder in encoders)
+        self.trained = nn.ModuleList(encoder for encoder in encoders if encoder.trainable)
+        self.project = nn.ModuleList(nn.Linear(encoder.dim, self.dim, bias=False) for encoder in encoders)
+        self.trainable, self.counts = True, Counter()
+        for encoder in encoders:
+            encoder.counts = self.counts
+        self.kind = nn.Parameter(0.02 * torch.randn(len(encoders), self.dim))
+
+    def _apply(self, fn, recurse=True):             # .to(device) moves the frozen ones, too
+        for encoder in self.encoders:
+            encoder._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def tokenize(self, captions: list[str]):
+        ids, masks = zip(*(encoder.tokenize(captions) for encoder in self.encoders))
+        return torch.cat(ids, 1), torch.cat(masks, 1)
+
+    def forward(self, ids, mask):
+        parts = zip(self.encoders, ids.split(self.lengths, 1), mask.split(self.lengths, 1))
+        contexts, _, pooled = zip(*(encoder(*part) for encoder, *part in parts))
+        context = [project(x) + kind for project, x, kind in zip(self.project, contexts, self.kind)]
+        return torch.cat(context, 1) * mask[..., None], mask, torch.cat(pooled, 1)
+
+
+def open_folder(name: str, config: TextConfig, tower: str) -> tuple[Path, dict, Weights]:
+    """Where config.json lies, what it says (of CLIP's towers: of this one), and the weights, still unread."""
+    path = Path(name) / "config.json"
+    if not path.parent.is_dir():
+        raise ValueError(f"--text-encoder {name} is neither bytes nor a folder")
+    content = read_json(path)
+    if content.get("model_type") == "clip":
+        half = (content.get(f"{tower}_config") or {}) | (content.get(f"{tower}_config_dict") or {})
+        width = content.get("projection_dim", 512)
+        content = half | {"projection_dim": width, "model_type": f"clip_{tower}_model"}
+    return path, content, Weights(path.parent, config.allow_bin)
+
+
+def frozen_encoder(name: str, config: TextConfig) -> tuple[TextEncoder, Callable[[], nn.Module]]:
+    """The encoder of a published folder, still without weights, and the function that reads them."""
+    path, content, weights = open_folder(name, config, "text")
+    folder, length, kind = path.parent, config.text_length, content.get("model_type")
+    with torch.device("meta"):
+        if kind == "clip_text_model":
+            shape = read_shape(CLIP_TEXT, content, path)
+            tower = CLIPTextEncoder(shape, "text_projection.weight" in weights.shape, config.clip_layer)
+            others, length = ("vis", "logit_scale"), min(length, shape.max_position_embeddings)
+        else:
+            usual = {"model_type": None, "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu"}
+            shape = read_shape(T5_SHAPE, usual | content, path)
+            tower, others = T5Encoder(shape), ("decoder.", "lm_head.")
+    weights.check(tower, others)
+    if kind == "clip_text_model":
+        tokenizer = ClipTokenizer(folder, shape.vocab_size)
+    elif shape.vocab_size == 384 and not (folder / "spiece.model").exists():    # ByT5
+        tokenizer = ByteTokenizer()
+    else:
+        tokenizer = SentencePieceTokenizer(folder / "spiece.model", shape.vocab_size)
+    words = [folder / file for file in ("spiece.model", "vocab.json", "merges.txt")]
+    words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in words if file.exists()]
+    digest = weights.digest(tower, repr(shape), config.clip_layer, config.text_dtype, *words)
+    fingerprint = f"{folder.name} d={tower.dim} length={length} {digest}"
+    return (TextEncoder(tower, tokenizer, length, fingerprint, False),
+            functools.partial(weights.fill, tower, DTYPES[config.text_dtype]))
+
+
+def byte_encoder(config: TextConfig) -> TextEncoder:
+    """A small T5 v1.1 over bytes with fresh weights, to be trained along."""
+    width, length = config.byte_width, config.text_length
+    shape = {"vocab_size": 259, "d_model": width, "d_kv": 32, "d_ff": 2 * width, "num_heads": width // 32,
+             "num_layers": config.byte_layers, "feed_forward_proj": "gated-gelu", "model_type": "t5"}
+    tower = T5Encoder(SimpleNamespace(**T5_SHAPE | shape)).initialise()
+    return TextEncoder(tower, ByteTokenizer(), length, f"bytes {shape} {length}", True)
+
+
+def load_text_encoder(config: TextConfig, captions: Iterable[str] = (), device="cpu") -> nn.Module:
+    """The text encoder, or several side by side, of `config.text_encoder`; ValueError if unreadable. With
+    `config.text_cache` and all captions to come, the frozen ones read a cache, filled first on `device`."""
+    encoders, captions = [], list(captions) if config.text_cache else []
+    for number, name in enumerate(config.text_encoder):
+        encoder, load = (byte_encoder(config), None) if name == "bytes" else frozen_encoder(name, config)
+        if load and captions:
+            live, encoder = encoder, CachedEncoder(encoder, Path(config.text_cache) / str(number))
+            encoder.fill(captions, lambda texts: load() and encode_captions(live.to(device), texts))
+        elif load:
+            load()
+        encoders.append(encoder)
+    return encoders[0] if len(encoders) == 1 else MultiEncoder(encoders)
+
+
+# --------------------------------------------------------------------------------------------------- cache
+def encode_captions(encoder: TextEncoder, captions: list[str], batch_tokens: int = 8192) -> Iterator[tuple]:
+    """Yield (index, context (L, D), pooled (P)) in bf16, without padding, computed on the encoder's device:
+    longest first, in batches of like length and about `batch_tokens` tokens."""
+    device = next(encoder.parameters()).device
+    ids, mask = encoder.tokenize(captions)
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    while len(order):
+        width = min(encoder.length, max(8, -(-int(lengths[order[0]]) // 8) * 8))
+        rows, order = order.tensor_split([max(1, batch_tokens // width)])
+        with torch.no_grad():
+            context, _, pooled = encoder(ids[rows, :width].to(device), mask[rows, :width].to(device))
+        context, pooled = context.bfloat16().cpu(), pooled.bfloat16().cpu()
+        yield from ((row, context[i, :lengths[row]], pooled[i]) for i, row in enumerate(rows.tolist()))
+
+
+class CachedEncoder(TextEncoder):
+    """A frozen encoder whose output is looked up in safetensors. A hash of the caption is the name of its
+    context (L, D), and with ".pooled" of its pooled (P), in bf16; the ids are the number of the caption."""
+    def __init__(self, encoder: TextEncoder, folder: Path):
+        super().__init__(encoder.tower, encoder.tokenizer, encoder.length, encoder.fingerprint, False)
+        self.folder, self.tower = folder, None
+        self.open()
+
+    def open(self):
+        """Map all files; ValueError for a torn one, and for one that another encoder made."""
+        self.number, self.found = {}, []        # hash -> number; number -> file, name there, checksum
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with damaged(path, "Delete it"):
+                file = safetensors.safe_open(path, "pt")
+                sums, names = file.metadata(), [name for name in list(file.keys()) if "." not in name]
+                made_by, found = sums["fingerprint"], [(file, name, sums[name]) for name in names]
+            if made_by != self.fingerprint:
+                raise ValueError(f"{self.folder} was made with {made_by}, this run uses {self.fingerprint}. "
+                                 "Delete it or use another --text-cache")
+            self.number |= {name: len(self.found) + i for i, name in enumerate(names)}
+            self.found += found
+
+    def checksum(self, context, pooled) -> str:
+        return str(zlib.crc32(torch.cat([context.flatten(), pooled]).view(torch.int16).numpy()))
+
+    def key(self, caption: str) -> str:
+        return hashlib.blake2b(clean(caption).encode(), digest_size=16).hexdigest()
+
+    def fill(self, captions: Iterable[str], encode: Callable, part: int = 8192):
+        """Write what is missing, `part` captions to a file, and map it. encode(captions) yields (index,
+        context (L, D), pooled (P)) in bf16. A file appears whole or not at all and is named by its captions:
+        a stopped run goes on where it was, two at once write the same."""
+        missing = {self.key(text): text for text in captions if clean(text)}
+        missing = {key: text for key, text in missing.items() if key not in self.number}
+        for start in range(0, len(missing), part):
+            keys, tensors, sums = sorted(missing)[start:start + part], {}, {"fingerprint": self.fingerprint}
+            for i, context, pooled in encode([missing[key] for key in keys]):
+                tensors |= {keys[i]: context.clone(), f"{keys[i]}.pooled": pooled.clone()}
+                sums[keys[i]] = self.checksum(context, pooled)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.safetensors"
+            temporary = path.with_suffix(f".{os.getpid()}")
+            safetensors.torch.save_file(tensors, temporary, sums)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        self.open()
+
+    def tokenize(self, captions: list[str]):
+        """As of the encoder; ValueError for a caption that the cache lacks."""
+        ids = torch.full((len(captions), self.length), -1)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            key = self.key(caption)
+            if clean(caption) and key not in self.number:
+                raise ValueError(f"{self.folder} has no embedding of {caption[:80]!r}. Start again to add it")
+            if clean(caption):
+                file, name, _ = self.found[self.number[key]]
+                ids[row], mask[row, :file.get_slice(name).get_shape()[0]] = self.number[key], True
+        return ids, mask
+
+    @torch.compiler.disable
+    def forward(self, ids, mask):
+        context, pooled = torch.zeros(*ids.shape, self.dim), torch.zeros(len(ids), self.pooled_dim)
+        for row, number in enumerate(ids[:, 0].tolist()):
+            if number >= 0:
+                file, name, crc = self.found[number]
+                with damaged(self.folder, "Delete it"):
+                    one, pool = file.get_tensor(name), file.get_tensor(f"{name}.pooled")
+                    if self.checksum(one, pool) != crc:
+                        raise ValueError(f"embedding {name} does not match its checksum")
+                    context[row, :len(one)], pooled[row] = one, pool
+        return context.to(ids.device), mask, pooled.to(ids.device)

@@ -1,0 +1,964 @@
+"""text_encoder.py against the published implementations, and against what users and disks do to it."""
+
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+
+import text_encoder as T
+from text_encoder import TextConfig, load_text_encoder
+
+ROOT = Path(__file__).resolve().parent.parent
+T5_MODEL = Path(os.environ.get("LIMN_DATA", ROOT.parent / "shared" / "data")) / "t5" / "spiece.model"
+CAPTIONS = [
+    "a red house",
+    "",
+    "two small green trees left of a big yellow sun on a blue sky",
+    "car",
+    "猫と犬 🐈 café",
+]
+
+# Twelve scripts, by the ranges of their letters; a text mixes words of one with some Latin and signs.
+SCRIPTS = {
+    "latin": "aàbcdéefghiïjklmnoöpqrsßtuüvwxyzæøåñçł",
+    "greek": "αβγδεζηθικλμνξοπρστυφχψω",
+    "cyrillic": "абвгдежзийклмнопрстуфхцчшщыьэюя",
+    "hebrew": "אבגדהוזחטיכלמנסעפצקרשת",
+    "arabic": "ابتثجحخدذرزسشصضطظعغفقكلمنهوي",
+    "devanagari": "अआइईउऊकखगघचछजटडणतथदधनपफबभमयरलवशसहािीुूेैो्",
+    "thai": "กขคงจฉชซญดตถทธนบปผฝพฟมยรลวศสหอะาิีึืุูเแโใไ่้",
+    "hangul": "가나다라마바사아자차카타파하고노도로모보소",
+    "kana": "あいうえおかきくけこさしすせそアイウエオカキクケコ",
+    "han": "的一是不了人我在有他这为之大来以个中上们",
+    "georgian": "აბგდევზთიკლმნოპჟრსტუფქღყშჩცძწჭხჯჰ",
+    "armenian": "աբգդեզէըթժիլխծկհձղճմյնշոչպջռսվտրցւփքօֆ",
+}
+SIGNS = [
+    ".",
+    ",",
+    "!",
+    "?",
+    "'s",
+    "'",
+    "-",
+    "…",
+    "(1)",
+    "23",
+    "½",
+    "№",
+    "\u3000",
+    "\t",
+    "  ",
+    "🏠",
+    "👩‍🚀",
+    "“x”",
+    "It's",
+    "we'll",
+    "ﬁ",
+    "Ⅷ",
+    "٣",
+    "x²",
+]
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    names = list(SCRIPTS)
+
+    def word(letters):
+        text = "".join(rng.choice(letters) for _ in range(rng.randint(1, 9)))
+        return rng.choice((text, text, text.capitalize(), text.upper()))
+
+    def text(i):
+        letters = SCRIPTS[names[i % len(names)]]
+        return " ".join(
+            word(letters) if rng.random() < 0.7 else rng.choice([*SIGNS, word(SCRIPTS["latin"])])
+            for _ in range(rng.randint(1, 14))
+        )
+
+    return [text(i) for i in range(count)]
+
+
+# ------------------------------------------------------------------------------------------ folders to load
+
+
+@pytest.fixture(scope="session")
+def spiece(tmp_path_factory) -> bytes:
+    """A SentencePiece model of 400 pieces with T5's special ids, trained here."""
+    import io
+
+    import sentencepiece
+
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts(1500, 7)),
+        model_writer=out,
+        vocab_size=600,
+        character_coverage=0.98,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+        num_threads=1,
+    )
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def clip_words() -> tuple[dict, list]:
+    """vocab and merges as CLIP lays them out: the bytes, those that end a word, the merges, the two ends."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in visible] + [chr(256 + i) for i in range(68)]
+    assert len(letters) == 256
+    rng, parts, merges = random.Random(1), [*letters, *(letter + "</w>" for letter in letters)], []
+    common = [bytes(text, "utf-8") for text in texts(300, 3)]
+    shown = dict(zip([*visible, *(b for b in range(256) if b not in visible)], letters))
+    words = [[shown[b] for b in word] for text in common for word in text.lower().split()]
+    for word in words:
+        word[-1] += "</w>"
+    for _ in range(600):
+        word = rng.choice(words)
+        if len(word) > 1:
+            i = rng.randrange(len(word) - 1)
+            if (pair := (word[i], word[i + 1])) not in merges:
+                merges.append(pair)
+                parts.append("".join(pair))
+            word[i : i + 2] = ["".join(pair)]
+    vocab = {part: i for i, part in enumerate([*dict.fromkeys(parts), "<|startoftext|>", "<|endoftext|>"])}
+    return vocab, merges
+
+
+def write_t5(folder: Path, config, model, spiece: bytes | None = None, **save) -> Path:
+    model.save_pretrained(folder, **save)
+    if spiece:
+        (folder / "spiece.model").write_bytes(spiece)
+    return folder
+
+
+def t5_model(kind: str, seed: int, **shape):
+    transformers = pytest.importorskip("transformers")
+    names = {"v1.0": "T5", "v1.1": "T5", "byt5": "T5", "mt5": "MT5", "umt5": "UMT5"}
+    config = getattr(transformers, names[kind] + "Config")(
+        feed_forward_proj="relu" if kind == "v1.0" else "gated-gelu",
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
+        **{"vocab_size": 384 if kind == "byt5" else 700} | shape,
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, names[kind] + "ForConditionalGeneration")(config).eval()
+    for parameter in model.parameters():  # the usual initialisation would leave biases and norms untested
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    for module in model.modules():
+        if hasattr(module, "relative_attention_bias"):
+            torch.nn.init.normal_(module.relative_attention_bias.weight)
+    return model
+
+
+def t5_shape(rng) -> dict:
+    return {
+        "d_model": rng.choice([24, 36, 52]),
+        "d_kv": rng.choice([5, 8, 12]),
+        "num_heads": rng.choice([1, 2, 3, 5]),
+        "d_ff": rng.choice([31, 64]),
+        "num_layers": rng.randint(1, 4),
+        "num_decoder_layers": 1,
+        "relative_attention_num_buckets": rng.choice([8, 32]),
+        "relative_attention_max_distance": rng.choice([20, 128]),
+    }
+
+
+def close(ours, theirs, mask, dtype):
+    ours, theirs = ours.float()[mask], theirs.float()[mask]
+    error = (ours - theirs).abs().max()
+    assert error <= (1e-5 if dtype == "fp32" else 2e-2 * theirs.abs().max()), error
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"), [(kind, seed) for kind in ("v1.0", "v1.1", "mt5", "umt5", "byt5") for seed in range(3)]
+)
+def test_t5_equals_transformers(kind, seed, tmp_path, spiece):
+    model = t5_model(kind, seed, **t5_shape(random.Random(seed * 7 + len(kind))))
+    write_t5(tmp_path, model.config, model, None if kind == "byt5" else spiece)
+    for dtype in ("fp32", "bf16"):
+        encoder = load_text_encoder(TextConfig([str(tmp_path)], text_length=64, text_dtype=dtype))
+        ids, mask = encoder.tokenize(CAPTIONS)
+        context, _, pooled = encoder(ids, mask)
+        with torch.no_grad():
+            theirs = (
+                model.to(T.DTYPES[dtype]).encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+            )
+        close(context, theirs, mask, dtype)
+        assert not context[~mask].any()
+        assert not pooled[1].any()
+        assert pooled.shape == (5, encoder.pooled_dim)
+
+
+# -------------------------------------------------------------------------------------------------- tokens
+
+
+def protobuf(data: bytes) -> dict:
+    """The fields of a protocol buffer message by number, those with a length only."""
+    fields, at = {}, 0
+
+    def varint():
+        nonlocal at
+        value = shift = 0
+        while True:
+            value |= (data[at] & 127) << shift
+            shift, at = shift + 7, at + 1
+            if data[at - 1] < 128:
+                return value
+
+    while at < len(data):
+        tag = varint()
+        if tag & 7 == 2:
+            size = varint()
+            fields.setdefault(tag >> 3, []).append(data[at : at + size])
+            at += size
+        else:
+            at += {0: 0, 1: 8, 5: 4}[tag & 7]
+            if tag & 7 == 0:
+                varint()
+    return fields
+
+
+def same_ids_as_transformers(proto: bytes, path: Path):
+    import sentencepiece
+
+    transformers = pytest.importorskip("transformers")
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
+    theirs = transformers.T5Tokenizer(
+        vocab=pieces, extra_ids=0, _spm_precompiled_charsmap=protobuf(protobuf(proto)[3][0])[2][0]
+    )
+    path.write_bytes(proto)
+    ours = T.SentencePieceTokenizer(path, len(pieces) + 100)
+    many = [T.clean(text) for text in texts(2000)]
+    wrong = [
+        (text, a, b)
+        for text, a, b in zip(many, theirs(many)["input_ids"], map(ours.encode, many))
+        if a != [*b, 1]
+    ]
+    assert not wrong, f"{len(wrong)} differ, such as {wrong[0]}"
+
+
+def test_sentencepiece_ids_equal_transformers(spiece, tmp_path):
+    same_ids_as_transformers(spiece, tmp_path / "spiece.model")
+
+
+@pytest.mark.skipif(not T5_MODEL.exists(), reason=f"{T5_MODEL} is not there")
+def test_t5_ids_equal_transformers(tmp_path):
+    same_ids_as_transformers(T5_MODEL.read_bytes(), tmp_path / "spiece.model")
+
+
+def test_byte_ids_equal_transformers():
+    transformers = pytest.importorskip("transformers")
+    theirs, many = transformers.ByT5Tokenizer(), [T.clean(text) for text in texts(2000)]
+    assert theirs(many)["input_ids"] == [[*T.ByteTokenizer().encode(text), 1] for text in many]
+
+
+def write_clip_words(folder: Path, clip_words):
+    vocab, merges = clip_words
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8"
+    )
+
+
+def test_clip_ids_equal_transformers(clip_words, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_clip_words(tmp_path, clip_words)
+    theirs = transformers.CLIPTokenizer(vocab=clip_words[0], merges=clip_words[1])
+    ours, many = (
+        T.ClipTokenizer(tmp_path, 10**6),
+        [T.clean(text) for text in [*texts(2000), "İstanbul ΟΔΟΣ ΑΣ. aaaa", "a<b>&#1"]],
+    )
+    wrong = [
+        (text, a, b)
+        for text, a, b in zip(many, theirs(many)["input_ids"], map(ours.encode, many))
+        if a[1:-1] != b
+    ]
+    assert not wrong, f"{len(wrong)} differ, such as {wrong[0]}"
+
+
+NASTY = [
+    "",
+    "   ",
+    "\ud800 house",
+    "a\0b",
+    "\ufeffa house",
+    "🏠" * 50,
+    "\u202eabc שלום",
+    "x" * 10**6,
+    "a " * 10**6,
+    "\x1b[31m\r\n",
+    "<|endoftext|> a </s> <pad>",
+    "\U0010ffff\ufffe",
+]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "t5", "clip"])
+def test_no_text_is_too_bad(kind, t5_folder, clip_folder):
+    encoder = load_text_encoder(
+        TextConfig([{"bytes": kind, "t5": str(t5_folder), "clip": str(clip_folder)}[kind]], 24)
+    )
+    ids, mask = encoder.tokenize(NASTY)
+    context, _, pooled = encoder(ids, mask)
+    assert ids.shape == (len(NASTY), 24)
+    assert context.isfinite().all()
+    assert not mask[:2].any()
+    assert not pooled[:2].any()
+    assert mask[2:].any(1).all()
+    assert encoder.counts["empty"] == 2
+    assert encoder.counts["cleaned"] >= 3
+    assert encoder.counts["cut"] >= 3
+
+
+def test_counts_name_empty_cut_and_unknown_prompts(t5_folder):
+    encoder = load_text_encoder(TextConfig([str(t5_folder)], 8))
+    encoder.tokenize(["  ", "🦀 🦀", "a red house left of a green tree", "car"])
+    assert encoder.counts["empty"] == encoder.counts["cut"] == 1
+    assert encoder.counts["unknown"] >= 2
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory, spiece):
+    model = t5_model("v1.1", 0, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2)
+    return write_t5(tmp_path_factory.mktemp("t5-tiny"), model.config, model, spiece)
+
+
+@pytest.fixture(scope="session")
+def pictures_side():
+    """The picture tower of CLIP, which lives where pictures are ranked."""
+    sample = pytest.importorskip("sample")
+    return sample if hasattr(sample, "CLIPImageEncoder") else pytest.skip("sample.py has no CLIPImageEncoder")
+
+
+def clip_pair(seed: int, words: int, act: str):
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(seed)
+    width, heads = rng.choice([(24, 2), (36, 3), (40, 5)])
+    text = {
+        "vocab_size": words,
+        "hidden_size": width,
+        "intermediate_size": 50,
+        "num_attention_heads": heads,
+        "num_hidden_layers": rng.randint(1, 4),
+        "hidden_act": act,
+        "bos_token_id": words - 2,
+        "eos_token_id": words - 1,
+    }
+    vision = {
+        "hidden_size": 48,
+        "intermediate_size": 70,
+        "num_attention_heads": 4,
+        "num_hidden_layers": rng.randint(1, 3),
+        "hidden_act": act,
+        "image_size": 32,
+        "patch_size": rng.choice([8, 16]),
+    }
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=rng.choice([20, width])
+    )
+    torch.manual_seed(seed)
+    model = transformers.CLIPModel(config).eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name and "weight" in name else 0.0, 0.2)
+    return model
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory, clip_words):
+    folder = tmp_path_factory.mktemp("clip-tiny")
+    clip_pair(0, len(clip_words[0]), "quick_gelu").save_pretrained(folder)
+    write_clip_words(folder, clip_words)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("seed", "act"), [(seed, act) for seed in range(3) for act in ("quick_gelu", "gelu")]
+)
+def test_clip_equals_transformers(seed, act, tmp_path, clip_words):
+    model = clip_pair(seed, len(clip_words[0]), act)
+    model.save_pretrained(tmp_path)
+    write_clip_words(tmp_path, clip_words)
+    for dtype, layer in itertools.product(("fp32", "bf16"), ("last", "penultimate")):
+        config = TextConfig([str(tmp_path)], text_dtype=dtype, clip_layer=layer)
+        encoder, model = load_text_encoder(config), model.to(T.DTYPES[dtype])
+        assert encoder.length == 77
+        ids, mask = encoder.tokenize(CAPTIONS)
+        context, _, pooled = encoder(ids, mask)
+        with torch.no_grad():
+            out = model.text_model(ids, mask.long(), output_hidden_states=True)
+            theirs = out.last_hidden_state if layer == "last" else out.hidden_states[-2]
+            close(context, theirs, mask, dtype)
+            close(pooled, model.text_projection(out.pooler_output), mask.any(1), dtype)
+
+
+@pytest.mark.parametrize(
+    ("seed", "act"), [(seed, act) for seed in range(3) for act in ("quick_gelu", "gelu")]
+)
+def test_clip_pictures_equal_transformers(seed, act, tmp_path, clip_words, pictures_side):
+    model = clip_pair(seed, len(clip_words[0]), act)
+    model.save_pretrained(tmp_path)
+    pictures = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    for dtype in ("fp32", "bf16"):
+        ours = pictures_side.load_image_encoder(str(tmp_path), TextConfig(text_dtype=dtype))(pictures)
+        with torch.no_grad():
+            pixels = pictures_side.clip_pixels(pictures, 32).to(T.DTYPES[dtype])
+            theirs = model.to(T.DTYPES[dtype]).get_image_features(pixels).pooler_output
+        close(ours, theirs, slice(None), dtype)
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_clip_text_tower_alone_loads(projected, tmp_path, clip_words):
+    transformers = pytest.importorskip("transformers")
+    whole = clip_pair(1, len(clip_words[0]), "gelu")
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    whole.config.text_config.projection_dim = whole.config.projection_dim
+    alone = kind(whole.config.text_config).eval()
+    alone.save_pretrained(tmp_path)
+    write_clip_words(tmp_path, clip_words)
+    encoder = load_text_encoder(TextConfig([str(tmp_path)], text_dtype="fp32"))
+    ids, mask = encoder.tokenize(CAPTIONS)
+    _, _, pooled = encoder(ids, mask)
+    with torch.no_grad():
+        out = alone(ids)
+    close(pooled, out.text_embeds if projected else out.pooler_output, mask.any(1), "fp32")
+
+
+@pytest.mark.parametrize("size", [(40, 40), (50, 73), (200, 64), (16, 21), (32, 32)])
+def test_clip_pixels_equal_transformers(size, pictures_side):
+    transformers = pytest.importorskip("transformers")
+    process = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (3, 5, 5), dtype=np.uint8)
+    picture = F.interpolate(torch.tensor(noise)[None].float(), size, mode="bicubic").clamp(0, 255).byte()
+    theirs = torch.tensor(process(picture[0].numpy())["pixel_values"][0])
+    assert (
+        pictures_side.clip_pixels(picture, 32)[0] - theirs
+    ).abs().max() < 1.5 / 255 / 0.26  # one level of 256
+
+
+# --------------------------------------------------------------------------------- what padding changes
+
+
+@pytest.mark.parametrize("kind", ["bytes", "t5", "clip"])
+def test_padding_and_neighbours_change_nothing(kind, t5_folder, clip_folder):
+    name = {"bytes": kind, "t5": str(t5_folder), "clip": str(clip_folder)}[kind]
+    torch.manual_seed(0)
+    short, long = (load_text_encoder(TextConfig([name], length, "fp32")) for length in (40, 64))
+    long.load_state_dict(short.state_dict())
+    alone = short(*short.tokenize(CAPTIONS[:1]))
+    for encoder in (short, long):
+        context, mask, pooled = encoder(*encoder.tokenize([*CAPTIONS[1:], CAPTIONS[0]]))
+        count = int(mask[-1].sum())
+        assert (context[-1, :count] - alone[0][0, :count]).abs().max() < 1e-5
+        assert (pooled[-1] - alone[2][0]).abs().max() < 1e-5
+        assert not context[~mask].any()
+
+
+def test_the_order_of_the_words_matters():
+    encoder = load_text_encoder(TextConfig())
+    context, _, pooled = encoder(
+        *encoder.tokenize(["a red house and a green tree", "a green house and a red tree"])
+    )
+    assert (context[0] - context[1]).abs().max() > 0.1
+    assert (pooled[0] - pooled[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_of_the_byte_encoder_learns(dtype):
+    encoder = load_text_encoder(TextConfig())
+    for captions in (CAPTIONS, [""]):
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            context, _, pooled = encoder(*encoder.tokenize(captions))
+        (context.square().sum() + pooled.square().sum()).backward()
+        gradients = [parameter.grad for parameter in encoder.parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        assert captions == [""] or all(gradient.any() for gradient in gradients)
+
+
+def test_the_byte_encoder_compiles_once():
+    encoder, count = load_text_encoder(TextConfig(text_length=32)), torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(encoder, backend=count, fullgraph=True)
+    for captions in (CAPTIONS, ["", "", "", "", "x" * 99], CAPTIONS[::-1]):
+        ids, mask = encoder.tokenize(captions)
+        assert torch.equal(compiled(ids, mask)[0], encoder(ids, mask)[0])
+    assert count.frame_count == 1
+
+
+def test_encoders_stand_side_by_side(t5_folder, clip_folder):
+    config = TextConfig(["bytes", str(t5_folder), str(clip_folder)], text_length=24)
+    both = load_text_encoder(config)
+    ids, mask = both.tokenize(CAPTIONS)
+    context, mask, pooled = both(ids, mask)
+    assert context.shape == (5, 72, both.dim)
+    assert pooled.shape == (5, both.pooled_dim)
+    assert not context[1].any()
+    assert not pooled[1].any()
+    assert both.trainable
+    assert both.counts["empty"] == 3
+    (context.sum() + pooled.sum()).backward()
+    assert all(parameter.grad is not None for parameter in both.parameters())
+    names = {name.split(".")[0] for name in both.state_dict()}
+    assert names == {"kind", "project", "trained"}  # the frozen ones are not stored
+    again = load_text_encoder(config)
+    again.load_state_dict(both.state_dict())
+    assert torch.equal(again(ids, mask)[0], context)
+    both.to(torch.device("meta"))
+    assert all(parameter.is_meta for encoder in both.encoders for parameter in encoder.parameters())
+
+
+# ----------------------------------------------------------------------------------------------- the cache
+
+MANY = [
+    f"a {size} {colour} {thing}"
+    for size in ("small", "large")
+    for colour in ("red", "green")
+    for thing in ("house", "tree that stands on a hill")
+]
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_the_cache_says_what_the_encoder_says(kind, t5_folder, clip_folder, tmp_path):
+    config = TextConfig([str({"t5": t5_folder, "clip": clip_folder}[kind])], 32, text_cache=str(tmp_path))
+    live, cached = load_text_encoder(config), load_text_encoder(config, [*MANY, ""])
+    captions = [MANY[3], "", MANY[0], MANY[3]]
+    for ours, theirs in zip(cached(*cached.tokenize(captions)), live(*live.tokenize(captions))):
+        assert ours.shape == theirs.shape
+        assert (ours.float() - theirs.float()).abs().max() <= 2e-2 * theirs.float().abs().max()
+    assert not cached.trainable
+    assert not list(cached.parameters())
+    with pytest.raises(ValueError, match="has no embedding of 'a cow'"):
+        cached.tokenize(["a cow"])
+
+
+def test_a_cache_takes_any_encode_function_and_goes_on_where_it_was(t5_folder, tmp_path):
+    encoder, _ = T.frozen_encoder(str(t5_folder), TextConfig([str(t5_folder)], 32))
+    asked = []
+
+    def encode(captions):
+        for i, caption in enumerate(captions):
+            if len(asked) == 5 and not tmp_path.joinpath("go").exists():
+                raise KeyboardInterrupt
+            asked.append(caption)
+            yield (
+                i,
+                torch.full((i + 1, encoder.dim), float(len(caption))).bfloat16(),
+                torch.zeros(encoder.dim).bfloat16(),
+            )
+
+    cache = T.CachedEncoder(encoder, tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(MANY, encode, part=2)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    tmp_path.joinpath("go").touch()
+    again = T.CachedEncoder(encoder, tmp_path / "cache")
+    again.fill(MANY, encode, part=2)
+    assert len(asked) == len(MANY) + 1  # the one that was lost with the interrupt
+    again.fill(MANY, None)  # nothing is missing
+    context, mask, _ = again(*again.tokenize(MANY))
+    assert all(
+        (context[i][mask[i]] == torch.tensor(float(len(text))).bfloat16()).all()
+        for i, text in enumerate(MANY)
+    )
+
+
+def test_a_stale_cache_is_an_error(t5_folder, clip_folder, tmp_path, spiece):
+    config = TextConfig([str(t5_folder)], 32, text_cache=str(tmp_path / "cache"))
+    load_text_encoder(config, MANY)
+    model = t5_model(
+        "v1.1", 1, d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2
+    )  # same shape, other weights
+    other = write_t5(tmp_path / "other", model.config, model, spiece)
+    for name, length in ((other, 32), (clip_folder, 32), (t5_folder, 31)):
+        with pytest.raises(
+            ValueError,
+            match=r"was made with t5-tiny.*d=32 length=32 .*, this run uses .*Delete it or use another",
+        ):
+            load_text_encoder(TextConfig([str(name)], length, text_cache=str(tmp_path / "cache")), MANY)
+
+
+def test_a_torn_cache_is_an_error_and_never_a_wrong_caption(t5_folder, tmp_path):
+    config = TextConfig([str(t5_folder)], 32, text_cache=str(tmp_path))
+    good = load_text_encoder(config, MANY)
+    expected = [x.clone() for x in good(*good.tokenize(MANY))]
+    (path,) = tmp_path.rglob("*.safetensors")
+    data, rng, errors = path.read_bytes(), random.Random(0), 0
+    encoder, _ = T.frozen_encoder(str(t5_folder), config)
+    for damage in range(200):
+        broken = bytearray(data)
+        if damage < 20:
+            broken = broken[: rng.randrange(len(data))]
+        else:
+            broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        try:
+            cache = T.CachedEncoder(encoder, path.parent)
+            found = cache(*cache.tokenize(MANY))
+        except ValueError as error:
+            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            errors += 1
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert errors > 190
+
+
+def test_two_jobs_fill_one_cache(t5_folder, tmp_path):
+    code = (
+        "import text_encoder as T; from tests.test_text_encoder import MANY;"
+        f"T.load_text_encoder(T.TextConfig([{str(t5_folder)!r}], 32, text_cache={str(tmp_path)!r}), MANY)"
+    )
+    jobs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    config = TextConfig([str(t5_folder)], 32, text_cache=str(tmp_path))
+    cached, live = load_text_encoder(config, MANY), load_text_encoder(config)
+    assert (cached(*cached.tokenize(MANY))[0] - live(*live.tokenize(MANY))[0]).abs().max() < 0.05
+    assert [path.suffix for path in tmp_path.rglob("*.*")] == [".safetensors"]
+
+
+# ------------------------------------------------------------------------------------------- bad folders
+
+
+def copy(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def edit_config(**change):
+    def edit(folder):
+        content = json.loads((folder / "config.json").read_text()) | change
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(folder):
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        safetensors.torch.save_file(change(dict(tensors)) or tensors, folder / "model.safetensors")
+
+    return edit
+
+
+def write(name, content):
+    def edit(folder):
+        (folder / name).write_bytes(
+            content if isinstance(content, bytes) else content((folder / name).read_bytes())
+        )
+
+    return edit
+
+
+def index(table):
+    def edit(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+
+    return edit
+
+
+def remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+Q = "encoder.block.0.layer.0.SelfAttention.q.weight"
+NORM = "encoder.final_layer_norm.weight"
+BAD_FOLDERS = {
+    "no spiece.model": (remove("spiece.model"), r"has no spiece.model \(found config.json"),
+    "tokenizer.json only": (
+        lambda f: (f / "spiece.model").rename(f / "tokenizer.json"),
+        "has no spiece.model .*tokenizer.json",
+    ),
+    "no config": (remove("config.json"), "has no config.json"),
+    "no weights": (remove("model.safetensors"), "has no model.safetensors"),
+    "lora": (
+        lambda f: (f / "model.safetensors").rename(f / "adapter_model.safetensors"),
+        "no model.safetensors .*adapter_model",
+    ),
+    "config not json": (write("config.json", b"{"), "config.json is damaged"),
+    "config a list": (write("config.json", b"[]"), "config.json is damaged: not a JSON object"),
+    "config not utf-8": (write("config.json", b"\xff\xfe{}"), "config.json is damaged"),
+    "decoder only": (edit_config(model_type="gpt2"), "model_type is 'gpt2', it must be one of t5, mt5, umt5"),
+    "no model type": (edit_config(model_type=None), "model_type is None"),
+    "no width": (edit_config(d_model=None), "d_model is None"),
+    "width is text": (edit_config(d_model="wide"), "d_model is 'wide'"),
+    "width negative": (edit_config(d_model=-3), "d_model is -3"),
+    "a billion layers": (edit_config(num_layers=10**9), "num_layers is 1000000000"),
+    "odd activation": (edit_config(feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'"),
+    "other width": (edit_config(d_model=48), r"is \(700, 32\), config.json says \(700, 48\)"),
+    "more layers": (edit_config(num_layers=3), "encoder.block.2.*is missing"),
+    "fewer layers": (edit_config(num_layers=1), "encoder.block.1.*is not known"),
+    "tensor missing": (
+        edit_tensors(lambda t: {name: tensor for name, tensor in t.items() if name != Q}),
+        f"{Q} is missing",
+    ),
+    "tensor extra": (
+        edit_tensors(lambda t: t | {"encoder.extra.lora": torch.zeros(2)}),
+        "encoder.extra.lora is not known",
+    ),
+    "quantised": (edit_tensors(lambda t: t | {Q: t[Q].char()}), "is torch.int8. Quantised weights"),
+    "spiece empty": (write("spiece.model", b""), "spiece.model is damaged|has 0 pieces"),
+    "spiece garbage": (write("spiece.model", b"hello" * 99), "spiece.model is damaged"),
+    "spiece cut": (write("spiece.model", lambda data: data[:999]), "spiece.model (is damaged|has .* pieces)"),
+    "spiece of another": (edit_config(vocab_size=70000), "config.json says"),
+    "index garbage": (index([]), "index.json is damaged"),
+    "index empty": (index({"weight_map": 3}), "index.json is damaged"),
+    "index of numbers": (index({"weight_map": {Q: 3}}), "lists 3, which is missing"),
+    "shard missing": (
+        index({"weight_map": {Q: "model-00002-of-00002.safetensors"}}),
+        "lists model-00002.*, which is missing. Incom",
+    ),
+    "path traversal": (index({"weight_map": {Q: "../../x"}}), "lists a path outside the folder: '../../x'"),
+    "absolute path": (index({"weight_map": {Q: "/etc/passwd"}}), "lists a path outside the folder"),
+    "shard lacks some": (index({"weight_map": {Q: "config.json"}}), "config.json is damaged"),
+    "weights empty": (write("model.safetensors", b""), "model.safetensors is damaged"),
+    "weights are html": (
+        write("model.safetensors", b"<html>404 Not Found</html>"),
+        "model.safetensors is damaged",
+    ),
+    "weights cut": (write("model.safetensors", lambda data: data[:-1]), "model.safetensors is damaged"),
+    "header only": (write("model.safetensors", lambda data: data[:8]), "model.safetensors is damaged"),
+    "header beyond the file": (
+        write("model.safetensors", lambda data: (2**40).to_bytes(8, "little") + data[8:]),
+        "is damaged",
+    ),
+    "header huge": (write("model.safetensors", lambda data: b"\xff" * 8 + data[8:]), "is damaged"),
+    "header zero": (write("model.safetensors", lambda data: bytes(8) + data[8:]), "is damaged"),
+    "header not json": (write("model.safetensors", lambda data: data[:8] + b"!" + data[9:]), "is damaged"),
+    "more behind the end": (write("model.safetensors", lambda data: data + b"x"), "is damaged"),
+    "overlap": (
+        write("model.safetensors", lambda data: data.replace(b'"data_offsets":[', b'"data_offsets":[1', 1)),
+        "is damaged",
+    ),
+    "shape lies": (
+        write("model.safetensors", lambda data: data.replace(b"[700,32]", b"[70,320]", 1)),
+        "config.json says",
+    ),
+    "type lies": (write("model.safetensors", lambda data: data.replace(b'"F32"', b'"F16"', 1)), "is damaged"),
+    "type unknown": (
+        write("model.safetensors", lambda data: data.replace(b'"F32"', b'"Q32"', 1)),
+        "is damaged",
+    ),
+    "doubled": (write("model.safetensors", lambda data: data * 2), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FOLDERS)
+def test_a_bad_folder_ends_in_one_clear_line(name, t5_folder, tmp_path):
+    edit, message = BAD_FOLDERS[name]
+    folder = copy(t5_folder, tmp_path / "t5")
+    edit(folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_text_encoder(TextConfig([str(folder)]))
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (remove("vocab.json"), "has no vocab.json"),
+        (remove("merges.txt"), "has no merges.txt"),
+        (write("vocab.json", b"{}"), "vocab.json or merges.txt is damaged"),
+        (write("vocab.json", b"[1"), "vocab.json is damaged"),
+        (write("merges.txt", b"a b c\n"), "vocab.json or merges.txt is damaged"),
+        (write("merges.txt", b"\xff"), "merges.txt is damaged"),
+        (
+            write("vocab.json", lambda data: data.replace(b": 3,", b": 99999,")),
+            "vocab.json or merges.txt is damaged, or does not fit",
+        ),
+    ],
+)
+def test_a_bad_clip_folder_ends_in_one_clear_line(edit, message, clip_folder, tmp_path):
+    folder = copy(clip_folder, tmp_path / "clip")
+    edit(folder)
+    with pytest.raises(ValueError, match=message):
+        load_text_encoder(TextConfig([str(folder)]))
+
+
+def test_no_folder_and_no_pictures_are_clear():
+    with pytest.raises(ValueError, match="--text-encoder nowhere is neither bytes nor a folder"):
+        load_text_encoder(TextConfig(["nowhere"]))
+
+
+def test_t5_has_no_pictures(t5_folder, pictures_side):
+    with pytest.raises(ValueError, match="model_type is 't5', it must be one of clip_vision_model"):
+        pictures_side.load_image_encoder(str(t5_folder), TextConfig())
+
+
+def test_flipped_bytes_of_weights_never_crash(t5_folder, tmp_path):
+    """A flip in the header is an error or changes nothing; one in the numbers changes one tensor alone."""
+    folder = copy(t5_folder, tmp_path / "t5")
+    path, rng, config = folder / "model.safetensors", random.Random(0), TextConfig([str(folder)])
+    data, good = path.read_bytes(), load_text_encoder(config).state_dict()
+    header = 8 + int.from_bytes(data[:8], "little")
+    for number in range(200):
+        broken, at = bytearray(data), rng.randrange(header if number % 2 else len(data))
+        broken[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        try:
+            state = load_text_encoder(config).state_dict()
+        except ValueError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+        else:
+            changed = sum(not torch.equal(state[name], good[name]) for name in good)
+            assert changed <= (at >= header)
+
+
+# ------------------------------------------------------------------------------------ pickles, shards, memory
+
+
+def as_bin(folder: Path, target: Path) -> Path:
+    target = copy(folder, target)
+    tensors = safetensors.torch.load_file(target / "model.safetensors")
+    (target / "model.safetensors").unlink()
+    torch.save(tensors, target / "pytorch_model.bin")
+    return target
+
+
+def test_pickles_are_read_only_when_asked(t5_folder, tmp_path):
+    folder = as_bin(t5_folder, tmp_path / "bin")
+    with pytest.raises(
+        ValueError, match=r"pytorch_model.bin is a pickle file. Convert it .* or pass --allow-bin"
+    ):
+        load_text_encoder(TextConfig([str(folder)]))
+    ours = load_text_encoder(TextConfig([str(folder)], allow_bin=True)).state_dict()
+    theirs = load_text_encoder(TextConfig([str(t5_folder)])).state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_payload_in_a_pickle_never_runs(zipped, t5_folder, tmp_path):
+    folder, marker = as_bin(t5_folder, tmp_path / "bin"), tmp_path / "marker"
+    torch.save({Q: Payload(marker)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged"):
+        load_text_encoder(TextConfig([str(folder)], allow_bin=True))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4", b"\x80\x02", b"hello" * 50])
+def test_a_damaged_pickle_is_one_line(content, t5_folder, tmp_path):
+    folder = as_bin(t5_folder, tmp_path / "bin")
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is damaged"):
+        load_text_encoder(TextConfig([str(folder)], allow_bin=True))
+
+
+@pytest.mark.parametrize(
+    ("version", "works"), [("2.9.1+cu128", False), ("2.10.0", True), ("2.11.0+cu130", True), ("1.13", False)]
+)
+def test_old_torch_reads_no_pickle(version, works, t5_folder, tmp_path, monkeypatch):
+    folder = as_bin(t5_folder, tmp_path / "bin")
+    monkeypatch.setattr(torch, "__version__", version)
+    if works:
+        assert load_text_encoder(TextConfig([str(folder)], allow_bin=True)).dim == 32
+    else:
+        with pytest.raises(
+            ValueError, match=r"or pass --allow-bin with torch >= 2.10 .this is .*CVE-2026-24747"
+        ):
+            load_text_encoder(TextConfig([str(folder)], allow_bin=True))
+
+
+XXL = {
+    "d_model": 40,
+    "d_kv": 2,
+    "num_heads": 64,
+    "d_ff": 100,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+}  # 4096, 64, 64, 10240
+
+
+def test_xxl_names_in_five_shards_load_without_the_decoder(tmp_path, spiece):
+    model = t5_model("v1.1", 0, **XXL)
+    write_t5(
+        tmp_path,
+        model.config,
+        model,
+        spiece,
+        max_shard_size=sum(p.numel() for p in model.parameters()) * 4 // 9 * 2,
+    )
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) == 5
+    encoder = load_text_encoder(TextConfig([str(tmp_path)], 32, "fp32"))
+    ids, mask = encoder.tokenize(CAPTIONS)
+    with torch.no_grad():
+        theirs = model.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    close(encoder(ids, mask)[0], theirs, mask, "fp32")
+    assert not any("decoder" in name for name in encoder.state_dict())
+    names = set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"])
+    assert len({name for name in names if name.startswith("encoder.block.23.")}) == 9
+    shards[2].unlink()
+    with pytest.raises(ValueError, match=f"lists {shards[2].name}, which is missing"):
+        load_text_encoder(TextConfig([str(tmp_path)], 32))
+
+
+def test_the_size_of_t5_xxl_is_stated_from_its_shapes():
+    shape = T.T5_SHAPE | {
+        "vocab_size": 32128,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+        "model_type": "t5",
+    }
+    with torch.device("meta"):
+        count = sum(p.numel() for p in T.T5Encoder(T.SimpleNamespace(**shape)).parameters())
+    assert count == 4_762_310_656  # 9.5 GB in bf16, 19.0 GB in float32
+
+
+def test_loading_peaks_at_the_size_of_the_encoder(tmp_path, spiece):
+    model = t5_model(
+        "v1.1", 0, d_model=512, d_kv=64, num_heads=8, d_ff=1024, num_layers=16, num_decoder_layers=16
+    )
+    write_t5(tmp_path, model.config, model, spiece)
+    code = """if True:
+        import sys, resource, torch, text_encoder as T
+        peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])
+        config = T.TextConfig([sys.argv[1]], 32, sys.argv[2])
+        encoder, load = T.frozen_encoder(sys.argv[1], config)
+        torch.zeros(9) @ torch.zeros(9)
+        before = peak(); load()
+        print((peak() - before) * 1024 / sum(p.nbytes for p in encoder.parameters()))"""
+    for dtype in ("bf16", "fp32"):
+        run = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), dtype],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=True,
+        )
+        assert float(run.stdout) < 1.6, dtype  # the encoder, one tensor of float32, the file's tables
