@@ -12,9 +12,12 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
+import resource
 import shutil
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -266,6 +269,21 @@ def count_flops(model: nn.Module, *args, **kwargs) -> int:
     return counter.get_total_flops()
 
 
+def choose_device(name: str) -> torch.device:
+    """The only place that knows devices: cuda, else mps, else cpu, or `name`. ValueError where it is not."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = name or next(k for k, found in there.items() if found)
+    if not there.get(kind):
+        choices = ", ".join(k for k, found in there.items() if found)
+        raise ValueError(f"--device {name} is not here. Choose from {choices}")
+    if kind != "cuda":
+        return torch.device(kind)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"local rank {local} has no GPU of its own. Use --nproc-per-node {count}")
+    return torch.device(kind, local)
+
+
 def clock(device: torch.device) -> float:
     """Seconds, after the device has finished what it was given."""
     if device.type != "cpu":
@@ -283,6 +301,13 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
             a @ b
         best = min(best, (clock(device) - start) / 4)
     return 2 * n**3 / best
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most memory that was in use up to now, of the GPU or else of this process [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def compile_error(device: torch.device) -> str:
@@ -367,6 +392,11 @@ class State:
                 self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written with: a run goes on with other versions, but not bit for bit."""
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def lock(run: Path) -> None:

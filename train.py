@@ -4,7 +4,6 @@ Pictures seen so far are the only state beside the weights: every random choice 
 position), so the same command run again continues exactly where the last checkpoint stands.
 """
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -12,15 +11,14 @@ import inspect
 import json
 import math
 import os
-import platform
 import re
-import resource
 import signal
 import sys
 import time
 import typing
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -81,13 +80,13 @@ PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
-           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad"}
+           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
+           "text_cache", "allow_bin"}
 SHAPE = {"size", "model", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
-LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "micro_batch": (0, 2**20),
-          "lr": (1e-12, 1), "warmup": (0, 10**9), "cooldown": (0, 10**9), "weight_decay": (0, 1),
-          "clip": (0, 1e9), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
-          "workers": (-1, 256), "log_every": (0, 10**9), "sample_every": (0, 10**9), "val_every": (0, 10**9),
-          "val_images": (2, 10**6), "save_every": (0, 10**9), "keep": (1, 10**6), "timeout": (1, 10**6)}
+# Least and most of a number, where that is not 0 and 10^9.
+LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
+          "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
+          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6)}
 BUCKETS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -95,7 +94,6 @@ Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.Diffu
 
 
 # ------------------------------------------------------------------------------------------- flags and errors
-
 
 def say(message: str) -> None:
     """One line on standard output, from rank 0; a closed pipe is no reason to stop training."""
@@ -110,8 +108,7 @@ def say(message: str) -> None:
 def die(message: object, status: int = 2, everywhere: bool = False) -> typing.NoReturn:
     """End the run with one line on standard error; exit status 2 is the user's mistake, 1 a failure.
 
-    The first rank of each machine speaks, since most errors are the same on all, and the others give it time;
-    `everywhere` is for those that happen to one rank.
+    The first rank of a machine speaks, and the others give it time; `everywhere`: what happens to one rank.
     """
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -131,10 +128,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> Configs:
-    """The dataclasses from the command line: a field is a flag, the comment behind it the help.
-
-    --model, or the device where it is not given, first moves the defaults to its presets.
-    """
+    """The dataclasses from the command line: a field is a flag, the comment behind it the help."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for cls in typing.get_args(Configs):
@@ -158,8 +152,8 @@ def parse(argv: list[str]) -> Configs:
     early = Parser(add_help=False, allow_abbrev=False)
     early.add_argument("--model")
     early.add_argument("--device", default="")
-    known, _ = early.parse_known_args(argv)
-    row = known.model or ("small" if choose_device(known.device).type == "cuda" else "tiny")
+    known, _ = early.parse_known_args(argv)                                   # they move the defaults
+    row = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
     if row in PRESETS:                                                        # else the parser will complain
         parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=row)
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
@@ -172,26 +166,12 @@ def parse(argv: list[str]) -> Configs:
     return configs
 
 
-def choose_device(name: str) -> torch.device:
-    """The only place that knows devices: cuda, else mps, else cpu, or the one that is named."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = name or next(k for k, found in there.items() if found)
-    if not there.get(kind):
-        choices = ", ".join(k for k, found in there.items() if found)
-        raise ValueError(f"--device {name} is not here. Choose from {choices}")
-    if kind != "cuda":
-        return torch.device(kind)
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(f"local rank {local} has no GPU of its own. Use --nproc-per-node {count}")
-    return torch.device(kind, local)
-
-
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for name, (least, most) in LIMITS.items():
-        if not least <= getattr(cfg, name) <= most:                           # a nan is outside, too
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)} is outside {least} to {most}")
+    for name, value in vars(cfg).items():
+        least, most = LIMITS.get(name, (0, 10**9))
+        if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
+            raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
     for name, value in [*vars(data_cfg).items(), *vars(diff_cfg).items()]:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value} is not a finite number")
@@ -221,7 +201,6 @@ def differences(stored: dict, configs: Configs) -> None:
 
 
 # --------------------------------------------------------------------------------------------- parts of a run
-
 
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
@@ -268,8 +247,8 @@ def resume(out: Path, state: model.State, configs: Configs, fingerprint: str) ->
     state.load(*tensors, scaler=json.loads(meta["scaler"]))
     if meta["data"] != fingerprint:
         say("warning: the pictures are not those of the checkpoint: their order differs from here")
-    if json.loads(meta["versions"]) != versions():
-        say(f"note: {meta['versions']} -> {json.dumps(versions())}: it continues, but not bit for bit")
+    if json.loads(meta["versions"]) != model.versions():
+        say(f"note: {meta['versions']} -> {json.dumps(model.versions())}: it continues, but not bit for bit")
     say(f"resumed from step {meta['step']} ({folder})")
     return int(meta["step"]), int(meta["images"])
 
@@ -283,10 +262,6 @@ def publish(out: Path, step: int, state: model.State, meta: dict[str, str], keep
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def agreed(value: float, world: int) -> float:
@@ -325,7 +300,7 @@ def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bo
     """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token."""
     ids, mask = text.tokenize(captions)
     mask &= torch.as_tensor(kept).view(-1, 1)
-    ids, mask = ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask))
     if text.trainable:
         return {"ids": ids, "mask": mask}
     return dict(zip(("context", "mask", "pooled"), text(ids, mask)))
@@ -333,12 +308,11 @@ def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bo
 
 # --------------------------------------------------------------------------------------- what a user looks at
 
-
 @torch.no_grad()
-def validate(net: Net, text: nn.Module, fixed: data.Pictures, n: int, device, rank: int, world: int) -> dict:
-    """Loss on n fixed pictures, times and noise, by noise bucket, and the conditioning gap. Ranks share it.
+def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: int, world: int) -> dict:
+    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl. Ranks share the work.
 
-    gap = loss with the next picture's caption - loss with the right one: above 0 the text is used.
+    val_gap = loss with the next picture's caption - loss with the right one: above 0 the text is used.
     """
     n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(rank * batch, n, world * batch):
@@ -354,7 +328,7 @@ def validate(net: Net, text: nn.Module, fixed: data.Pictures, n: int, device, ra
     if world > 1:
         dist.all_reduce(sums)
     total, count, gap = sums.split([BUCKETS, BUCKETS, 1])
-    return {"val_loss": number(total.sum() / n), "val_gap": number(gap / n),
+    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
@@ -368,22 +342,24 @@ def sample_grid(net: Net, text: nn.Module, prompts: list[str], size: int, device
     return pictures(diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule))
 
 
-def append(path: Path, line: dict) -> None:
-    with optional(path), open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
-
-
-def sheet(path: Path, grid: Tensor, captions: list[str]) -> None:
-    with optional(path):
+def put(path: Path, content: dict | Image.Image) -> None:
+    """Append a line to a log, or write a picture. Training can do without: a full disk is a warning."""
+    try:
         path.parent.mkdir(exist_ok=True)
-        data.contact_sheet(grid, captions).save(path)
+        if isinstance(content, dict):
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(content) + "\n")
+        else:
+            content.save(path)
+    except OSError as e:
+        say(f"warning: {path} not written ({e.strerror}); training continues")
 
 
-def first_batch(path: Path, x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor) -> None:
+def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor) -> Image.Image:
     """Exactly what the network sees: each picture beside its noisy version, below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
              for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    sheet(path, pictures(torch.cat([x0, x_t], 3)[:16]), notes[:16])
+    return data.contact_sheet(pictures(torch.cat([x0, x_t], 3)[:16]), notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -402,42 +378,28 @@ def number(x: Tensor | float) -> float:
     return float(f"{float(x):.6g}")
 
 
-@contextlib.contextmanager
-def optional(path: Path) -> Iterator[None]:
-    """Write what training can do without: a full disk is a warning."""
-    try:
-        yield
-    except OSError as e:
-        say(f"warning: {path} not written ({e.strerror}); training continues")
-
-
 def report(configs: Configs, parameters: int, flops: float, speed: float, peak: float, device) -> None:
     """The configuration, what it costs here, measured on real steps, and the time the run would take."""
-    cfg, where = configs[0], device
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.type == "cuda":
-        memory, where = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_name(device)
-    used = 3 * flops * speed                                                  # backward: twice forward
-    hours = cfg.steps * cfg.batch_size / speed / 3600
-    for config in configs:
-        say(repr(config))
-    say(f"parameters  {parameters / 1e6:.1f} M\n"
-        f"forward     {flops / 1e9:.3f} GFLOPs a picture\n"
-        f"memory      {memory / 2**30:.2f} GiB at its peak, on {where}\n"
-        f"speed       {speed:.1f} pictures/s\n"
-        f"used        {used / 1e9:.0f} GFLOP/s, {used / peak:.0%} of a matmul's {peak / 1e9:.0f}\n"
-        f"time        {hours:.2f} hours for {cfg.steps} steps of {cfg.batch_size} pictures")
+    steps, batch_size, used = configs[0].steps, configs[0].batch_size, 3 * flops * speed
+    say("\n".join(map(repr, configs)) + f"""
+parameters  {parameters / 1e6:.1f} M
+forward     {flops / 1e9:.3f} GFLOPs a picture
+memory      {model.memory_peak(device) / 2**30:.2f} GiB at its peak
+speed       {speed:.1f} pictures/s
+used        {used / 1e9:.0f} GFLOP/s, {used / peak:.0%} of the {peak / 1e9:.0f} of a matrix product
+time        {steps * batch_size / speed / 3600:.2f} hours for {steps} steps of {batch_size} pictures""")
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 
-
-def launch(cfg: TrainConfig, world: int) -> tuple[torch.device, list[int]]:
-    """Start the process group. Returns the device, and a list of the SIGTERM and SIGINT that arrive."""
+def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, list[int]]:
+    """Take the run directory, start the process group. Returns the device, and a list of arriving signals."""
+    if writes:
+        model.lock(Path(cfg.out))
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
-    device = choose_device(cfg.device)
+    device = model.choose_device(cfg.device)
     if world > 1:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
@@ -454,6 +416,14 @@ def launch(cfg: TrainConfig, world: int) -> tuple[torch.device, list[int]]:
     return device, stop
 
 
+def explain(error: Exception, micro: int, per_rank: int) -> None:
+    """End in one line where it is the memory that is missing."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        smaller = max((m for m in range(1, micro) if per_rank % m == 0), default=1)
+        die(f"out of memory at --micro-batch {micro} ({str(error).splitlines()[0][:100]}). Try --micro-batch "
+            f"{smaller}, which gives the same result, or --checkpointing", status=1, everywhere=True)
+
+
 def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Module:
     """The network by way of torch.compile, where that is wanted (on CUDA it is) and works."""
     if wanted is False or (wanted is None and device.type != "cuda"):
@@ -468,29 +438,23 @@ def build(configs: Configs, device: torch.device) -> tuple[nn.Module, Net]:
     """The text encoder, and what is trained, from the configuration alone."""
     cfg, _, model_cfg, diff_cfg, text_cfg = configs
     text = text_encoder.load_text_encoder(text_cfg).to(device)
-    channels = 6 if diff_cfg.learn_sigma else 3
-    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, channels)
+    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
     unet.checkpointing = cfg.checkpointing
     return text, Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
 
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, *_ = parse(argv)
-
     # Who and where: ranks, device, run directory, signals.
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     out, writes = Path(cfg.out), rank == 0 and not cfg.dry_run
-    if writes:
-        model.lock(out)
-    device, stop = launch(cfg, world)
+    device, stop = launch(cfg, world, writes)
 
     # What is trained, on what; where it stands.
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     text, net = build(configs, device)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
-    for warning in train_set.warnings:
-        say(f"warning: {warning}")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or in what they see in {out} (here step {first}). Start "
@@ -498,8 +462,9 @@ def main(argv: list[str]) -> None:
     if first >= cfg.steps:
         return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
     parameters = sum(p.numel() for p in state.weights)
-    say(f"{train_set.summary}\n{cfg.model}: {parameters / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of "
-        f"{cfg.batch_size} pictures, {out}")
+    say("".join(f"warning: {warning}\n" for warning in train_set.warnings) + f"{train_set.summary}\n"
+        f"{cfg.model}: {parameters / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of {cfg.batch_size} "
+        f"pictures, {out}")
 
     # How it runs: data workers, compiled or not, ranks side by side.
     per_rank = cfg.batch_size // world
@@ -515,19 +480,17 @@ def main(argv: list[str]) -> None:
     peak = model.matmul_peak(device, DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = compiled(parallel, device, cfg.compile)
-    recipe = {type(c).__name__: dataclasses.asdict(c) for c in configs}
+    recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()
     meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,
-            "versions": json.dumps(versions())}
+            "versions": json.dumps(software)}
     if writes:
-        readable = json.dumps(recipe | {"versions": versions()}, indent=1)
-        (out / "config.json").write_text(f"{readable}\n", encoding="utf-8")
+        (out / "config.json").write_text(json.dumps({**recipe, "versions": software}, indent=1), "utf-8")
     prompts = [val_set[p]["caption"] for p in range(16)]
     tally = torch.zeros(2 * BUCKETS + 6, device=device)       # what log_line reads
     squares = torch.zeros(2, 100, device=device)              # sums and counts for --t-density importance
     in_a_row = torch.zeros((), device=device)                 # updates that were skipped, up to now
     replaced, since = 0, model.clock(device)
     bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
-
     try:
         for step in range(first, cfg.steps + 1):
             leaving = agreed(bool(stop), world) > 0
@@ -553,7 +516,7 @@ def main(argv: list[str]) -> None:
                 if bar.disable:
                     say("  ".join(f"{k} {line[k]}" for k in ("step", "loss", "grad_norm", "pictures/s")))
                 if writes:
-                    append(out / "metrics.jsonl", line)
+                    put(out / "metrics.jsonl", line)
                 if cfg.dry_run and (last or step == 6):
                     return report(configs, parameters, flops, line["pictures/s"], peak, device)
 
@@ -571,15 +534,14 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if val and not cfg.dry_run:
                 with autocast:
-                    found = validate(state.ema, text, val_set, cfg.val_images, device, rank, world)
-                line = {"step": step, **found}
+                    line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 if writes:
-                    append(out / "metrics.jsonl", line)
+                    put(out / "metrics.jsonl", line)
             if sample and writes:
                 with autocast:
                     grid = sample_grid(state.ema, text, prompts, cfg.size, device)
-                sheet(out / "samples" / f"{step:06d}.png", grid, prompts)
+                put(out / "samples" / f"{step:06d}.png", data.contact_sheet(grid, prompts))
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -601,9 +563,8 @@ def main(argv: list[str]) -> None:
                 condition = condition_of(text, captions, device, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    first_batch(out / "first_batch.png", x0, x_t, t, captions, kept)
-                partial = world > 1 and start + micro < per_rank
-                with parallel.no_sync() if partial else contextlib.nullcontext():
+                    put(out / "first_batch.png", first_batch(x0, x_t, t, captions, kept))
+                with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)
                     state.scaler.scale((weight * loss).sum() / per_rank).backward()
@@ -623,11 +584,8 @@ def main(argv: list[str]) -> None:
             images += cfg.batch_size
             bar.update()
     except (RuntimeError, MemoryError) as e:
-        if type(e) is RuntimeError and "allocate memory" not in str(e):
-            raise
-        smaller = max((m for m in range(1, micro) if per_rank % m == 0), default=1)
-        die(f"out of memory at --micro-batch {micro} ({str(e).splitlines()[0][:100]}). Try --micro-batch "
-            f"{smaller}, which gives the same result, or --checkpointing", status=1, everywhere=True)
+        explain(e, micro, per_rank)
+        raise
     except (ValueError, OSError) as e:                                        # of the data, maybe of one rank
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)
     finally:

@@ -1,0 +1,993 @@
+"""train.py: flags, formulas, the loop, resuming, signals, faults; in this process where that is possible."""
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import diffusion
+import model
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
+    "--head-dim", "16", "--text-length", "32", "--byte-width", "32", "--byte-layers", "1", "--dtype", "fp32",
+    "--batch-size", "8", "--steps", "12", "--warmup", "2", "--cooldown", "4", "--device", "cpu", "--workers",
+    "0", "--val-every", "0", "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
+
+
+def flags(out, *changes):
+    """TINY with some flags changed: a name, then its values."""
+    argv = [*TINY, "--out", str(out)]
+    for change in changes:
+        name, *values = change.split()
+        if name in argv:
+            start = argv.index(name)
+            end = next((i for i in range(start + 1, len(argv)) if argv[i].startswith("--")), len(argv))
+            del argv[start:end]
+        argv += [name, *values]
+    return argv
+
+
+def run(out, *changes):
+    train.main(flags(out, *changes))
+    return out
+
+
+def start(out, *changes, ranks=0, before=(), code="", **options):
+    """A process that trains. ranks: of torchrun; before: a command that wraps it; code: what runs ahead."""
+    script = [str(ROOT / "train.py")]
+    if code:
+        driver = Path(out).with_suffix(".py")
+        driver.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                          "import os, signal, torch, train, model, diffusion\n"
+                          f"rank = int(os.environ.get('RANK', 0))\n{code}\ntrain.main(sys.argv[1:])\n")
+        script = [str(driver)]
+    launcher = [sys.executable]
+    if ranks:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+                     *options.pop("torchrun", ())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    return subprocess.Popen([*before, *launcher, *script, *flags(out, *changes)], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+
+
+def finish(process, timeout=240):
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def wait_for(process, step, out):
+    """Wait until metrics.jsonl has the line of a step."""
+    for _ in range(2400):
+        if any(line["step"] >= step for line in metrics(out)):
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} in two minutes")
+
+
+def metrics(out):
+    path = Path(out) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def digest(out):
+    """The newest step, and one hash of everything that its checkpoint holds."""
+    folder = model.checkpoint_folders(Path(out))[-1]
+    tensors = [model.load_tensors(folder / f"{name}.safetensors")[0] for name in ("ema", "train")]
+    return int(folder.name), *(model.checksum(t, {}) for t in tensors)
+
+
+def during(monkeypatch, action, at=None):
+    """Call `action(state)` before each update, or before the one of number `at` of this process."""
+    real, count = model.State.update, [0]
+
+    def update(state, lr):
+        count[0] += 1
+        if at is None or count[0] == at:
+            action(state)
+        return real(state, lr)
+
+    monkeypatch.setattr(model.State, "update", update)
+
+
+def dies(capfd, function, status):
+    """The one line on standard error with which a run ends."""
+    with pytest.raises(SystemExit) as end:
+        function()
+    err = capfd.readouterr().err
+    assert end.value.code == status
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch, tmp_path):
+    """Signal handlers and environment as they were; nothing slow is measured."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(model, "matmul_peak", lambda device, dtype: 1e11)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The digest of twelve undisturbed steps, of two micro-batches each."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(out, "--micro-batch 4")
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return digest(out)
+
+
+# --------------------------------------------------------------------------------------------------- formulas
+
+
+def test_learning_rate_is_a_trapezium():
+    cfg = train.TrainConfig(lr=2.0, steps=100, warmup=9, cooldown=19)
+    rates = [train.rate(step, cfg) for step in range(101)]
+    assert rates[:10] == pytest.approx([2.0 * (k + 1) / 10 for k in range(10)])
+    assert rates[10:80] == [2.0] * 70
+    assert rates[80:] == pytest.approx([2.0 * k / 20 for k in range(20, -1, -1)])
+    assert train.rate(0, train.TrainConfig(lr=1.0, warmup=0, cooldown=0, steps=1)) == 1.0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9, 0.99])
+def test_the_average_is_plain_and_then_exponential(decay):
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2).double()
+    state = model.State(net, 0.0, 0.0, decay, False)
+    expected = None
+    for n in range(1, 31):
+        net(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
+        state.update(0.1)
+        weight = 1 / n if n < 1 / (1 - decay) else 1 - decay
+        now = net.weight.detach().clone()
+        expected = now if expected is None else expected + weight * (now - expected)
+        assert torch.allclose(state.ema.weight, expected, atol=1e-6)
+    if decay == 0.99:                                                         # 30 < 100: still the plain mean
+        assert weight == 1 / 30
+
+
+def test_adamw_is_the_published_one_and_decays_matrices_only():
+    torch.manual_seed(0)
+    net, lr, decay = nn.Linear(3, 2).double(), 0.01, 0.1
+    state = model.State(net, decay, 0.0, 0.5, False)
+    values = {name: p.detach().clone() for name, p in net.named_parameters()}
+    m, v = ({name: torch.zeros_like(p) for name, p in values.items()} for _ in range(2))
+    for n in range(1, 6):
+        net(torch.randn(4, 3, dtype=torch.float64)).square().sum().backward()
+        for name, p in net.named_parameters():
+            m[name] = 0.9 * m[name] + 0.1 * p.grad
+            v[name] = 0.99 * v[name] + 0.01 * p.grad**2
+            step = (m[name] / (1 - 0.9**n)) / ((v[name] / (1 - 0.99**n)).sqrt() + 1e-8)
+            values[name] = values[name] * (1 - lr * (decay if p.ndim > 1 else 0)) - lr * step
+        state.update(lr)
+        for name, p in net.named_parameters():
+            assert torch.allclose(p, values[name], atol=1e-9)
+
+
+def test_the_norm_is_reported_before_it_is_clipped():
+    net = nn.Linear(2, 1, bias=False)
+    state = model.State(net, 0.0, 0.5, 0.5, False)
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    norm, bad = state.update(0.0)
+    assert norm == 5
+    assert bad == 0
+    moment = state.optimizer.state[net.weight]["exp_avg"]
+    assert torch.allclose(moment, 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_update_that_is_not_finite_changes_nothing(value, fp16):
+    torch.manual_seed(0)
+    twins = []
+    for faults in (False, True):
+        torch.manual_seed(1)
+        net = nn.Linear(3, 2)
+        state = model.State(net, 0.1, 1.0, 0.9, fp16)
+        for step in range(5):
+            if faults and step in (0, 3):
+                state.scaler.scale(torch.zeros(()))                           # as the loss would be
+                before = {k: v.clone() for group in state.tensors().values() for k, v in group.items()}
+                scale = state.scaler.get_scale()
+                for p in net.parameters():
+                    p.grad = torch.full_like(p, 1.0)
+                net.weight.grad[1, 2] = value
+                norm, bad = state.update(0.1)
+                assert bad == 1
+                assert not norm.isfinite()
+                after = {k: v for group in state.tensors().values() for k, v in group.items()}
+                assert all(torch.equal(before[k], after[k]) for k in before)
+                assert state.scaler.get_scale() == (scale / 2 if fp16 else 1)
+            state.scaler.scale(net(torch.full((4, 3), step + 1.0)).square().sum()).backward()
+            assert state.update(0.1)[1] == 0
+        twins.append(state.tensors())
+    for name, group in twins[0].items():    # skipped ones do not count either
+        assert all(torch.allclose(v, twins[1][name][k], atol=1e-5) for k, v in group.items())
+
+
+@pytest.mark.parametrize("prob", [0.0, 0.1, 1.0])
+def test_captions_are_dropped_at_the_rate_that_is_asked_for(prob):
+    kept = train.draws(3, "noise", range(20000), prob)[1]
+    assert float((~kept).float().mean()) == pytest.approx(prob, abs=0.0064 * (0 < prob < 1))
+
+
+def test_draws_depend_on_seed_purpose_and_position_alone():
+    u, kept, keys = train.draws(1, "noise", range(2**40, 2**40 + 50), 0.5)
+    for seed, purpose in ((2, "noise"), (1, "x")):
+        other = train.draws(seed, purpose, range(2**40, 2**40 + 50), 0.5)
+        assert not torch.equal(keys, other[2])
+        assert not torch.equal(u, other[0])
+    again = [train.draws(1, "noise", [p], 0.5) for p in reversed(range(2**40, 2**40 + 50))]
+    assert torch.equal(torch.cat([a[2] for a in reversed(again)]), keys)
+    assert torch.equal(torch.cat([a[1] for a in reversed(again)]), kept)
+    assert u.dtype == torch.float32
+    assert u.min() >= 0
+    assert u.max() <= 1
+    assert len(set(keys.tolist())) == 50
+
+
+def test_times_of_a_batch_are_stratified(monkeypatch, tmp_path):
+    seen, real = [], diffusion.losses
+
+    def losses(net, x0, eps, t, *rest, **condition):
+        seen.append(t)
+        return real(net, x0, eps, t, *rest, **condition)
+
+    monkeypatch.setattr(diffusion, "losses", losses)
+    run(tmp_path / "run", "--steps 3")
+    for t in seen[-3:]:
+        assert sorted((t * 8).long().tolist()) == list(range(8))
+
+
+# ------------------------------------------------------------------------------------------------------ flags
+
+
+def test_help_shows_every_field_with_its_comment_and_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for cls in typing.get_args(train.Configs):
+        source = (ROOT / f"{cls.__module__}.py").read_text()
+        for f in dataclasses.fields(cls):
+            comment = re.search(rf"^    {f.name}: [\s\S]*?  # (.*)$", source, re.MULTILINE)[1]
+            assert " ".join(comment.split()) in shown, f.name
+            assert f"--{f.name.replace('_', '-')} " in shown
+    assert "(default: 5000)" in shown
+    assert "(default: cosine)" in shown
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
+def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(name):
+    cfg, _, shape, *_ = train.parse(["--model", name])
+    assert shape == model.PRESETS[name]
+    assert cfg.model == name
+    assert {key: getattr(cfg, key) for key in train.PRESETS[name]} == train.PRESETS[name]
+    assert cfg.out == "runs/64"
+    cfg, _, shape, *_ = train.parse(["--model", name, "--lr", "0.5", "--channels", "64", "--head-dim", "32"])
+    assert cfg.lr == 0.5
+    assert shape.channels == 64
+    assert cfg.steps == train.PRESETS[name]["steps"]
+
+
+def test_flags_have_the_types_of_their_fields():
+    cfg, pictures, shape, noise, text = train.parse(
+        ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--data", "a:1", "b:2",
+         "--text-encoder", "bytes", "--lr", "1e-4"])
+    assert cfg.compile is False
+    assert shape.channel_mult == (1, 2)
+    assert pictures.data == ["a:1", "b:2"]
+    assert text.text_encoder == ["bytes"]
+    assert cfg.lr == 1e-4
+    assert train.parse([])[0].compile is None
+
+
+def folder_of(path, count, size=20):
+    path.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(np.full((size, size, 3), 8 * i, np.uint8)).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"grey {i}")
+    return path
+
+
+BAD_TRAIN = {
+    "--stesp 5": "unknown flag --stesp. Did you mean --steps?",
+    "--frobnicate": "unknown flag --frobnicate",
+    "stray": "unknown flag stray",
+    "--step 5": "unknown flag --step",                                        # no abbreviations
+    "--steps": "expected one argument",
+    "--steps five": "invalid int value: 'five'",
+    "--steps 1.5": "invalid int",
+    "--steps 0": "--steps 0 is outside",
+    "--steps -1": "--steps -1 is outside",
+    "--batch-size 0": "--batch-size 0 is outside",
+    "--batch-size 100 --micro-batch 8": "Try 96 or 104",
+    "--micro-batch -1": "--micro-batch -1",
+    "--lr nan": "--lr nan is outside",
+    "--lr inf": "--lr inf is outside",
+    "--lr -1": "--lr -1.0 is outside",
+    "--lr 0": "--lr 0.0 is outside",
+    "--clip nan": "--clip nan is outside",
+    "--ema-decay 1": "--ema-decay 1.0 is outside",
+    "--uncond-prob 1.5": "--uncond-prob 1.5 is outside",
+    "--seed -1": "--seed -1 is outside",
+    "--seed 99999999999999999999999": "is outside",
+    "--size 65": "--size 65",
+    "--size 4": "--size 4 is outside",
+    "--size 64 --size 32": "--size is given twice",
+    "--channels 33": "--channels 33",
+    "--head-dim 7": "--head-dim 7",
+    "--channel-mult 0": "--channel-mult",
+    "--attn-resolutions 7": "--attn-resolutions 7",
+    "--model huge": "invalid choice: 'huge'",
+    "--dtype int8": "invalid choice: 'int8'",
+    "--schedule wavy": "invalid choice",
+    "--t-std nan": "--t-std nan",
+    "--device tpu": "--device tpu is not here",
+    "--device cuda": "--device cuda is not here",
+    "--text-encoder nowhere": "nowhere",
+    "--text-length 1": "--text-length 1",
+    "--byte-width 33": "--byte-width 33",
+    "--keep 0": "--keep 0 is outside",
+    "--workers -2": "--workers -2 is outside",
+    "--timeout 0": "--timeout 0.0 is outside",
+    "--min-crop 0": "--min-crop 0",
+    "--data nowhere": "nowhere",
+    "--data empty": "empty",
+    "--data notes": "no pictures in notes",
+    "--data grey:1 grey2": "give all a weight",
+    "--data broken": "broken",
+    "--out file": "--out file is a file",
+    "--out file/run": "file/run",
+    "--out foreign": "damaged",
+    "--out other-format": "damaged",
+}
+
+
+@pytest.mark.parametrize("command", BAD_TRAIN)
+def test_a_bad_command_ends_in_one_line(command, tmp_path, capfd, monkeypatch):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    folder_of(tmp_path / "grey", 3)
+    folder_of(tmp_path / "grey2", 3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.docx").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "broken").mkdir()
+    for i in range(30):
+        (tmp_path / f"broken/{i}.png").write_text("<html>")
+    for name, meta in (("foreign", {}), ("other-format", {"format": "limn 99"})):
+        folder = tmp_path / f"{name}/checkpoints/000005"
+        folder.mkdir(parents=True)
+        for part in ("ema", "train"):
+            save_file({"transformer.h.0": torch.zeros(3)}, folder / f"{part}.safetensors", meta)
+    argv = flags("run", command) if command.startswith(("--data", "--out", "--device")) else command.split()
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    err = dies(capfd, lambda: runpy.run_path(str(ROOT / "train.py"), run_name="__main__"), 2)
+    assert err.startswith("train.py: error: ")
+    assert BAD_TRAIN[command] in err
+
+
+def test_more_ranks_than_the_batch_divides_over_is_an_error_of_rank_zero(monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match=r"--batch-size 8 does not divide over 3 ranks.*Try 6 or 9"):
+        train.parse(flags("run"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit):
+        train.die("the same on all ranks")
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        train.die("of this\nrank", everywhere=True)
+    assert capfd.readouterr().err == "train.py: error: rank 1: of this rank\n"
+
+
+# ------------------------------------------------------------------------------------------ what a run leaves
+
+
+def test_a_run_leaves_what_the_design_promises(tmp_path, capsys):
+    out = run(tmp_path / "run", "--steps 4", "--log-every 2", "--val-every 2", "--val-images 40",
+              "--sample-every 4", "--save-every 2", "--keep 1")
+    assert {p.name for p in out.iterdir()} == {".lock", "checkpoints", "config.json", "first_batch.png",
+                                               "metrics.jsonl", "samples"}
+    assert [p.name for p in out.glob("samples/*")] == ["000004.png"]
+    assert [p.name for p in out.glob("checkpoints/*")] == ["000004"]
+    assert {p.name for p in out.glob("checkpoints/000004/*")} == {"ema.safetensors", "train.safetensors"}
+    for picture in (out / "first_batch.png", out / "samples/000004.png"):
+        Image.open(picture).load()
+    stored = json.loads((out / "config.json").read_text())
+    _, meta = model.load_tensors(out / "checkpoints/000004/ema.safetensors")
+    assert {k: stored[k] for k in json.loads(meta["config"])} == json.loads(meta["config"])
+    assert {f.name for f in dataclasses.fields(train.TrainConfig)} == set(stored["TrainConfig"])
+    assert (meta["step"], meta["images"]) == ("4", "32")
+    logs, validations = metrics(out)[::2], metrics(out)[1::2]
+    assert [line["step"] for line in metrics(out)] == [2, 2, 4, 4]
+    assert set(logs[0]) == {"step", "images", "loss", "raw_loss", "grad_norm", "clipped", "pictures/s", "lr",
+                            "skipped", "replaced", "buckets", "share_of_peak"}
+    assert set(validations[0]) == {"step", "val_loss", "val_gap", "val_buckets"}
+    assert all(len(line["buckets"]) == 8 and all(map(math.isfinite, line["buckets"])) for line in logs)
+    assert logs[0]["images"] == 16
+    assert validations[0]["val_loss"] == pytest.approx(1, abs=0.3)
+    cfg = train.parse(flags(out, "--steps 4"))[0]
+    assert [line["lr"] for line in logs] == pytest.approx([train.rate(1, cfg), train.rate(3, cfg)], rel=1e-5)
+
+
+def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
+    run(tmp_path / "run", "--dry-run")
+    shown = capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+    for word in ("parameters ", "forward ", "memory ", "speed ", "used ", "time ", "GFLOPs", "DataConfig(",
+                 "TrainConfig(size=16", "ModelConfig(channels=32", "DiffusionConfig(", "TextConfig("):
+        assert word in shown, word
+    run(tmp_path / "run", "--dry-run", "--steps 1")
+    assert "parameters " in capsys.readouterr().out
+
+
+def test_eight_pictures_are_learned_by_heart(tmp_path):
+    out = run(tmp_path / "run", "--limit 8", "--steps 120", "--lr 3e-3", "--log-every 30", "--val-every 120",
+              "--val-images 8")
+    *logs, validation = metrics(out)
+    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
+    assert validation["val_loss"] < 0.5
+
+
+@pytest.mark.parametrize("changes", [
+    ("--t-density importance", "--loss-weight min_snr", "--checkpointing"),
+    ("--loss-weight learned", "--learn-sigma", "--dtype bf16", "--t-density logit_normal"),
+    ("--prediction flow", "--schedule flow", "--dtype fp16"),
+    ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0")])
+def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
+    whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
+    during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
+    run(tmp_path / "parts", "--steps 4", *changes)
+    assert digest(tmp_path / "parts")[0] == 2
+    run(tmp_path / "parts", "--steps 4", *changes)
+    assert digest(tmp_path / "parts") == whole
+
+
+# --------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopping_three_times_changes_no_bit(tmp_path, monkeypatch, straight, workers, capsys):
+    during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=1)
+    run(tmp_path / "run", "--micro-batch 4", f"--workers {workers}")
+    assert digest(tmp_path / "run")[0] == 1
+    for stop in (5, 11):
+        monkeypatch.undo()
+        monkeypatch.setattr(model, "matmul_peak", lambda device, dtype: 1e11)
+        steps = stop - digest(tmp_path / "run")[0]
+        during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGINT), at=steps)
+        run(tmp_path / "run", "--micro-batch 4", f"--workers {2 - workers}")
+        assert digest(tmp_path / "run")[0] == stop
+    monkeypatch.undo()
+    run(tmp_path / "run", "--micro-batch 4", f"--workers {workers}")
+    assert digest(tmp_path / "run") == straight
+    shown = capsys.readouterr().out
+    assert shown.count("stopping at step") == 3
+    assert "stopping at step 11; run the same command" in shown
+    assert all(f"resumed from step {step} " in shown for step in (1, 5, 11))
+    assert not multiprocessing.active_children()
+
+
+def test_looking_at_a_run_does_not_change_it(tmp_path, straight):
+    run(tmp_path / "run", "--micro-batch 4", "--log-every 1", "--val-every 5", "--val-images 8",
+        "--sample-every 6", "--save-every 2")
+    assert digest(tmp_path / "run") == straight
+
+
+def gradients(monkeypatch, out, *changes):
+    found = []
+    during(monkeypatch, lambda state: found.extend(p.grad.clone() for p in state.weights), at=2)
+    run(out, "--steps 2", *changes)
+    return found
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatch):
+    whole = gradients(monkeypatch, tmp_path / "whole", "--lr 1e-9")
+    for micro in (1, 2, 4):
+        parts = gradients(monkeypatch, tmp_path / f"micro{micro}", "--lr 1e-9", f"--micro-batch {micro}")
+        for a, b in zip(whole, parts, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-9
+
+
+def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypatch, capsys):
+    seen, real = [], train.draws
+    monkeypatch.setattr(train, "draws", lambda s, name, p, prob=0.0: seen.extend(p) or real(s, name, p, prob))
+    run(tmp_path / "run", "--steps 3")
+    run(tmp_path / "run", "--steps 5", "--batch-size 16", "--lr 5e-4")
+    assert seen == list(range(3 * 8 + 2 * 16))
+    shown = capsys.readouterr().out
+    for note in ("--steps 3 -> 5", "--batch-size 8 -> 16", "--lr 0.001 -> 0.0005"):
+        assert f"note: {note} (checkpoint -> this run)" in shown
+    assert shown.count("note: --") == 3
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ("--channels 64", "--channels 32, not 64"), ("--size 64,--patch 4", "--size 16, not 64"),
+    ("--prediction eps", "--prediction v, not eps"), ("--byte-width 64", "--byte-width 32, not 64"),
+    ("--learn-sigma", "--learn-sigma False, not True"), ("--loss-weight learned", "does not fit"),
+    ("--t-density importance", "does not fit")])
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
+    before = digest(run(tmp_path / "run", "--steps 1"))
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", "--steps 2", *change.split(","))
+    assert digest(tmp_path / "run") == before
+
+
+def test_a_finished_run_is_left_alone(tmp_path, capsys):
+    run(tmp_path / "run", "--steps 2")
+    def times():
+        return {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.suffix}
+
+    before = times()
+    run(tmp_path / "run", "--steps 2")
+    assert "note: step 2 of 2 reached; nothing to do" in capsys.readouterr().out
+    assert times() == before
+
+
+def test_changed_pictures_are_a_warning(tmp_path, capsys):
+    source = folder_of(tmp_path / "grey", 5)
+    run(tmp_path / "run", "--steps 2", f"--data {source}")
+    run(tmp_path / "run", "--steps 3", f"--data {source}")
+    assert "not those of the checkpoint" not in capsys.readouterr().out
+    folder_of(source, 7)
+    run(tmp_path / "run", "--steps 4", f"--data {source}")
+    assert "warning: the pictures are not those of the checkpoint" in capsys.readouterr().out
+
+
+def test_other_versions_are_noted(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "run", "--steps 1")
+    monkeypatch.setattr(model, "versions", lambda: {"torch": "99"})
+    run(tmp_path / "run", "--steps 2")
+    assert "not bit for bit" in capsys.readouterr().out
+
+
+def test_loss_scaling_continues_and_may_come_and_go(tmp_path, monkeypatch):
+    def scale(out):
+        _, meta = model.load_tensors(model.checkpoint_folders(out)[-1] / "train.safetensors")
+        return json.loads(meta["scaler"])
+
+    run(tmp_path / "run", "--steps 1", "--dtype fp16")
+    during(monkeypatch, lambda state: state.scaler.update(32.0), at=1)
+    run(tmp_path / "run", "--steps 2", "--dtype fp16")
+    assert scale(tmp_path / "run")["scale"] == 32
+    run(tmp_path / "run", "--steps 3", "--dtype fp16")
+    assert scale(tmp_path / "run")["scale"] == 32
+    assert scale(tmp_path / "run")["_growth_tracker"] > 0
+    run(tmp_path / "run", "--steps 4", "--dtype fp32")
+    run(tmp_path / "run", "--steps 5", "--dtype fp16")
+    assert scale(tmp_path / "run")["scale"] == 65536
+
+
+def test_a_wrapped_network_is_saved_under_plain_names(tmp_path, monkeypatch):
+    class Wrapped(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self._orig_mod, self.forward = net, net.forward
+
+    monkeypatch.setattr(train, "compiled", lambda net, device, wanted: Wrapped(net))
+    whole = digest(run(tmp_path / "run", "--steps 2"))
+    monkeypatch.undo()
+    assert digest(run(tmp_path / "plain", "--steps 2")) == whole
+
+
+# ----------------------------------------------------------------------------------------------------- faults
+
+
+def test_twenty_bad_updates_in_a_row_end_the_run(tmp_path, monkeypatch, capfd):
+    out, real = tmp_path / "run", diffusion.gaussian
+    calls = []
+
+    def gaussian(keys, shape, device=None):
+        calls.append(1)
+        return real(keys, shape, device) * (math.nan if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(diffusion, "gaussian", gaussian)
+    err = dies(capfd, lambda: run(out, "--steps 60", "--log-every 5", "--save-every 5"), 1)
+    assert "updates in a row were not finite, stopped at step 25" in err
+    assert 15 <= digest(out)[0] <= 20
+    assert metrics(out)[-1]["skipped"] == 5
+    assert metrics(out)[0]["skipped"] == 2
+    tensors, _ = model.load_tensors(model.checkpoint_folders(out)[-1] / "ema.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capfd):
+    during(monkeypatch, lambda state: state.averages[3].data.fill_(math.nan), at=3)
+    err = dies(capfd, lambda: run(tmp_path / "run", "--save-every 2"), 1)
+    assert "the weights of step 4 are not finite" in err
+    assert digest(tmp_path / "run")[0] == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "zero", "empty", "gone"])
+def test_a_damaged_checkpoint_costs_its_steps_only(tmp_path, damage, capsys):
+    whole = digest(run(tmp_path / "run", "--save-every 2", "--steps 4"))
+    path = tmp_path / "run/checkpoints/000004/train.safetensors"
+    content = bytearray(path.read_bytes())
+    match damage:
+        case "cut": content = content[:len(content) // 2]
+        case "flip": content[len(content) // 2] ^= 1
+        case "zero": content[-4096:] = bytes(4096)
+        case "empty": content = b""
+    path.write_bytes(content)
+    if damage == "gone":
+        path.unlink()
+    run(tmp_path / "run", "--save-every 2", "--steps 4")
+    shown = capsys.readouterr().out
+    assert "warning: " in shown
+    assert "000004/train.safetensors" in shown
+    assert "resumed from step 2" in shown
+    assert digest(tmp_path / "run") == whole
+
+
+def test_with_all_checkpoints_damaged_nothing_is_started_anew(tmp_path):
+    run(tmp_path / "run", "--steps 1")
+    (tmp_path / "run/checkpoints/000001/ema.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        run(tmp_path / "run", "--steps 2")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000001"]
+
+
+def test_a_full_disk_is_survived_but_for_the_last_save(tmp_path, monkeypatch, capfd):
+    real, calls = model.save_file, []
+
+    def full(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) in (1, 4, 5):
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, metadata)
+
+    monkeypatch.setattr(model, "save_file", full)
+    run(tmp_path / "run", "--save-every 2", "--steps 4")
+    assert "warning: checkpoint at step 2 not written ([Errno 28] No space left" in capfd.readouterr().out
+    assert digest(tmp_path / "run")[0] == 4
+    err = dies(capfd, lambda: run(tmp_path / "run", "--save-every 2", "--steps 6"), 1)
+    assert "the last checkpoint, step 6, could not be written" in err
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000004"]
+
+
+def test_logs_and_pictures_are_optional_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").mkdir()                                  # cannot be opened
+    run(tmp_path / "run", "--steps 2", "--log-every 1", "--sample-every 2")
+    shown = capsys.readouterr().out
+    assert digest(tmp_path / "run")[0] == 2
+    assert all(f"{name} not written" in shown for name in ("metrics.jsonl", "first_batch.png", "000002.png"))
+
+
+def test_a_second_run_in_one_directory_is_refused(tmp_path, capfd):
+    ready, pid = tmp_path / "ready", os.fork()
+    if not pid:
+        model.lock(tmp_path / "run")
+        ready.touch()
+        time.sleep(60)
+        os._exit(0)
+    try:
+        while not ready.exists():
+            time.sleep(0.01)
+        with pytest.raises(ValueError, match=f"run is in use by pid {pid} on .*Use another --out"):
+            run(tmp_path / "run")
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    model.lock(tmp_path / "run")
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    left = tmp_path / "run/checkpoints/.tmp-000007"
+    left.mkdir(parents=True)
+    (left / ".tmpAbc").write_text("x")
+    run(tmp_path / "run", "--steps 1")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["000001"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+                                   MemoryError("Unable to allocate 1 TiB")])
+def test_no_memory_is_one_line_with_a_smaller_micro_batch(tmp_path, monkeypatch, capfd, error):
+    def fails(state):
+        raise error
+
+    during(monkeypatch, fails, at=2)
+    err = dies(capfd, lambda: run(tmp_path / "run", "--workers 1"), 1)
+    assert "out of memory at --micro-batch 8" in err
+    assert "Try --micro-batch 4" in err
+    assert not multiprocessing.active_children()
+
+
+def test_other_errors_are_tracebacks_and_leave_no_process(tmp_path, monkeypatch):
+    def fails(state):
+        raise RuntimeError("a bug")
+
+    during(monkeypatch, fails, at=2)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tmp_path / "run", "--workers 2")
+    assert not multiprocessing.active_children()
+
+
+def test_a_killed_data_worker_is_one_line(tmp_path, monkeypatch, capfd):
+    def kill(state):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, signal.SIGKILL)
+
+    during(monkeypatch, kill, at=2)
+    err = dies(capfd, lambda: run(tmp_path / "run", "--workers 2", "--steps 100"), 1)
+    assert "a data worker died" in err
+    assert "--workers" in err
+
+
+def test_unreadable_pictures_are_replaced_and_counted(tmp_path, capsys):
+    source = folder_of(tmp_path / "grey", 30)
+    (source / "7.png").write_text("<html>")
+    out = run(tmp_path / "run", "--steps 10", f"--data {source}", "--log-every 10")
+    assert "7: " in capsys.readouterr().out
+    assert 1 <= metrics(out)[0]["replaced"] <= 5
+
+
+# -------------------------------------------------------------------------------------------- other processes
+
+
+SLOW = """
+import time
+real_update = model.State.update
+def slow(*args):
+    time.sleep(0.2)
+    return real_update(*args)
+model.State.update = slow
+"""
+
+
+def test_signals_to_a_whole_group_lose_no_step(tmp_path, straight):
+    out, changes = tmp_path / "run", ("--micro-batch 4", "--log-every 1", "--workers 2")
+    process = start(out, *changes, code=SLOW)
+    wait_for(process, 2, out)
+    os.killpg(process.pid, signal.SIGTERM)                                    # the data workers, too
+    status, shown, err = finish(process)
+    assert (status, err) == (0, "")
+    stopped = digest(out)[0]
+    assert f"stopping at step {stopped}; run the same command" in shown
+    assert metrics(out)[-1]["step"] == stopped < 12
+    process = start(out, *changes, code=SLOW)
+    wait_for(process, stopped + 2, out)
+    os.killpg(process.pid, signal.SIGINT)                                     # a terminal and torchrun: twice
+    time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    status, shown, err = finish(process)
+    assert (status, err) == (0, "")
+    assert stopped < digest(out)[0] < 12
+    run(out, *changes)
+    assert digest(out) == straight
+
+
+def test_two_ranks_are_one_and_may_come_and_go(tmp_path, monkeypatch, straight):
+    out = tmp_path / "run"
+    code = f"{SLOW}\nopen(f'{out}.pid{{rank}}', 'w').write(str(os.getpid()))"
+    changes = ("--log-every 1", "--micro-batch 4")
+    process = start(out, *changes, ranks=2, code=code)
+    wait_for(process, 3, out)
+    os.kill(int(Path(f"{out}.pid1").read_text()), signal.SIGTERM)             # reaches rank 1 only
+    status, shown, err = finish(process)
+    assert (status, "Traceback" in err) == (0, False), err
+    stopped = digest(out)[0]
+    assert 3 <= stopped < 9
+    assert shown.count(f"stopping at step {stopped};") == 1
+    during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
+    run(out, *changes)                                                        # one rank
+    assert digest(out)[0] == stopped + 2
+    status, shown, err = finish(start(out, *changes, ranks=2))
+    assert status == 0, err
+    assert digest(out) == straight
+
+
+def test_ranks_skip_a_bad_gradient_together_and_notice_when_they_drift_apart(tmp_path):
+    out = tmp_path / "run"
+    code = ("calls, real, update = [], diffusion.gaussian, model.State.update\n"
+            "def gaussian(*a):\n    calls.append(1)\n"
+            "    return real(*a) * (float('nan') if rank == 1 and len(calls) == 3 else 1)\n"
+            "def drift(state, lr):\n    found = update(state, lr)\n"
+            "    state.weights[0].data += 1e-3 * rank * (len(calls) == 6)\n    return found\n"
+            "diffusion.gaussian, model.State.update = gaussian, drift")
+    changes = ("--steps 8", "--log-every 1", "--save-every 5")
+    status, shown, err = finish(start(out, *changes, ranks=2, code=code))
+    assert [line["skipped"] for line in metrics(out)] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert "warning: step 3: 1 updates were not finite and were skipped" in shown
+    tensors, _ = model.load_tensors(out / "checkpoints/000005/train.safetensors")  # saved, so equal
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert {int(v) for k, v in tensors.items() if k.endswith(".step")} == {4}
+    assert status == 1
+    assert "train.py: error: the weights of step 8 are not finite, or differ between ranks: not saved" in err
+    assert digest(out)[0] == 5
+
+
+def strace(rule):
+    """The command that injects a fault into a system call; skipped, aloud, where it is not allowed."""
+    command = ["strace", "-f", "-qq", "-o", "/dev/null"]
+    if not shutil.which("strace") or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("strace is missing, or ptrace is forbidden")
+    return [*command, "-e", f"trace={rule.split(':')[0]}", "-e", f"inject={rule}"]
+
+
+def killed_and_continued(out, rule, straight):
+    status, _, err = finish(start(out, "--micro-batch 4", "--save-every 3", before=strace(rule)))
+    assert status in (-9, 137), err
+    folders = model.checkpoint_folders(out)
+    for folder in folders:          # whatever has its final name is whole
+        assert model.load_tensors(folder / "ema.safetensors")
+        assert model.load_tensors(folder / "train.safetensors")
+    run(out, "--micro-batch 4", "--save-every 3")
+    assert digest(out) == straight
+    assert not list((out / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_kill_in_the_middle_of_a_save_changes_nothing(tmp_path, straight):
+    killed_and_continued(tmp_path / "run", "fsync:signal=SIGKILL:when=6", straight)      # of the second save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir", "rmdir", "unlinkat", "ftruncate", "chmod"])
+@pytest.mark.parametrize("when", [1, 2, 3, 4])
+def test_a_kill_at_any_system_call_changes_nothing(tmp_path, straight, call, when):
+    killed_and_continued(tmp_path / "run", f"{call}:signal=SIGKILL:when={when}", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["fsync:error=EIO:when=1", "fsync:error=ENOSPC:when=3",
+                                  "rename:error=EIO:when=1", "fsync:error=EIO:when=2..3"])
+def test_an_error_of_the_disk_costs_one_checkpoint(tmp_path, straight, rule):
+    changes = ("--micro-batch 4", "--save-every 3")
+    status, shown, err = finish(start(tmp_path / "run", *changes, before=strace(rule)))
+    assert status == 0, err
+    assert "not written" in shown
+    assert digest(tmp_path / "run") == straight
+
+
+def test_a_file_limit_ends_a_run_in_one_line_and_without_remains(tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    status, shown, err = finish(start(tmp_path / "run", "--steps 3", "--save-every 2", preexec_fn=limit))
+    assert status == 1
+    assert len(err.splitlines()) == 1
+    assert "the last checkpoint, step 3, could not be written" in err
+    assert "warning: checkpoint at step 2 not written" in shown
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_a_killed_trainer_frees_its_directory_at_once(tmp_path):
+    process = start(tmp_path / "run", "--steps 1000", "--log-every 1", "--workers 2")
+    wait_for(process, 1, tmp_path / "run")
+    with pytest.raises(ValueError, match=f"in use by pid {process.pid}"):
+        model.lock(tmp_path / "run")
+    process.kill()
+    process.wait()
+    model.lock(tmp_path / "run")                            # though its workers may still live
+    for _ in range(100):
+        alive = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"workers {alive} outlived their trainer")
+
+
+def test_where_nothing_compiles_a_run_is_not_compiled(tmp_path, monkeypatch, capsys):
+    def broken(function):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    run(tmp_path / "run", "--steps 1", "--compile")
+    assert "warning: torch.compile is unavailable (RuntimeError: no compiler)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_run_is_not_compiled(tmp_path):
+    env = {"CXX": "/nowhere/g++", "PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    status, shown, err = finish(start(tmp_path / "run", "--steps 1", "--compile", env=env))
+    assert status == 0, err
+    assert "warning: torch.compile is unavailable (" in shown
+    assert digest(tmp_path / "run")[0] == 1
+
+
+@pytest.mark.slow
+def test_a_compiled_run_stops_and_resumes_exactly(tmp_path, monkeypatch):
+    whole = digest(run(tmp_path / "whole", "--steps 4", "--compile"))
+    during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
+    run(tmp_path / "parts", "--steps 4", "--compile")
+    run(tmp_path / "parts", "--steps 4", "--compile")
+    assert digest(tmp_path / "parts") == whole
+
+
+def test_a_closed_pipe_and_a_poor_environment_do_not_end_a_run(tmp_path):
+    odd = tmp_path / "a b"
+    odd.mkdir()
+    command = [sys.executable, str(ROOT / "train.py"), *flags("run c", "--log-every 1")]
+    process = subprocess.Popen(command, cwd=odd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={"LANG": "C", "PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"})
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(240) == 0
+    assert process.stderr.read() == ""
+    assert digest(odd / "run c")[0] == 12
+
+
+def test_without_a_gpu_the_cpu_is_used_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    argv = flags(tmp_path / "run", "--steps 1")
+    at = argv.index("--device")
+    train.main(argv[:at] + argv[at + 2:])
+    assert "note: no GPU found, using the CPU and --model tiny" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_restarted_by_torchrun(tmp_path, straight):
+    out = tmp_path / "run"
+    code = ("real = model.State.update\n"
+            f"def update(*a):\n    if rank == 1 and not os.path.exists({str(out)!r} + '.died') and "
+            f"os.path.exists({str(out / 'checkpoints/000003')!r}):\n"
+            f"        open({str(out)!r} + '.died', 'w'); os.kill(os.getpid(), 9)\n    return real(*a)\n"
+            "model.State.update = update")
+    process = start(out, "--save-every 3", ranks=2, code=code, torchrun=["--max-restarts=2"])
+    status, shown, err = finish(process)
+    assert status == 0, err
+    assert digest(out) == straight
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_a_killed_torchrun(tmp_path):
+    process = start(tmp_path / "run", "--steps 100000", "--log-every 1", ranks=2)
+    wait_for(process, 2, tmp_path / "run")
+    process.kill()
+    process.wait()
+    for _ in range(200):
+        if not subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True).stdout:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("orphans")
+    assert digest(tmp_path / "run")[0] >= 2                                   # and what they had was saved
