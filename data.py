@@ -59,8 +59,7 @@ def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
 def permute(index: int, n: int, key: bytes) -> int:
     """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`: no state, no table.
 
-    A Feistel network over the next power of four (Luby and Rackoff, 1988), walked along its cycle until it is
-    below n (Black and Rogaway, 2002, section 4), fewer than four times on average.
+    A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and Rogaway 2002).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
@@ -124,9 +123,8 @@ KINDS = {
         "poly main -100 32 100 32 62 92 -62 92, poly shade -100 32 100 32 90 48 -90 48",
     "sun": "poly shade 0 -100 100 0 0 100 -100 0, poly+ shade 50 -87 87 50 -50 87 -87 -50, "
         "oval main -72 -72 72 72, oval ink -38 6 38 50, oval main -50 -20 50 28, oval+ ink 14 -28 34 4",
-    "flower": "box leaf -7 10 7 98, oval leaf -58 56 -2 80, oval leaf 2 68 58 92, "
-        "oval main -30 -100 30 -40, oval+ main 6 -79 66 -19, oval+ main 6 -37 66 23, "
-        "oval main -30 -16 30 44, oval cream -24 -52 24 -4",
+    "flower": "box leaf -7 10 7 98, oval leaf -58 56 -2 80, oval leaf 2 68 58 92, oval main -30 -100 30 -40, "
+        "oval+ main 6 -79 66 -19, oval+ main 6 -37 66 23, oval main -30 -16 30 44, oval cream -24 -52 24 -4",
     "fish": "poly shade 36 0 98 -56 80 0 98 56, poly shade -40 -40 0 -86 34 -30, oval main -98 -56 60 56, "
         "oval snow -74 -30 -42 2, oval ink -66 -22 -50 -6, poly shade -10 -12 24 6 -10 24",
     "star": "poly main 0 -98 27 -31 99 -26 44 20 61 90 0 52 -61 90 -44 20 -99 -26 -27 -31, "
@@ -170,8 +168,8 @@ def scene(index: int) -> Scene:
     size = pick(("large", "large", "", "", "small"))
     place = "in the middle" if next(draws) < 0.4 or size == "large" else pick(PLACES)
     half = near(SIZES[size])
-    x, y = (near(0.5 + step * (0.46 - half)) for step in PLACES[place])
-    return Scene((Thing(kind, colour, x, y, half),), background, size, place)
+    return Scene((Thing(kind, colour, *(near(0.5 + step * (0.46 - half)) for step in PLACES[place]), half),),
+                 background, size, place)
 
 
 def captions(scene: Scene) -> list[str]:
@@ -211,8 +209,8 @@ def draw(scene: Scene, size: int) -> np.ndarray:
             for mirror in (1, -1)[:1 + shape.endswith("+")]:
                 xs = [middle[0] + mirror * unit * int(v) for v in corners[::2]]
                 ys = [middle[1] + unit * int(v) for v in corners[1::2]]
-                points = zip(xs if "poly" in shape else sorted(xs), ys)
-                shapes[shape.strip("+")](list(points), fill=tones[tone])
+                xs = xs if "poly" in shape else sorted(xs)
+                shapes[shape.strip("+")](list(zip(xs, ys)), fill=tones[tone])
         step = unit * min(50, 176 / max(1, len(scene.word)))
         for i, letter in enumerate(scene.word):             # one at a time: no shaping library has a say
             at = middle[0] + step * (i - (len(scene.word) - 1) / 2), middle[1] - 16 * unit
@@ -222,8 +220,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
 
 def picture(index: int, size: int) -> tuple[np.ndarray, list[str]]:
     """A built-in picture, uint8 (3, size, size), and its captions: the same on every machine."""
-    shown = scene(index)
-    return draw(shown, size), captions(shown)
+    return draw(scene(index), size), captions(scene(index))
 
 
 # ----------------------------------------------------------------------------------------------- decoding
@@ -235,9 +232,9 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
 def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
     """A square of an encoded picture, uint8 (3, size, size): upright, alpha over white, 16 bits scaled to 8.
 
-    It keeps a part of the short side, placed in the rest by fractions, in the stored orientation. It is cut
-    before it is converted and resized, and a JPEG is decoded at the smallest scale that leaves twice the
-    size, to save memory. Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS.
+    It keeps a part of the short side, placed in the rest by fractions, as stored; cut before it is resized,
+    a JPEG decoded at the smallest scale that leaves twice the size, to save memory. Raises ValueError or
+    Pillow's errors for all but a whole, sane picture in FORMATS.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of bombs and damaged tags: the limits are ours
@@ -294,9 +291,8 @@ PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2}
 def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
     """Samples of a list of (key, part, file, at, size): rows, keys, and how many keys were used twice.
 
-    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Parts need not be
-    adjacent. Of a key used twice only the first picture and what stands with it is kept: no picture ever gets
-    another one's caption.
+    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Of a key used
+    twice only the first picture and what stands with it is kept: none ever gets another one's caption.
     """
     groups, last = {}, None
     for key, part, *where in parts:
@@ -354,9 +350,8 @@ def index_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     rows, keys, warned = scan_tar(path)
     with suppress(OSError):                                 # no room for it: scanned again next time
         os.makedirs(folder, exist_ok=True)
-        with open(f"{kept}.{os.getpid()}", "wb") as file:
-            np.savez(file, rows=rows, keys=keys, warned=np.array(warned, "U"))
-        os.replace(file.name, kept)
+        np.savez(temporary := f"{kept}.{os.getpid()}.npz", rows=rows, keys=keys, warned=np.array(warned, "U"))
+        os.replace(temporary, kept)
     return rows, keys, warned
 
 
@@ -367,8 +362,7 @@ def expand(pattern: str) -> list[str]:
         first, _, last = brace[1].partition("..")
         numbers = range(int(first), int(last) + 1) if f"{first}{last}".isdecimal() and last else ()
         choices = [str(number).zfill(len(first)) for number in numbers] or brace[1].split(",")
-        patterns = (pattern[:brace.start()] + choice + pattern[brace.end():] for choice in choices)
-        return [path for pattern in patterns for path in expand(pattern)]
+        return [path for c in choices for path in expand(pattern[:brace.start()] + c + pattern[brace.end():])]
     found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not found:
         raise ValueError(f"--data {printable(pattern)} is not on a local disk; give folders, tars, patterns")
@@ -456,9 +450,8 @@ class Pictures:
     """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys alone.
 
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
-    Sources are interleaved by weight, by default their numbers of pictures. The "val" split, in a fixed order
-    and centred, is the pictures whose hashed key is below a threshold, so that they stay when others come or
-    go; with --limit, or too few to hold any out, it is the training pictures. len() is their number.
+    Sources are interleaved by weight, by default their numbers of pictures. The "val" split, fixed and
+    centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training.
     """
 
     def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
@@ -492,7 +485,7 @@ class Pictures:
         return np.flatnonzero(held == (self.split == "val"))
 
     def __len__(self) -> int:
-        return sum(len(rows) for rows in self.rows)
+        return sum(map(len, self.rows))
 
     def __getitem__(self, position: int) -> dict:
         """{"picture" uint8 (3, size, size), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.
@@ -532,28 +525,24 @@ def collect(dataset: Pictures, first: int, last: int) -> dict:
 def work(ours, pipe, dataset: Pictures, firsts: range, share: int, stop: int) -> None:
     """A worker process: its batches into a pipe, which holds each back until it is wanted."""
     ours.close()                                            # or it would not break when the trainer is gone
-    try:
-        for first in firsts:
-            pipe.send(collect(dataset, first, min(first + share, stop)))
-    except BrokenPipeError:                                 # the trainer is gone
-        pass
-    except ValueError as error:
-        pipe.send(error)
+    with suppress(BrokenPipeError):                         # the trainer is gone
+        try:
+            for first in firsts:
+                pipe.send(collect(dataset, first, min(first + share, stop)))
+        except ValueError as error:
+            pipe.send(error)
 
 
 def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
            workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
     """Batches {"picture" uint8 (b, 3, H, W), "captions", "positions", "keys", "replaced"} of start..stop-1.
 
-    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Batch k is a pure
-    function of k, so a pipe from each worker process, read in turn, gives the same for any number of workers.
-    On Linux they are forked, which shares the index and is safe as they touch neither torch nor CUDA;
-    elsewhere spawned. numpy goes through the pipe, not through shared memory, which containers ration. `pin`
-    page-locks the pictures. Call close() in the end. Raises ValueError for too many bad pictures (max_bad of
-    the last 10,000), ChildProcessError for a dead worker, TimeoutError after `timeout` [seconds].
+    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Worker processes have a
+    pipe each, read in turn: the same for any number. They are forked, which is safe as they touch neither
+    torch nor CUDA, and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures.
+    close() it. Raises ValueError for more bad pictures than --max-bad, ChildProcessError for a dead worker,
+    TimeoutError after `timeout` [seconds].
     """
-    if batch_size % world:
-        raise ValueError(f"--batch-size {batch_size} is not a multiple of {world} ranks")
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     share, team, seen, bad = batch_size // world, [], 0, 0
     firsts = range(start + rank * share, stop, batch_size)
@@ -563,10 +552,10 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
             process.kill()
             process.join()
             pipe.close()
-    atexit.register(end)                                    # they would keep the interpreter from leaving
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    atexit.register(end)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))      # born deaf
     try:
-        for worker in range(workers):                       # born deaf, as the trainer stops in order
+        for worker in range(workers):
             pipe, theirs = context.Pipe(duplex=False)
             job = (pipe, theirs, dataset, firsts[worker::workers], share, stop)
             process = context.Process(target=work, args=job, daemon=True)
@@ -591,8 +580,6 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
             if bad > dataset.config.max_bad * max(seen, 1000):
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {batch['replaced'][-1]}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
-            if seen >= 10_000:
-                seen, bad = seen // 2, bad // 2
             batch["picture"] = torch.from_numpy(batch["picture"])
             yield batch | {"picture": batch["picture"].pin_memory()} if pin else batch
     finally:
@@ -607,12 +594,11 @@ def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Imag
     scale = max(1, 128 // height)                               # small pictures are shown larger
     columns, gap, text = min(columns, n), 8, font(11)
     lines = [textwrap.wrap(c, max(8, width * scale // 6))[:3] or ["(no caption)"] for c in captions]
-    cell = (width * scale + gap, height * scale + gap + 14 * max(map(len, lines)))
-    sheet = Image.new("RGB", (gap + columns * cell[0], gap + -(-n // columns) * cell[1]), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i in range(n):
-        x, y = gap + i % columns * cell[0], gap + i // columns * cell[1]
-        tile = Image.fromarray(np.ascontiguousarray(np.asarray(pictures[i]).transpose(1, 2, 0)))
-        sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), (x, y))
-        pen.text((x, y + height * scale + 1), "\n".join(lines[i]), fill="black", font=text, spacing=1)
+    wide, high = width * scale + gap, height * scale + gap + 14 * max(map(len, lines))
+    sheet = Image.new("RGB", (gap + columns * wide, gap + -(-n // columns) * high), "white")
+    for i, tile in enumerate(np.asarray(pictures).transpose(0, 2, 3, 1)):
+        at = gap + i % columns * wide, gap + i // columns * high
+        sheet.paste(Image.fromarray(np.repeat(np.repeat(tile, scale, 0), scale, 1)), at)
+        below = at[0], at[1] + height * scale + 1
+        ImageDraw.Draw(sheet).text(below, "\n".join(lines[i]), "black", text, spacing=1)
     return sheet

@@ -172,6 +172,23 @@ def relative_buckets(length: int, buckets: int, max_distance: int, device=None) 
     return half * (offset > 0) + torch.where(offset.abs() < exact, offset.abs(), far)
 
 
+class ByteEmbedding(nn.Module):
+    """Bytes, each with the hashed 3- to 8-grams that end at it (Pagnoni et al. 2024, arXiv:2412.09871, section
+    3.2.1), so that a word has a vector of its own from the first step. ids (B, L) -> (B, L, D)."""
+    def __init__(self, width: int, buckets: int = 8192):
+        super().__init__()
+        self.buckets, self.bytes = buckets, nn.Embedding(259, width)
+        self.grams = nn.EmbeddingBag(buckets, width, mode="sum")
+        nn.init.normal_(self.grams.weight, std=0.4)         # six of them weigh as much as the byte
+
+    def forward(self, ids):
+        grams = [ids]
+        for _ in range(7):
+            grams.append(F.pad(grams[-1][:, :-1], (1, 0)) * 1000003 + ids)                   # modulo 2^64
+        bucket = (torch.stack(grams[2:], -1) * -0x61C8864680B583EB >> 32) % self.buckets     # (B, L, 6)
+        return self.bytes(ids) + self.grams(bucket.flatten(0, 1)).view(*ids.shape, -1)
+
+
 class T5Encoder(nn.Module):
     """The encoder of T5 v1.0 (Raffel et al. 2020, arXiv:1910.10683), v1.1, Flan, mT5, umT5, ByT5: pre-norm,
     no biases, q.k unscaled, one unscaled table of relative positions for all layers (umT5: one each). ids
@@ -183,18 +200,6 @@ class T5Encoder(nn.Module):
         self.encoder.block = nn.ModuleList(T5Block(shape, i == 0 or shape.model_type == "umt5")
                                            for i in range(shape.num_layers))
         self.encoder.final_layer_norm = nn.RMSNorm(shape.d_model, shape.layer_norm_epsilon)
-
-    def initialise(self) -> "T5Encoder":
-        """PyTorch's own weights are near T5's but for q, which holds 1/sqrt(E). New: heads see a neighbour:
-        the bias starts at 4 for the key 1, -1, 2, -2, ... tokens away: letters meet as words at once. To read
-        colour and kind off a caption then takes 200 steps; with T5's bias 600 were not enough."""
-        for block in self.encoder.block:
-            block.layer[0]["SelfAttention"]["q"].weight.detach().mul_(self.shape.d_kv ** -0.5)
-        attention = self.encoder.block[0].layer[0]["SelfAttention"]
-        table = attention["relative_attention_bias"].weight.detach().zero_()
-        for head in range(min(self.shape.num_heads, len(table) // 4)):
-            table[(1 - head % 2) * len(table) // 2 + head // 2 + 1, head] = 4.0
-        return self
 
     def forward(self, ids, mask):
         shape, x = self.shape, self.shared(ids)                                              # (B, L, D)
@@ -489,7 +494,10 @@ def byte_encoder(config: TextConfig) -> TextEncoder:
     width, length = config.byte_width, config.text_length
     shape = {"vocab_size": 259, "d_model": width, "d_kv": 32, "d_ff": 2 * width, "num_heads": width // 32,
              "num_layers": config.byte_layers, "feed_forward_proj": "gated-gelu", "model_type": "t5"}
-    tower = T5Encoder(SimpleNamespace(**T5_SHAPE | shape)).initialise()
+    tower = T5Encoder(SimpleNamespace(**T5_SHAPE | shape))
+    tower.shared = ByteEmbedding(width)
+    for block in tower.encoder.block:                       # q holds the 1/sqrt(E) of the attention
+        block.layer[0]["SelfAttention"]["q"].weight.detach().mul_(32 ** -0.5)
     return TextEncoder(tower, ByteTokenizer(), length, f"bytes {shape} {length}", True)
 
 
