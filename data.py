@@ -2,7 +2,6 @@
 
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state: position p
 shows the same picture, crop and caption for any number of ranks and workers, and to resume is to start at p.
-
 Letters: H W pixels, B pictures in a batch, N pictures in a source.  Pictures are uint8 (3, H, W), RGB.
 """
 import atexit
@@ -202,18 +201,18 @@ def draw(scene: Scene, size: int) -> np.ndarray:
         own = {"shade": tuple(int(v * 0.8) for v in main), "tint": tuple(v // 2 + 127 for v in main)}
         own |= {"main": main, "ground": GROUNDS[scene.background]}
         tones = TONES | own | SPECIAL.get(thing.colour, {})
-        ink = tones["snow" if sum(main) < 350 else "ink"]
         shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
                   "round": partial(pen.rounded_rectangle, radius=18 * unit)}
         for shape, tone, *corners in (line.split() for line in KINDS[thing.kind].split(",")):
             for mirror in (1, -1)[:1 + shape.endswith("+")]:
                 xs = [middle[0] + mirror * unit * int(v) for v in corners[::2]]
                 ys = [middle[1] + unit * int(v) for v in corners[1::2]]
-                xs = xs if "poly" in shape else sorted(xs)
-                shapes[shape.strip("+")](list(zip(xs, ys)), fill=tones[tone])
+                points = zip(xs if "poly" in shape else sorted(xs), ys)
+                shapes[shape.strip("+")](list(points), fill=tones[tone])
         step = unit * min(50, 176 / max(1, len(scene.word)))
         for i, letter in enumerate(scene.word):             # one at a time: no shaping library has a say
             at = middle[0] + step * (i - (len(scene.word) - 1) / 2), middle[1] - 16 * unit
+            ink = tones["snow" if sum(main) < 350 else "ink"]
             pen.text(at, letter, ink, font(round(1.25 * step)), anchor="mm")
     return np.ascontiguousarray(np.asarray(shrink(canvas, size)).transpose(2, 0, 1))
 
@@ -410,6 +409,8 @@ class Files:
                     if os.path.isfile(path):
                         yield path, os.path.relpath(os.path.splitext(path)[0], root)
 
+    key = lambda self, row: self.keys[row].decode()
+
     def part(self, row: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
         """The first bytes of a sample's picture (0), .txt (1) or .json (2); empty when it has none."""
         file, at, size = self.rows[row, :, part].tolist()
@@ -421,9 +422,6 @@ class Files:
                 raise ValueError("changed since it was indexed")
             return os.pread(stream.fileno(), min(size, most), at)
 
-    def key(self, row: int) -> str:
-        return self.keys[row].decode()
-
     def show(self, row: int, size: int, *crop: float) -> tuple[np.ndarray, list[str]]:
         """A sample's picture (see decode) and its captions; raises whatever is wrong with it."""
         texts = [self.part(row, part, most=2**20) for part in (1, 2)]
@@ -431,7 +429,6 @@ class Files:
 
 
 class BuiltIn:
-    """The built-in pictures, behind the same names as Files."""
     name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 1"])
     key = staticmethod("built-in/{}".format)
     show = staticmethod(lambda row, size, *crop: picture(row, size))
@@ -537,11 +534,10 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
            workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
     """Batches {"picture" uint8 (b, 3, H, W), "captions", "positions", "keys", "replaced"} of start..stop-1.
 
-    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Worker processes have a
-    pipe each, read in turn: the same for any number. They are forked, which is safe as they touch neither
-    torch nor CUDA, and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures.
-    close() it. Raises ValueError for more bad pictures than --max-bad, ChildProcessError for a dead worker,
-    TimeoutError after `timeout` [seconds].
+    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Workers have a pipe
+    each, read in turn: the same for any number. They are forked, safe as they touch neither torch nor CUDA,
+    and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures. close() it.
+    ValueError above --max-bad, ChildProcessError for a dead worker, TimeoutError after `timeout` [seconds].
     """
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     share, team, seen, bad = batch_size // world, [], 0, 0

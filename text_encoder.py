@@ -3,10 +3,8 @@
     encoder = load_text_encoder(TextConfig())                           # bytes, trained along with the U-Net
     encoder = load_text_encoder(TextConfig(["t5-v1_1-xl"]))             # a folder as published, frozen
     context, mask, pooled = encoder(*encoder.tokenize(["a red house"]))
-
 Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels.
 """
-
 import contextlib
 import functools
 import hashlib
@@ -37,7 +35,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class TextConfig:
-    """What turns a caption into tensors."""
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
     text_length: int = 128  # a caption is cut or padded to this length [tokens; of the byte encoder: bytes]
     text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
@@ -173,20 +170,18 @@ def relative_buckets(length: int, buckets: int, max_distance: int, device=None) 
 
 
 class ByteEmbedding(nn.Module):
-    """Bytes, each with the hashed 3- to 8-grams that end at it (Pagnoni et al. 2024, arXiv:2412.09871, section
-    3.2.1), so that a word has a vector of its own from the first step. ids (B, L) -> (B, L, D)."""
+    """Bytes, each with the hashed 3- to 8-grams that end there (Pagnoni et al. 2024, arXiv:2412.09871, 3.2):
+    a word has a vector of its own from the first step. ids (B, L) -> (B, L, D)."""
     def __init__(self, width: int, buckets: int = 8192):
         super().__init__()
-        self.buckets, self.bytes = buckets, nn.Embedding(259, width)
-        self.grams = nn.EmbeddingBag(buckets, width, mode="sum")
+        self.bytes, self.grams = nn.Embedding(259, width), nn.EmbeddingBag(buckets, width, mode="sum")
         nn.init.normal_(self.grams.weight, std=0.4)         # six of them weigh as much as the byte
 
     def forward(self, ids):
         grams = [ids]
-        for _ in range(7):
-            grams.append(F.pad(grams[-1][:, :-1], (1, 0)) * 1000003 + ids)                   # modulo 2^64
-        bucket = (torch.stack(grams[2:], -1) * -0x61C8864680B583EB >> 32) % self.buckets     # (B, L, 6)
-        return self.bytes(ids) + self.grams(bucket.flatten(0, 1)).view(*ids.shape, -1)
+        for _ in range(7): grams.append(F.pad(grams[-1][:, :-1], (1, 0)) * 1000003 + ids)                   # modulo 2^64
+        bucket = (torch.stack(grams[2:], -1) * -0x61C8864680B583EB >> 32) % self.grams.num_embeddings
+        return self.bytes(ids) + self.grams(bucket.flatten(0, 1)).view(*ids.shape, -1)       # (B, L, D)
 
 
 class T5Encoder(nn.Module):
@@ -428,8 +423,7 @@ class MultiEncoder(nn.Module):
         self.trained = nn.ModuleList(encoder for encoder in encoders if encoder.trainable)
         self.project = nn.ModuleList(nn.Linear(encoder.dim, self.dim, bias=False) for encoder in encoders)
         self.trainable, self.counts = True, Counter()
-        for encoder in encoders:
-            encoder.counts = self.counts
+        for encoder in encoders: encoder.counts = self.counts
         self.kind = nn.Parameter(0.02 * torch.randn(len(encoders), self.dim))
 
     def _apply(self, fn, recurse=True):             # .to(device) moves the frozen ones, too
@@ -496,8 +490,6 @@ def byte_encoder(config: TextConfig) -> TextEncoder:
              "num_layers": config.byte_layers, "feed_forward_proj": "gated-gelu", "model_type": "t5"}
     tower = T5Encoder(SimpleNamespace(**T5_SHAPE | shape))
     tower.shared = ByteEmbedding(width)
-    for block in tower.encoder.block:                       # q holds the 1/sqrt(E) of the attention
-        block.layer[0]["SelfAttention"]["q"].weight.detach().mul_(32 ** -0.5)
     return TextEncoder(tower, ByteTokenizer(), length, f"bytes {shape} {length}", True)
 
 

@@ -19,12 +19,10 @@ import typing
 import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -39,7 +37,7 @@ import model
 import text_encoder
 
 
-@dataclass
+@dataclasses.dataclass
 class TrainConfig:
     size: int = 64                # side of the pictures [pixels]
     model: Literal["tiny", "small", "base", "large"] = "tiny"  # row of presets; small where there is a GPU
@@ -83,7 +81,6 @@ MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers"
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
 SHAPE = {"size", "model", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
-# Least and most of a number, where that is not 0 and 10^9.
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6)}
@@ -94,7 +91,6 @@ Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.Diffu
 
 
 # ------------------------------------------------------------------------------------------- flags and errors
-
 def say(message: str) -> None:
     """One line on standard output, from rank 0; a closed pipe is no reason to stop training."""
     if os.environ.get("RANK", "0") == "0":
@@ -112,8 +108,8 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> typing.No
     """
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        where = "" if rank == "0" else f"rank {rank}: "
-        print(f"train.py: error: {where}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        message = " ".join((f"rank {rank}: " * (rank != "0") + str(message)).split())
+        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)
     raise SystemExit(status)
@@ -201,7 +197,6 @@ def differences(stored: dict, configs: Configs) -> None:
 
 
 # --------------------------------------------------------------------------------------------- parts of a run
-
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
 
@@ -299,7 +294,10 @@ def pictures(x: Tensor) -> Tensor:
 def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bool = True) -> dict:
     """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token."""
     ids, mask = text.tokenize(captions)
-    mask &= torch.as_tensor(kept).view(-1, 1)
+    if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
+        longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    mask = mask & torch.as_tensor(kept).view(-1, 1)
     ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask))
     if text.trainable:
         return {"ids": ids, "mask": mask}
@@ -307,7 +305,6 @@ def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bo
 
 
 # --------------------------------------------------------------------------------------- what a user looks at
-
 @torch.no_grad()
 def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: int, world: int) -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl. Ranks share the work.
@@ -319,7 +316,7 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
         positions = range(start, min(start + batch, n))
         items = [fixed[p] for p in positions]
         right, wrong = [i["caption"] for i in items], [fixed[(p + 1) % n]["caption"] for p in positions]
-        x0 = scaled(torch.from_numpy(np.stack([i["picture"] for i in items])), device)
+        x0 = scaled(torch.stack([torch.from_numpy(i["picture"]) for i in items]), device)
         eps = diffusion.gaussian(draws(0, "validation", positions)[2], x0.shape[1:], device)
         t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)    # even for any n
         loss, other = (net(x0, eps, t, **condition_of(text, c, device))[1] for c in (right, wrong))
@@ -391,20 +388,19 @@ time        {steps * batch_size / speed / 3600:.2f} hours for {steps} steps of {
 
 
 # --------------------------------------------------------------------------------------------------- the loop
-
 def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, list[int]]:
     """Take the run directory, start the process group. Returns the device, and a list of arriving signals."""
     if writes:
         model.lock(Path(cfg.out))
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: stop.append(got))
     device = model.choose_device(cfg.device)
     if world > 1:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+    stop: list[int] = []                                                      # until here, they kill
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda got, _: stop.append(got))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -470,9 +466,8 @@ def main(argv: list[str]) -> None:
     per_rank = cfg.batch_size // world
     micro = cfg.micro_batch or per_rank
     workers = cfg.workers if cfg.workers >= 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    end = images + (cfg.steps - first) * cfg.batch_size
-    batches = data.loader(train_set, images, end, cfg.batch_size, rank, world, workers, cfg.timeout,
-                          device.type == "cuda")
+    batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
+                          rank, world, workers, cfg.timeout, device.type == "cuda")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
     with autocast:
         one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)

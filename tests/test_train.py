@@ -50,11 +50,13 @@ def flags(out, *changes):
 
 def run(out, *changes):
     train.main(flags(out, *changes))
+    if (Path(out) / ".lock").exists():
+        (Path(out) / ".lock").read_text()                                     # closing it frees the lock
     return out
 
 
 def start(out, *changes, ranks=0, before=(), code="", **options):
-    """A process that trains. ranks: of torchrun; before: a command that wraps it; code: what runs ahead."""
+    """A process that trains. ranks: of torchrun; before: the command around it; code: what runs ahead."""
     script = [str(ROOT / "train.py")]
     if code:
         driver = Path(out).with_suffix(".py")

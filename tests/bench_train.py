@@ -1,0 +1,94 @@
+"""How near a training step comes to what the machine can do: python tests/bench_train.py [flags of train.py]
+
+In one process, in turn: a bare 3x3 convolution, forward and backward, of each width and side of the network,
+and whole training steps (pictures, noise, forward, backward, clipping, AdamW, average). Prints both rates, their
+ratio, and where the time goes by the profiler.
+"""
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import diffusion
+import model
+import train
+
+ROUNDS, STEPS = 3, 6
+
+
+def convolution(device: torch.device, dtype: torch.dtype, batch: int, channels: int, side: int, times: int):
+    """Operations/second of a bare convolution and its two gradients, channels last."""
+    x, w = (torch.randn(*shape, device=device).to(dtype, memory_format=torch.channels_last).requires_grad_()
+            for shape in ((batch, channels, side, side), (channels, channels, 3, 3)))
+    best = float("inf")
+    for _ in range(times):
+        start = model.clock(device)
+        y = F.conv2d(x, w, padding=1)
+        torch.autograd.grad(y, (x, w), y.detach())
+        best = min(best, model.clock(device) - start)
+    return 3 * 2 * 9 * batch * channels**2 * side**2 / best
+
+
+def main(argv: list[str]) -> None:
+    configs = cfg, data_cfg, model_cfg, *_ = train.parse(argv)
+    device, dtype = model.choose_device(cfg.device), train.DTYPES[cfg.dtype]
+    pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
+    text, net = train.build(configs, device)
+    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
+    autocast = torch.autocast(device.type, dtype, enabled=cfg.dtype != "fp32")
+    run, batch, step = train.compiled(net, device, cfg.compile), cfg.micro_batch or cfg.batch_size, 0
+    with autocast:
+        one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **train.condition_of(text, ["a"], device))
+
+    def update() -> float:
+        nonlocal step
+        start = model.clock(device)
+        found = data.collect(pictures, step * batch, (step + 1) * batch)
+        u, kept, keys = train.draws(cfg.seed, "noise", found["positions"], cfg.uncond_prob)
+        x0 = train.scaled(torch.from_numpy(found["picture"]), device)
+        eps = diffusion.gaussian(keys, x0.shape[1:], device)
+        t, weight = net.draw_t(u.to(device))
+        with autocast:
+            loss, _ = run(x0, eps, t, **train.condition_of(text, found["captions"], device, kept))
+        (weight * loss).mean().backward()
+        state.update(1e-4)
+        step += 1
+        return model.clock(device) - start
+
+    for _ in range(3):
+        update()
+    sides = [cfg.size // model_cfg.patch // 2**i for i in range(len(model_cfg.channel_mult))]
+    widths = [model_cfg.channels * mult for mult in model_cfg.channel_mult]
+    best, rates = float("inf"), dict.fromkeys(zip(widths, sides), 0.0)
+    for _ in range(ROUNDS):
+        for width, side in rates:
+            found = convolution(device, dtype, batch, width, side, 5)
+            rates[width, side] = max(rates[width, side], found)
+        best = min([best, *(update() for _ in range(STEPS))])
+    used = 3 * flops * batch / best
+    print(f"{cfg.model} at {cfg.size} pixels, batch {batch}, {cfg.dtype}, {device}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flops / 1e9:.3f} GFLOPs a picture")
+    for (width, side), rate in rates.items():
+        print(f"bare convolution, {width} channels at {side}x{side}: {rate / 1e9:6.0f} GFLOP/s; "
+              f"the step reaches {used / rate:.0%} of it")
+    print(f"training step: {1e3 * best:.1f} ms, {batch / best:.1f} pictures/s, {used / 1e9:.0f} GFLOP/s")
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=activities) as found:
+        update()
+    name = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda e: getattr(e, name), reverse=True)
+    total = sum(getattr(e, name) for e in events)
+    shares = (f"{e.key.removeprefix('aten::')} {getattr(e, name) / total:.0%}" for e in events[:12])
+    print("where the time goes: " + ", ".join(shares))
+
+
+if __name__ == "__main__":
+    with suppress(KeyboardInterrupt):
+        main(sys.argv[1:])

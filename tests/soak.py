@@ -1,0 +1,189 @@
+"""Faults at random: `python tests/soak.py --kills 20 --minutes 10`.
+
+Trains a tiny run undisturbed, then the same run again and again under kill -9 at random moments and at each
+system call of a save, under signals, damage to the newest checkpoint and a second run on the same directory,
+with and without data workers. The final weights, averages and moments must be those of the undisturbed run,
+bit for bit. Prints one line with the numbers; ends in an AssertionError where a fault was not survived.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+
+STEPS, EVERY = 60, 4
+FLAGS = [
+    "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
+    "--head-dim", "16", "--text-length", "32", "--byte-width", "32", "--byte-layers", "1", "--device", "cpu",
+    "--batch-size", "8", "--micro-batch", "4", "--steps", str(STEPS), "--warmup", "5", "--cooldown", "20",
+    "--save-every", str(EVERY), "--log-every", "1", "--val-every", "0", "--sample-every", "0"]
+CALLS = ["mkdir", "fsync", "ftruncate", "chmod", "rename", "unlinkat", "rmdir"]       # of saving and pruning
+
+
+def start(out: Path, workers: int, *before: str) -> subprocess.Popen:
+    command = [*before, sys.executable, str(ROOT / "train.py"), *FLAGS, "--out", str(out)]
+    return subprocess.Popen([*command, "--workers", str(workers)], start_new_session=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE)
+
+
+def end(process: subprocess.Popen, number: int = 0, timeout: float = 300) -> int:
+    """Signal the whole group, if asked to, and wait; a traceback is a failure of its own."""
+    if number:
+        os.killpg(process.pid, number)
+    _, err = process.communicate(timeout=timeout)
+    assert "Traceback" not in err, err
+    return process.returncode
+
+
+def seen(out: Path) -> int:
+    """The last step in the log."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def saved(out: Path) -> int:
+    """The newest checkpoint that verifies; whatever has its final name must."""
+    folders = model.checkpoint_folders(out)
+    for folder in folders:
+        for name in ("ema", "train"):
+            model.load_tensors(folder / f"{name}.safetensors")
+    return int(folders[-1].name) if folders else 0
+
+
+def digest(out: Path) -> str:
+    newest = model.checkpoint_folders(out)[-1]
+    tensors = [model.load_tensors(newest / f"{name}.safetensors")[0] for name in ("ema", "train")]
+    return hashlib.sha256("".join(model.checksum(t, {}) for t in tensors).encode()).hexdigest()
+
+
+class Soak:
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.random = folder, random.Random(seed)
+        self.faults, self.survived, self.lost, self.trained, self.rounds = {}, 0, 0, 0, 0
+        self.out = folder / "run"
+        assert end(start(folder / "straight", 0)) == 0
+        self.want = digest(folder / "straight")
+        self.strace = ["strace", "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null"]
+        trial = [*self.strace, "true"]
+        if not shutil.which("strace") or subprocess.run(trial, capture_output=True).returncode:
+            print("note: no strace, or no right to trace: system calls are left out")
+            self.strace = []
+
+    def fault(self, kind: str, strike) -> None:
+        """Let `strike` do its worst to the run, and look at what is left; it returns False if it missed."""
+        if saved(self.out) >= STEPS:
+            self.finish()
+        before = saved(self.out)
+        if strike(before) is False:
+            return
+        after, log = saved(self.out), seen(self.out)
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+        assert log - after <= EVERY, f"{kind}: {log - after} steps lost"
+        assert len(model.checkpoint_folders(self.out)) >= min(1, before), kind
+        self.lost += max(0, log - after)
+        self.trained += max(0, log - before)
+        self.survived += 1
+
+    def finish(self) -> None:
+        """Let the run come to its end and compare it with the undisturbed one."""
+        if saved(self.out) < STEPS:
+            assert end(start(self.out, self.random.choice([0, 2]))) == 0
+        assert digest(self.out) == self.want, "the final weights are not those of the undisturbed run"
+        left = {p.name for p in (self.out / "checkpoints").iterdir() if not p.name.isdigit()}
+        assert all(".damaged-" in name for name in left), left
+        self.rounds += 1
+        shutil.rmtree(self.out)
+
+    def kill(self, before: int) -> None:
+        """At a random moment, of starting too, but mostly of training."""
+        process = start(self.out, self.random.choice([0, 2]))
+        if self.random.random() < 0.8:
+            goal = before + self.random.randrange(1, 3 * EVERY)
+            while seen(self.out) < min(goal, STEPS) and process.poll() is None:
+                time.sleep(0.01)
+            time.sleep(self.random.random() * 0.2)
+        else:
+            time.sleep(self.random.random() * 4)
+        end(process, signal.SIGKILL)
+
+    def stop(self, before: int) -> None:
+        """SIGTERM or SIGINT to the trainer and its data workers, twice: no step is lost."""
+        process, number = start(self.out, 2), self.random.choice([signal.SIGTERM, signal.SIGINT])
+        while seen(self.out) <= before and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        assert end(process, number) == 0
+        assert saved(self.out) == seen(self.out)
+
+    def system_call(self, call: str, when: int) -> bool:
+        rule = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={when}"]
+        return end(start(self.out, 0, *self.strace, *rule)) != 0
+
+    def damage(self, before: int) -> None:
+        """Cut the newest checkpoint, or flip one of its bits: the run goes back to the one before."""
+        folders = model.checkpoint_folders(self.out)
+        if len(folders) < 2:
+            return self.kill(before)
+        path = folders[-1] / f"{self.random.choice(['ema', 'train'])}.safetensors"
+        content = bytearray(path.read_bytes())
+        if self.random.random() < 0.5:
+            content = content[:self.random.randrange(len(content))]
+        else:
+            content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
+        path.write_bytes(content)
+        process = start(self.out, 0)
+        time.sleep(self.random.random())
+        assert end(process) == 0                                 # the damaged step is written anew
+
+    def second(self, before: int) -> None:
+        """Another run on the same directory ends at once, and the first one is killed."""
+        process = start(self.out, 0)
+        while seen(self.out) <= before and process.poll() is None:
+            time.sleep(0.01)
+        if process.poll() is None:
+            assert end(start(self.out, 0)) == 2
+        end(process, signal.SIGKILL)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--kills", type=int, default=20, help="kill -9 at so many random moments")
+    p.add_argument("--minutes", type=float, default=10, help="then other faults, so long in all [minutes]")
+    p.add_argument("--seed", type=int, default=0)
+    args = p.parse_args()
+    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
+    soak = Soak(folder, args.seed)
+    for _ in range(args.kills):
+        soak.fault("random kill", soak.kill)
+    for call in CALLS if soak.strace else []:
+        for when in (1, 2, 3, 4):
+            if time.monotonic() - began < 60 * args.minutes or when < 3:
+                soak.fault("kill at a system call", lambda before: soak.system_call(call, when))
+    while time.monotonic() - began < 60 * args.minutes:
+        kind = soak.random.choice(["stop", "damage", "second", "kill"])
+        soak.fault({"second": "second run", "kill": "random kill"}.get(kind, kind), getattr(soak, kind))
+    soak.finish()
+    shutil.rmtree(folder)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in soak.faults.items())
+    count = sum(soak.faults.values())
+    print(f"faults injected {count} ({kinds}), survived {soak.survived}, steps lost {soak.lost} of "
+          f"{soak.trained}; {soak.rounds} runs ended with the weights of the undisturbed run, bit for bit; "
+          f"{(time.monotonic() - began) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
