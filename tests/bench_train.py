@@ -1,7 +1,7 @@
 """How near a training step comes to what the machine can do: python tests/bench_train.py [flags of train.py]
 
 In one process, in turn: a bare 3x3 convolution, forward and backward, of each width and side of the network,
-and whole training steps (pictures, noise, forward, backward, clipping, AdamW, average). Prints both rates, their
+and training steps (pictures, noise, forward, backward, clipping, AdamW, average). Prints both rates, their
 ratio, and where the time goes by the profiler.
 """
 import sys
