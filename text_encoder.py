@@ -175,13 +175,13 @@ class ByteEmbedding(nn.Module):
     def __init__(self, width: int, buckets: int = 8192):
         super().__init__()
         self.bytes, self.grams = nn.Embedding(259, width), nn.EmbeddingBag(buckets, width, mode="sum")
-        nn.init.normal_(self.grams.weight, std=0.4)         # six of them weigh as much as the byte
 
     def forward(self, ids):
         grams = [ids]
-        for _ in range(7): grams.append(F.pad(grams[-1][:, :-1], (1, 0)) * 1000003 + ids)                   # modulo 2^64
+        for _ in range(7):
+            grams.append(F.pad(grams[-1][:, :-1], (1, 0)) * 1000003 + ids)                   # modulo 2^64
         bucket = (torch.stack(grams[2:], -1) * -0x61C8864680B583EB >> 32) % self.grams.num_embeddings
-        return self.bytes(ids) + self.grams(bucket.flatten(0, 1)).view(*ids.shape, -1)       # (B, L, D)
+        return self.bytes(ids) + 0.4 * self.grams(bucket.flatten(0, 1)).view(*ids.shape, -1) # (B, L, D)
 
 
 class T5Encoder(nn.Module):
