@@ -35,6 +35,9 @@ TINY = [
     "0", "--val-every", "0", "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
 
 
+STARTED = []
+
+
 def flags(out, *changes):
     """TINY with some flags changed: a name, then its values."""
     argv = [*TINY, "--out", str(out)]
@@ -69,8 +72,10 @@ def start(out, *changes, ranks=0, before=(), code="", **options):
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
                      *options.pop("torchrun", ())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
-    return subprocess.Popen([*before, *launcher, *script, *flags(out, *changes)], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, **options)
+    command = [*before, *launcher, *script, *flags(out, *changes)]
+    STARTED.append(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE, start_new_session=True, **options))
+    return STARTED[-1]
 
 
 def finish(process, timeout=240):
@@ -138,6 +143,9 @@ def own_process(monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    while STARTED:                                                            # of a test that failed half-way
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(STARTED.pop().pid, signal.SIGKILL)
     torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
