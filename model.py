@@ -37,20 +37,20 @@ from torch.utils.flop_counter import FlopCounterMode
 @dataclass
 class ModelConfig:
     channels: int = 64  # width of the first level, a multiple of 32 [channels]
-    channel_mult: tuple[int, ...] = (1, 2, 2)  # width of each level, one number a level [times --channels]
+    channel_mult: tuple[int, ...] = (1, 2)     # width of each level, one number a level [times --channels]
     num_res_blocks: int = 1  # residual blocks of a level on the way down; up has one more
     attn_resolutions: tuple[int, ...] = (8,)  # sides of the feature maps that have attention [pixels]
     head_dim: int = 32  # width of one attention head [channels]
-    patch: int = 2  # side of the squares that are folded into channels at the border [pixels]
+    patch: int = 4  # side of the squares that are folded into channels at the border [pixels]
 
 
 # Of the U-Net alone, at 64 pixels with 128 text tokens of width 128; a test counts them again.
 PRESETS = {
     #                 channels  levels    blocks  attention at  head  patch      parameters    forward
-    "tiny":  ModelConfig(64,  (1, 2, 2),    1, (8,),            32,   2),     #     5.6 M        2.1 GFLOPs
-    "small": ModelConfig(128, (1, 2, 3),    2, (32, 16),        64,   1),     #    50.5 M         64 GFLOPs
-    "base":  ModelConfig(192, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #     305 M        202 GFLOPs
-    "large": ModelConfig(384, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #    1221 M        778 GFLOPs
+    "tiny":  ModelConfig(64,  (1, 2),       1, (8,),            32,   4),     #     3.5 M      0.614 GFLOPs
+    "small": ModelConfig(128, (1, 2, 2, 3), 2, (16, 8),         64,   1),     #    62.8 M         50 GFLOPs
+    "base":  ModelConfig(192, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #     306 M        202 GFLOPs
+    "large": ModelConfig(384, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #    1221 M        779 GFLOPs
 }
 
 
@@ -113,12 +113,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.text_kv = nn.Linear(context_dim, 2 * channels)
         self.q_norm, self.k_norm, self.text_k_norm = (RMSNorm(head_dim) for _ in range(3))
-        self.out = nn.Linear(channels, channels)
+        self.place, self.out = nn.Linear(12, channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         context, hidden = text                                                        # (B, L+1, E), (B, L+1)
         B, C, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)                # (B, N, C)
+        tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
         q, k, v = self.qkv(tokens).view(B, H * W, 3, -1, self.head_dim).unbind(2)     # (B, N, K, head_dim)
         text_k, text_v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
         k = torch.cat([self.k_norm(k), self.text_k_norm(text_k)], 1)                  # (B, N+L+1, K, ...)
@@ -148,7 +149,7 @@ class UNet(nn.Module):
             nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, emb))
         self.null = nn.Parameter(torch.zeros(1, 1, emb))                 # the key that is always visible
-        self.conv_in = nn.Conv2d(3 * config.patch**2, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * config.patch**2 + 12, ch, 3, padding=1)          # 12: where it is
 
         def stage(c_in: int, c_out: int) -> nn.ModuleList:
             attention = [Attention(c_out, emb, config.head_dim)] if side in config.attn_resolutions else []
@@ -214,8 +215,9 @@ class UNet(nn.Module):
         hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
         text = context, F.pad(hidden, (0, 1))                                         # (B, L+1), 0 = visible
 
-        h = F.pixel_unshuffle(x_t, patch).contiguous(memory_format=torch.channels_last)
-        h = self.conv_in(h)                                                           # (B, C, H', W')
+        h = F.pixel_unshuffle(x_t, patch)
+        h = torch.cat([h, places(*h.shape[-2:], h.device).expand(B, -1, -1, -1)], 1)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))             # (B, C, H', W')
         skips = [h]
         for blocks in self.down:
             h = self._run(blocks, h, emb, text)
@@ -225,6 +227,17 @@ class UNet(nn.Module):
             h = self._run(blocks, torch.cat([h, skips.pop()], 1), emb, text)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
+
+
+def places(height: int, width: int, device: torch.device) -> Tensor:
+    """Sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
+
+    Coordinates as channels (Liu et al. 2018, arXiv:1807.03247): text can then say where, at any size.
+    """
+    y, x = ((torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in (height, width))
+    plane = torch.stack(torch.meshgrid(y, x, indexing="ij"))                          # (2, H, W)
+    angles = torch.cat([plane * math.pi / 2 * k for k in (1, 2, 4)])
+    return torch.cat([angles.sin(), angles.cos()])
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:

@@ -17,7 +17,7 @@ import model
 from model import PRESETS, ModelConfig, UNet, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from text_encoder import TextConfig, load_text_encoder
 
-SMALL = ModelConfig(channels=32, channel_mult=(1, 2), attn_resolutions=(8,), head_dim=16)
+SMALL = ModelConfig(channels=32, channel_mult=(1, 2), attn_resolutions=(8,), head_dim=16, patch=2)
 SIZE, L, D, P = 16, 12, 24, 20
 
 
@@ -63,7 +63,8 @@ def test_flops_are_the_same_on_the_cpu_and_grow_with_the_batch():
         empty = {k: torch.empty_like(v, device="meta") for k, v in batch.items()}
         expected = model.count_flops(shadow, **empty)
     assert model.count_flops(unet, **batch) == expected
-    assert expected == 3 * model.count_flops(unet, **{k: v[:1] for k, v in batch.items()})
+    alone = model.count_flops(unet, **{k: v[:1] for k, v in batch.items()})    # the places are projected once
+    assert expected == pytest.approx(3 * alone, rel=0.005) and expected < 3 * alone
     one = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert model.count_flops(one, torch.zeros(2, 3, 8, 8)) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
 
@@ -112,7 +113,7 @@ def test_padding_does_not_change_the_output(length):
 @torch.no_grad()
 def test_prompt_padded_to_32_or_128_tokens_gives_the_same_output_alone_or_in_a_batch():
     torch.manual_seed(0)
-    encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D, byte_heads=4)) for n in (32, 128)]
+    encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D)) for n in (32, 128)]
     encoders[1].load_state_dict(encoders[0].state_dict())
     unet, noisy = make_unet(ModelConfig(32, (1, 2), 1, (8,), 16, 2)), make_batch()
     unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
@@ -165,7 +166,7 @@ def test_context_and_pooled_reach_the_output():
 @torch.no_grad()
 def test_order_of_the_words_changes_the_output_through_the_encoder():
     torch.manual_seed(0)
-    text = load_text_encoder(TextConfig(text_length=40, byte_width=D, byte_heads=4))
+    text = load_text_encoder(TextConfig(text_length=40, byte_width=D))
     unet = make_unet()
     unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
     noisy = {k: v[:1].expand(2, *v.shape[1:]) for k, v in make_batch().items() if k in ("x_t", "t")}
@@ -245,7 +246,7 @@ def test_any_height_and_width_that_divide_are_legal():
     ({"head_dim": 4}, 64, "--head-dim 4 must be 8 or more and divide --channels 64. Try 32"),
     ({"head_dim": 48}, 64, "--head-dim 48 must be 8 or more and divide --channels 64. Try 32"),
     ({"attn_resolutions": (7,)}, 64, "--attn-resolutions 7 is not a side of a feature map here. "
-                                     "Choose from [32, 16, 8]")])
+                                     "Choose from [16, 8]")])
 def test_a_shape_that_cannot_be_built_is_named(options, size, message):
     with pytest.raises(ValueError) as e:
         UNet(ModelConfig(**options), size, D, P)
@@ -571,5 +572,6 @@ def test_file_mode_follows_the_umask(tmp_path, umask):
 def test_there_is_no_pickle():
     for name in ("train", "sample", "model", "diffusion", "data", "text_encoder"):
         source = (Path(model.__file__).parent / f"{name}.py").read_text()
-        found = re.findall(r"pickle\.|import pickle|torch\.(?:load|save)|weights_only|allow_pickle=T", source)
-        assert found == [], name
+        found = re.findall(r"pickle\.|import pickle|torch\.(?:load|save)\(.*|weights_only|allow_pickle=T", source)
+        allowed = ['torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))']     # --allow-bin
+        assert found == (allowed if name == "text_encoder" else []), name
