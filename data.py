@@ -32,8 +32,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")     # beside pictures, only .txt and .json are read
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # by content: other parsers are out of reach
-MAX_PIXELS = 64 * 2**20      # a larger picture is refused before it is decoded
-MIN_SIDE = 8                 # so is one with a shorter side [pixels]
+MAX_PIXELS, MIN_SIDE = 64 * 2**20, 8      # a larger picture, or a shorter side, is refused before decoding
 MAX_TRIES = 20               # unreadable pictures in a row before giving up
 MAX_CAPTION = 2000           # a longer caption is cut [characters]
 ENDLESS = 2**40              # built-in pictures
@@ -146,6 +145,7 @@ KINDS = {
         "oval+ shade 28 24 58 56, oval ink -11 -70 11 80",
     "sign": "box wood -9 20 9 98, round shade -100 -72 100 40, round main -93 -65 93 33",
 }
+font = cache(ImageFont.load_default)
 
 
 def scene(index: int) -> Scene:
@@ -187,9 +187,6 @@ def captions(scene: Scene) -> list[str]:
     return [f"a {first.kind}", name, f"{name} {ground}", placed, f"{placed} {ground}"]
 
 
-font = cache(ImageFont.load_default)
-
-
 def draw(scene: Scene, size: int) -> np.ndarray:
     """A scene, uint8 (3, size, size): drawn at a multiple of the size, reduced with the one resize kernel."""
     side = size * (4 if size <= 256 else 2)
@@ -198,9 +195,8 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     for thing in scene.things:
         main, unit = COLOURS[thing.colour], thing.half * side / 100
         middle = thing.x * side - 0.5, thing.y * side - 0.5     # the centre of a pixel is a whole number
-        own = {"shade": tuple(int(v * 0.8) for v in main), "tint": tuple(v // 2 + 127 for v in main)}
-        own |= {"main": main, "ground": GROUNDS[scene.background]}
-        tones = TONES | own | SPECIAL.get(thing.colour, {})
+        tones = {"main": main, "ground": GROUNDS[scene.background], "shade": tuple(int(v * 0.8) for v in main),
+                 "tint": tuple(v // 2 + 127 for v in main), **TONES, **SPECIAL.get(thing.colour, {})}
         shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
                   "round": partial(pen.rounded_rectangle, radius=18 * unit)}
         for shape, tone, *corners in (line.split() for line in KINDS[thing.kind].split(",")):
@@ -370,7 +366,6 @@ def expand(pattern: str) -> list[str]:
 
 class Files:
     """The samples of a --data entry: loose pictures with captions beside them, tar shards read by offset."""
-
     def __init__(self, pattern: str):
         self.name, self.warned, self.files, loose, tables = printable(pattern), [], [], [], []
         for path, key in self.walk(pattern):
@@ -409,8 +404,6 @@ class Files:
                     if os.path.isfile(path):
                         yield path, os.path.relpath(os.path.splitext(path)[0], root)
 
-    key = lambda self, row: self.keys[row].decode()
-
     def part(self, row: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
         """The first bytes of a sample's picture (0), .txt (1) or .json (2); empty when it has none."""
         file, at, size = self.rows[row, :, part].tolist()
@@ -422,15 +415,18 @@ class Files:
                 raise ValueError("changed since it was indexed")
             return os.pread(stream.fileno(), min(size, most), at)
 
+    key = lambda self, row: self.keys[row].decode()
+    captions = lambda self, row: read_captions(*(self.part(row, part, most=2**20) for part in (1, 2)))
+
     def show(self, row: int, size: int, *crop: float) -> tuple[np.ndarray, list[str]]:
         """A sample's picture (see decode) and its captions; raises whatever is wrong with it."""
-        texts = [self.part(row, part, most=2**20) for part in (1, 2)]
-        return decode(self.part(row, 0), size, *crop), read_captions(*texts)
+        return decode(self.part(row, 0), size, *crop), self.captions(row)
 
 
 class BuiltIn:
     name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 1"])
     key = staticmethod("built-in/{}".format)
+    captions = staticmethod(lambda row: captions(scene(row)))
     show = staticmethod(lambda row, size, *crop: picture(row, size))
 
 
@@ -450,7 +446,6 @@ class Pictures:
     Sources are interleaved by weight, by default their numbers of pictures. The "val" split, fixed and
     centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training.
     """
-
     def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
         self.config, self.size, self.seed, self.split = config, size, seed, split
         patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
@@ -483,6 +478,11 @@ class Pictures:
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that can be drawn; without --limit, those of the built-in pictures do not end."""
+        for source, rows in zip(self.sources, self.rows):
+            yield from (caption for row in rows for caption in source.captions(row))
 
     def __getitem__(self, position: int) -> dict:
         """{"picture" uint8 (3, size, size), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.

@@ -59,8 +59,8 @@ class TrainConfig:
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
     workers: int = -1             # processes that load pictures, per rank; -1 = 8 beside a GPU, none without
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
-    sample_every: int = 500       # a grid of samples, and one at the end, 0 = never [steps]
-    val_every: int = 500          # validation, and once at the end, 0 = never [steps]
+    sample_every: int = 1000       # a grid of samples, and one at the end, 0 = never [steps]
+    val_every: int = 1000          # validation, and once at the end, 0 = never [steps]
     val_images: int = 256         # pictures of the fixed validation set [images]
     save_every: int = 500         # a checkpoint, 0 = only at the end [steps]
     keep: int = 2                 # checkpoints kept
@@ -68,13 +68,13 @@ class TrainConfig:
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
 
-# What --model moves beside the shape of the network. tiny was chosen for ten minutes on two CPU cores.
-MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay")
+# What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
+MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base")
 PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
-    "tiny":  (5000,      32, 1e-3,    100,     1000, 0.998),
-    "small": (50000,    256, 3e-4,   1000,     5000, 0.999),
-    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999),
-    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999),
+    "tiny":  (5000,      16, 2e-3,     50,     1600, 0.998,  "x0", 32),
+    "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64),
+    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64),
+    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64),
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
@@ -171,6 +171,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     for name, value in [*vars(data_cfg).items(), *vars(diff_cfg).items()]:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value} is not a finite number")
+    if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
+        raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     unit = world * (cfg.micro_batch or 1)
     if cfg.batch_size % unit:
@@ -430,10 +432,10 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
     return torch.compile(net)
 
 
-def build(configs: Configs, device: torch.device) -> tuple[nn.Module, Net]:
-    """The text encoder, and what is trained, from the configuration alone."""
+def build(configs: Configs, device: torch.device, captions: Iterable[str] = ()) -> tuple[nn.Module, Net]:
+    """The text encoder, and what is trained, from the configuration; `captions` are for --text-cache."""
     cfg, _, model_cfg, diff_cfg, text_cfg = configs
-    text = text_encoder.load_text_encoder(text_cfg).to(device)
+    text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
     unet.checkpointing = cfg.checkpointing
     return text, Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
@@ -449,7 +451,8 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
-    text, net = build(configs, device)
+    captions = (c for part in (train_set, val_set) for c in part.captions()) if configs[4].text_cache else ()
+    text, net = build(configs, device, captions)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
