@@ -195,7 +195,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     for thing in scene.things:
         main, unit = COLOURS[thing.colour], thing.half * side / 100
         middle = thing.x * side - 0.5, thing.y * side - 0.5     # the centre of a pixel is a whole number
-        tones = {"main": main, "ground": GROUNDS[scene.background], "shade": tuple(int(v * 0.8) for v in main),
+        tones = {"main": main, "ground": GROUNDS[scene.background], "shade": tuple(v * 4 // 5 for v in main),
                  "tint": tuple(v // 2 + 127 for v in main), **TONES, **SPECIAL.get(thing.colour, {})}
         shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
                   "round": partial(pen.rounded_rectangle, radius=18 * unit)}
