@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import typing
 import zlib
 from collections.abc import Iterable
@@ -71,7 +72,7 @@ class TrainConfig:
 # What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
 MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base")
 PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
-    "tiny":  (5000,      16, 2e-3,     50,     1600, 0.998,  "x0", 32),
+    "tiny":  (4000,      32, 2e-3,     50,     1300, 0.998,  "x0", 32),
     "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64),
     "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64),
     "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64),
@@ -103,9 +104,7 @@ def say(message: str) -> None:
 
 def die(message: object, status: int = 2, everywhere: bool = False) -> typing.NoReturn:
     """End the run with one line on standard error; exit status 2 is the user's mistake, 1 a failure.
-
-    The first rank of a machine speaks, and the others give it time; `everywhere`: what happens to one rank.
-    """
+    The first rank of a machine speaks, and the others give it time; `everywhere`: what happens to one rank."""
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         message = " ".join((f"rank {rank}: " * (rank != "0") + str(message)).split())
@@ -202,8 +201,7 @@ def differences(stored: dict, configs: Configs) -> None:
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
 
-    def __init__(self, unet: model.UNet, text: nn.Module, schedule: diffusion.Schedule,
-                 config: diffusion.DiffusionConfig):
+    def __init__(self, unet: nn.Module, text: nn.Module, schedule: diffusion.Schedule, config):
         super().__init__()
         self.unet, self.schedule, self.config = unet, schedule, config
         if text.trainable:
@@ -414,12 +412,13 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     return device, stop
 
 
-def explain(error: Exception, micro: int, per_rank: int) -> None:
-    """End in one line where it is the memory that is missing."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        smaller = max((m for m in range(1, micro) if per_rank % m == 0), default=1)
-        die(f"out of memory at --micro-batch {micro} ({str(error).splitlines()[0][:100]}). Try --micro-batch "
-            f"{smaller}, which gives the same result, or --checkpointing", status=1, everywhere=True)
+def leave() -> None:
+    """End one of several ranks as the error in flight would, but at once: gloo.s destructor waits for threads
+    that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
+    error = sys.exc_info()[1]
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exc()
+    os._exit(getattr(error, "code", 1) if error else 0)
 
 
 def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Module:
@@ -456,8 +455,7 @@ def main(argv: list[str]) -> None:
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
-        raise ValueError(f"ranks differ in flags, or in what they see in {out} (here step {first}). Start "
-                         "all with one command, and put --out on a disk that all share")
+        raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
     if first >= cfg.steps:
         return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
     parameters = sum(p.numel() for p in state.weights)
@@ -581,8 +579,10 @@ def main(argv: list[str]) -> None:
             tally[-5:] += torch.stack([norm.nan_to_num(0, 0, 0), clipped, bad, one, others * one])
             images += cfg.batch_size
             bar.update()
-    except (RuntimeError, MemoryError) as e:
-        explain(e, micro, per_rank)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
+            die(f"out of memory at --micro-batch {micro} ({str(e).splitlines()[0][:100]}). Try --micro-batch "
+                f"{micro // 2 or 1}, which gives the same result, or --checkpointing", 1, everywhere=True)
         raise
     except (ValueError, OSError) as e:                                        # of the data, maybe of one rank
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)
@@ -590,7 +590,7 @@ def main(argv: list[str]) -> None:
         bar.close()
         batches.close()
         if world > 1:
-            dist.destroy_process_group()
+            leave()
 
 
 if __name__ == "__main__":

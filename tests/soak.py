@@ -39,7 +39,7 @@ def start(out: Path, workers: int, *before: str) -> subprocess.Popen:
                             stderr=subprocess.PIPE)
 
 
-def end(process: subprocess.Popen, number: int = 0, timeout: float = 300) -> int:
+def end(process: subprocess.Popen, number: int = 0, timeout: float = 3000) -> int:
     """Signal the whole group, if asked to, and wait; a traceback is a failure of its own."""
     if number:
         os.killpg(process.pid, number)
