@@ -104,7 +104,7 @@ def say(message: str) -> None:
 
 def die(message: object, status: int = 2, everywhere: bool = False) -> typing.NoReturn:
     """End the run with one line on standard error; exit status 2 is the user's mistake, 1 a failure.
-    The first rank of a machine speaks, and the others give it time; `everywhere`: what happens to one rank."""
+    The first rank of a machine speaks, and the others give it time; `everywhere`: of one rank alone."""
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         message = " ".join((f"rank {rank}: " * (rank != "0") + str(message)).split())
@@ -413,7 +413,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 
 
 def leave() -> None:
-    """End one of several ranks as the error in flight would, but at once: gloo.s destructor waits for threads
+    """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
     that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
     error = sys.exc_info()[1]
     if error and not isinstance(error, SystemExit):

@@ -27,6 +27,7 @@ STEPS, EVERY = 60, 4
 FLAGS = [
     "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
     "--head-dim", "16", "--text-length", "32", "--byte-width", "32", "--byte-layers", "1", "--device", "cpu",
+    "--lr", "1e-3", "--prediction", "v",
     "--batch-size", "8", "--micro-batch", "4", "--steps", str(STEPS), "--warmup", "5", "--cooldown", "20",
     "--save-every", str(EVERY), "--log-every", "1", "--val-every", "0", "--sample-every", "0"]
 CALLS = ["mkdir", "fsync", "ftruncate", "chmod", "rename", "unlinkat", "rmdir"]       # of saving and pruning

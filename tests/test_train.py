@@ -32,7 +32,8 @@ TINY = [
     "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
     "--head-dim", "16", "--text-length", "32", "--byte-width", "32", "--byte-layers", "1", "--dtype", "fp32",
     "--batch-size", "8", "--steps", "12", "--warmup", "2", "--cooldown", "4", "--device", "cpu", "--workers",
-    "0", "--val-every", "0", "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
+    "0", "--lr", "1e-3", "--prediction", "v", "--val-every", "0", "--sample-every", "0",
+    "--log-every", "0", "--save-every", "0"]
 
 
 STARTED = []
@@ -307,10 +308,11 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
 def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(name):
-    cfg, _, shape, *_ = train.parse(["--model", name])
+    cfg, _, shape, *_ = configs = train.parse(["--model", name])
     assert shape == model.PRESETS[name]
     assert cfg.model == name
-    assert {key: getattr(cfg, key) for key in train.PRESETS[name]} == train.PRESETS[name]
+    found = {key: value for config in configs for key, value in vars(config).items()}
+    assert {key: found[key] for key in train.PRESETS[name]} == train.PRESETS[name]
     assert cfg.out == "runs/64"
     cfg, _, shape, *_ = train.parse(["--model", name, "--lr", "0.5", "--channels", "64", "--head-dim", "32"])
     assert cfg.lr == 0.5
@@ -538,7 +540,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatc
     for micro in (1, 2, 4):
         parts = gradients(monkeypatch, tmp_path / f"micro{micro}", "--lr 1e-9", f"--micro-batch {micro}")
         for a, b in zip(whole, parts, strict=True):
-            assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-9
+            assert float((a - b).norm()) <= 3e-5 * float(a.norm()) + 1e-9
 
 
 def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypatch, capsys):
