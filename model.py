@@ -47,7 +47,7 @@ class ModelConfig:
 # Of the U-Net alone, at 64 pixels with 128 text tokens of width 128; a test counts them again.
 PRESETS = {
     #                 channels  levels    blocks  attention at  head  patch      parameters    forward
-    "tiny":  ModelConfig(128, (1,),         2, (),              32,   8),     #     4.9 M      0.400 GFLOPs
+    "tiny":  ModelConfig(128, (1,),         2, (),              32,   8),     #     4.9 M      0.460 GFLOPs
     "small": ModelConfig(128, (1, 2, 2, 3), 2, (16, 8),         64,   1),     #    62.8 M         50 GFLOPs
     "base":  ModelConfig(192, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #     306 M        202 GFLOPs
     "large": ModelConfig(384, (1, 2, 3, 4), 3, (32, 16, 8),     64,   1),     #    1221 M        779 GFLOPs

@@ -431,9 +431,10 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
     return torch.compile(net)
 
 
-def build(configs: Configs, device: torch.device, captions: Iterable[str] = ()) -> tuple[nn.Module, Net]:
-    """The text encoder, and what is trained, from the configuration; `captions` are for --text-cache."""
+def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
+    """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
     cfg, _, model_cfg, diff_cfg, text_cfg = configs
+    captions = (caption for pictures in sets for caption in pictures.captions())
     text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
     unet.checkpointing = cfg.checkpointing
@@ -450,8 +451,7 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
-    captions = (c for part in (train_set, val_set) for c in part.captions()) if configs[4].text_cache else ()
-    text, net = build(configs, device, captions)
+    text, net = build(configs, device, (train_set, val_set))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
