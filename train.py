@@ -470,9 +470,10 @@ def main(argv: list[str]) -> None:
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
+    prompts = [val_set[p]["caption"] for p in range(16)]
     with autocast:
         one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, ["a"], device))
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, prompts[:1], device))
     peak = model.matmul_peak(device, DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = compiled(parallel, device, cfg.compile)
@@ -481,7 +482,6 @@ def main(argv: list[str]) -> None:
             "versions": json.dumps(software)}
     if writes:
         (out / "config.json").write_text(json.dumps({**recipe, "versions": software}, indent=1), "utf-8")
-    prompts = [val_set[p]["caption"] for p in range(16)]
     tally = torch.zeros(2 * BUCKETS + 6, device=device)       # what log_line reads
     squares = torch.zeros(2, 100, device=device)              # sums and counts for --t-density importance
     in_a_row = torch.zeros((), device=device)                 # updates that were skipped, up to now

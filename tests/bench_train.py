@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     run, batch, step = train.compiled(net, device, cfg.compile), cfg.micro_batch or cfg.batch_size, 0
     with autocast:
         one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **train.condition_of(text, ["a"], device))
+        condition = train.condition_of(text, [pictures[0]["caption"]], device)
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition)
 
     def update() -> float:
         nonlocal step
