@@ -89,6 +89,9 @@ def load_stage(path: Path, device: torch.device) -> Stage:
         parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
+    if meta["text"] != text.fingerprint:
+        raise ValueError(f"the text encoder is {text.fingerprint}, {path} was trained with {meta['text']}. "
+                         "Put that one in its place")
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
     return Stage(unet, text, schedule, config, size, device, step, digest=meta["sha256"])
 

@@ -24,8 +24,8 @@ import train
 PROGRAM = Path(sample.__file__)
 RECIPE = ["--size=16", "--steps=2", "--batch-size=4", "--save-every=1", "--sample-every=0", "--val-every=0",
           "--device=cpu", "--no-compile", "--dtype=fp32", "--channels=32", "--channel-mult", "1", "2",
-          "--attn-resolutions=4", "--head-dim=16", "--byte-width=32", "--byte-layers=1",
-          "--text-length=32"]
+          "--attn-resolutions=4", "--num-res-blocks=1", "--patch=2", "--head-dim=16", "--prediction=v",
+          "--byte-width=32", "--byte-layers=1", "--text-length=32"]
 
 
 @pytest.fixture(scope="module")
