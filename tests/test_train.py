@@ -293,7 +293,7 @@ def test_times_of_a_batch_are_stratified(monkeypatch, tmp_path):
 
 def test_help_shows_every_field_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit) as end:
-        train.main(["--help"])
+        train.main(["--model", "small", "--help"])
     assert end.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for cls in typing.get_args(train.Configs):
@@ -302,7 +302,7 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
             comment = re.search(rf"^    {f.name}: [\s\S]*?  # (.*)$", source, re.MULTILINE)[1]
             assert " ".join(comment.split()) in shown, f.name
             assert f"--{f.name.replace('_', '-')} " in shown
-    assert "(default: 5000)" in shown
+    assert "(default: 50000)" in shown
     assert "(default: cosine)" in shown
 
 
@@ -322,7 +322,7 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(name):
 
 def test_flags_have_the_types_of_their_fields():
     cfg, pictures, shape, noise, text = train.parse(
-        ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--data", "a:1", "b:2",
+        ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--patch", "4", "--data", "a:1", "b:2",
          "--text-encoder", "bytes", "--lr", "1e-4"])
     assert cfg.compile is False
     assert shape.channel_mult == (1, 2)
