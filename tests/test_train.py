@@ -322,7 +322,8 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(name):
 
 def test_flags_have_the_types_of_their_fields():
     cfg, pictures, shape, noise, text = train.parse(
-        ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--patch", "4", "--data", "a:1", "b:2",
+        ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--patch", "4",
+         "--data", "a:1", "b:2",
          "--text-encoder", "bytes", "--lr", "1e-4"])
     assert cfg.compile is False
     assert shape.channel_mult == (1, 2)
