@@ -478,7 +478,7 @@ def test_dry_run_prints_the_cost_and_leaves_nothing(tmp_path, capsys):
 
 def test_eight_pictures_are_learned_by_heart(tmp_path):
     out = run(tmp_path / "run", "--limit 8", "--steps 120", "--lr 3e-3", "--log-every 30", "--val-every 120",
-              "--val-images 8")
+              "--val-images 8", "--ema-decay 0.9")
     *logs, validation = metrics(out)
     assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
     assert validation["val_loss"] < 0.5
