@@ -205,16 +205,6 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def choose_device(name: str) -> torch.device:
-    """cuda, else mps, else cpu, or the one that is named if it is there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = name or next(k for k, found in there.items() if found)
-    if not there.get(kind):
-        choice = ", ".join(k for k, found in there.items() if found)
-        raise ValueError(f"--device {name} is not here. Choose from {choice}")
-    return torch.device(kind)
-
-
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompt of the command line, or the lines of its file that are not blank."""
     if args.prompts is None:
@@ -227,7 +217,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    device, wanted, out = choose_device(args.device), read_prompts(args), Path(args.out)
+    device, wanted, out = model.choose_device(args.device), read_prompts(args), Path(args.out)
     file = out if out.suffix.lower() == ".png" else None
     folder = out.parent if file else out
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
