@@ -429,10 +429,10 @@ def guided(model: Callable, schedule: Schedule, config: DiffusionConfig, conditi
     return guidance(pair, guidance_scale, **options)
 
 
-def rescaled(phi: float = 0.7) -> Callable:
-    """x0 rescaled by phi to the deviation of cond (Lin et al. 2023, 2305.08891, eq. 15-16, there of v)."""
+def rescaled(phi: float = 0.7, inner: Callable = torch.lerp) -> Callable:
+    """x0 of `inner` rescaled by phi to the deviation of cond (2305.08891, eq. 15-16, there of v)."""
     def combine(uncond: Tensor, cond: Tensor, w: Tensor) -> Tensor:
-        x0 = torch.lerp(uncond, cond, w)
+        x0 = inner(uncond, cond, w)
         ratio = cond.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-6)
         return x0 * expand(1 + phi * (ratio - 1), x0)
     return combine

@@ -6,6 +6,7 @@ metadata. A picture depends on its prompt, its seed and the settings, not on the
 Letters: B pictures of a batch, N pictures in all, H W their height and width.
 """
 import argparse
+import inspect
 import json
 import math
 import os
@@ -13,7 +14,9 @@ import re
 import sys
 import tempfile
 import typing
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -99,33 +102,99 @@ def load_stage(path: Path, device: torch.device) -> Stage:
 # -------------------------------------------------------------------------------------- prompts to pictures
 
 
+@dataclass
+class Settings:
+    """How pictures are drawn: a field is a keyword of `generate`, a flag, and a note in the PNG."""
+    guidance_scale: float = 3.0  # guidance scale, 1 = none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance [0..1]
+    guidance_rescale: float = 0.0  # share of the contrast it adds that is taken back [0..1]
+    apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain guidance
+    autoguide: str = ""  # a weaker checkpoint to move away from
+    negative: str = ""  # a prompt to move away from
+    threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
+    sampler: str = "dpmpp_2m"  # how the noise is removed
+    steps: int = 25  # of the sampler [steps]
+    respacing: str = ""  # these of 1000 steps instead: 250, 10,10,20 (of equal sections) or ddim25
+    eta: float = -1.0  # fresh noise of a step [0..1], -1 = the sampler's own
+    init: str = ""  # a picture to start from
+    strength: float = 1.0  # how far it is noised [0..1]
+    mask: str = ""  # a picture that is black where --init stays
+    resample: int = 1  # visits of every ten steps with --mask, so that its parts agree
+
+
+def read_pictures(paths: list[str], size: int) -> list[Tensor]:
+    """Pictures that lie on one another, float32 (3, size, size) in [-1, 1]. ValueError where they cannot."""
+    try:
+        shapes = ["{}x{}".format(*Image.open(path).size) for path in paths]
+        found = [torch.from_numpy(data.decode(Path(path).read_bytes(), size)) / 127.5 - 1 for path in paths]
+    except Exception as e:                                     # of whichever decoder of Pillow
+        raise ValueError(f"--init or --mask is no picture: {e}") from e
+    if len(set(shapes)) > 1:
+        raise ValueError("--init is {} pixels, --mask {}. Give both the same size".format(*shapes))
+    return found
+
+
 def encode(stage: Stage, prompts: list[str]) -> dict[str, Tensor]:
     """Prompts -> the condition of the U-Net."""
     ids, mask = stage.text.tokenize(prompts)
     return dict(zip(("context", "mask", "pooled"), stage.text(ids.to(stage.device), mask.to(stage.device))))
 
 
+def denoiser(stage: Stage, net: Callable, weak: Stage | None, prompts: list[str], s: Settings) -> Callable:
+    """denoise(x_t, t) -> x0 for these prompts: the network with guidance and a threshold."""
+    combine = diffusion.rescaled(s.guidance_rescale, diffusion.projected(s.apg) if s.apg else torch.lerp)
+    how = {"guidance_scale": s.guidance_scale, "interval": s.guidance_interval, "combine": combine}
+    if weak:
+        pair = [diffusion.denoiser(network, stage.schedule, of.config, encode(of, prompts))
+                for network, of in ((net, stage), (weak.unet, weak))]
+        denoise = diffusion.guidance(lambda x_t, t: [one(x_t, t) for one in pair], **how)
+    else:
+        denoise = diffusion.guided(net, stage.schedule, stage.config, encode(stage, prompts),
+                                   negative=encode(stage, [s.negative] * len(prompts)), **how)
+    if s.threshold == "none":
+        return denoise
+    return diffusion.threshold(denoise, None if s.threshold == "static" else float(s.threshold))
+
+
 @torch.no_grad()
-def generate(stage: Stage, prompts: list[str], seeds: list[int], guidance_scale: float = 3.0,
-             negative: str = "", sampler: str = "dpmpp_2m", steps: int = 25, batch_size: int = 16,
-             dtype: torch.dtype = torch.float32) -> Tensor:
+def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
+             dtype: torch.dtype = torch.float32, **settings) -> Tensor:
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3, H, W) on the CPU.
 
-    guidance_scale 1 = none; negative: a prompt to move away from, in place of no prompt; dtype: of the matrix
-    products. Raises ValueError when the network's output is not finite.
+    dtype: of the matrix products; settings: fields of Settings. Raises ValueError where these do not fit
+    together, and when the network's output is not finite.
     """
-    shape, done = (3, stage.size, stage.size), []
+    s, shape, done = Settings(**settings), (3, stage.size, stage.size), []
+    times = s.strength * (diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps))
+    if (s.mask or s.strength != 1) and not s.init:
+        raise ValueError("--mask and --strength need a picture to start from. Add --init PICTURE")
+    given = read_pictures([path for path in (s.init, s.mask) if path], stage.size)
+    weak = load_stage(Path(s.autoguide), stage.device) if s.autoguide else None
+    if weak and (s.negative or not torch.equal(*(x.schedule.alpha_sigma(times)[0] for x in (weak, stage)))):
+        raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
+    net, sampler = stage.unet, diffusion.SAMPLERS[s.sampler]
+    takes = inspect.signature(sampler).parameters
+    if s.eta >= 0 and "eta" not in takes:
+        raise ValueError(f"--eta {s.eta}: {s.sampler} has no fresh noise. Use --sampler ddim or dpmpp_2m")
+    options = {"eta": s.eta} if s.eta >= 0 else {}
+    if stage.config.learn_sigma and "variance" in takes:
+        net = diffusion.LearnedVariance(net)
+        options["variance"] = lambda: net.fraction[:len(batch)]               # the prompts' rows come first
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
         keys = torch.tensor([int(data.keyed(seed, "sample", 0).integers(2**63))
                              for seed in seeds[start:start + batch_size]])
         x = diffusion.gaussian(keys, shape, stage.device)                                 # (B, 3, H, W)
         noise = diffusion.noise_source(keys, shape, stage.device)
+        run = partial(sampler, **options)
+        if s.init:
+            known = given[0].to(x).expand_as(x)
+            x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
+        if s.mask:
+            keep = (given[1].mean(0) < 0).to(x.device).expand(len(x), 1, -1, -1)
+            run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
-            against = encode(stage, [negative] * len(batch))
-            denoise = diffusion.threshold(diffusion.guided(
-                stage.unet, stage.schedule, stage.config, encode(stage, batch), guidance_scale, against))
-            x = diffusion.SAMPLERS[sampler](denoise, x, diffusion.time_grid(steps), noise, stage.schedule)
+            x = run(denoiser(stage, net, weak, batch, s), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
@@ -184,10 +253,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--prompts", metavar="FILE", help="a file of prompts, one a line")
     add("--ckpt", default="", help="run directory, checkpoint or its ema.safetensors; empty: newest in runs")
     add("--n", type=int, default=1, help="pictures of each prompt, seeds SEED, SEED + 1, ... [images]")
-    add("--guidance", type=float, default=3.0, help="guidance scale, 1 = none")
-    add("--negative", default="", help="a prompt to move away from")
-    add("--sampler", choices=sorted(diffusion.SAMPLERS), default="dpmpp_2m", help="how the noise is removed")
-    add("--sample-steps", type=int, default=25, help="steps of the sampler [steps]")
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
+    for f in fields(Settings):
+        flag = {"guidance_scale": "guidance", "steps": "sample_steps"}.get(f.name, f.name)
+        kind = {"nargs": 2, "type": float} if isinstance(f.default, tuple) else {"type": type(f.default)}
+        choices = diffusion.SAMPLERS if flag == "sampler" else None
+        add(f"--{flag.replace('_', '-')}", dest=f.name, default=f.default, help=helps[f.name],
+            choices=choices, **kind)
     add("--seed", type=int, default=0, help="of the noise")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", action=argparse.BooleanOptionalAction, default=False, help="one sheet with captions")
@@ -197,11 +269,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    limits = {"guidance": (0, 100), "sample_steps": (1, 1000), "seed": (0, 2**63 - 1), "n": (1, 10000),
-              "batch_size": (1, 4096)}
-    for flag, (least, most) in limits.items():
-        if not least <= getattr(args, flag) <= most:           # a nan is outside, too
-            die(f"--{flag.replace('_', '-')} {getattr(args, flag)} is outside {least} to {most}")
+    limits = {"guidance_scale": (0, 100), "guidance_rescale": (0, 1), "apg": (0, 1e6), "steps": (1, 1000),
+              "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000), "seed": (0, 2**63 - 1),
+              "n": (1, 10000), "batch_size": (1, 4096)}
+    if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", args.threshold):
+        die(f"--threshold {args.threshold} is not static, none or a percentile such as 0.995")
+    flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(args, name) <= most:           # a nan is outside, too
+            die(f"{flags[name]} {getattr(args, name)} is outside {least} to {most}")
     return args
 
 
@@ -227,20 +303,20 @@ def main(argv: list[str]) -> None:
     stage = load_stage(Path(args.ckpt) if args.ckpt else newest_run(Path("runs")), device)
     if not all(prompt.strip() for prompt in wanted):
         print("note: empty prompt, drawing without one")
-    if args.guidance > 30:
-        warn(f"--guidance {args.guidance} is very high; 2 to 8 is usual")
+    if args.guidance_scale > 30:
+        warn(f"--guidance {args.guidance_scale} is very high; 2 to 8 is usual")
     seeds = [args.seed + i for _ in wanted for i in range(args.n)]
     prompts = [prompt for prompt in wanted for _ in range(args.n)]
-    pictures = generate(stage, prompts, seeds, args.guidance, args.negative, args.sampler, args.sample_steps,
-                        args.batch_size, DTYPES[args.dtype])
+    settings = {f.name: getattr(args, f.name) for f in fields(Settings)}
+    pictures = generate(stage, prompts, seeds, args.batch_size, DTYPES[args.dtype], **settings)
     if stage.text.counts["cut"]:
         warn(f"a prompt was cut at {stage.text.length} tokens")
     for i, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {i} is constant; the network is probably untrained, or --guidance is too high")
 
-    notes = {"guidance": args.guidance, "negative": args.negative, "sampler": args.sampler,
-             "sample_steps": args.sample_steps, "checkpoint": stage.digest, "step": stage.step}
+    notes = {**settings, **{name: Path(settings[name]).name for name in ("autoguide", "init", "mask")},
+             "checkpoint": stage.digest, "step": stage.step}
     if args.grid:
         columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
         sheet = data.contact_sheet(pictures, prompts, columns)

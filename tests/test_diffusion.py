@@ -811,6 +811,11 @@ def test_rescaled_guidance_keeps_the_deviation_of_the_conditional_prediction(set
     plain = diffusion.guided(Net(), schedule, config, condition, 8.0)(x, t)
     torch.testing.assert_close(diffusion.guided(Net(), schedule, config, condition, 8.0,
                                                 combine=diffusion.rescaled(0.0))(x, t), plain)
+    projected = diffusion.guided(Net(), schedule, config, condition, 8.0, combine=diffusion.projected(2.0))
+    both = diffusion.guided(Net(), schedule, config, condition, 8.0,
+                            combine=diffusion.rescaled(0.0, diffusion.projected(2.0)))(x, t)
+    assert torch.equal(both, projected(x, t))
+    assert not torch.allclose(both, plain)
 
 
 def test_projected_guidance_is_orthogonal_bounded_and_has_momentum():

@@ -1,4 +1,5 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
+import dataclasses
 import errno
 import json
 import os
@@ -92,6 +93,10 @@ def checkpoint_of(folder: Path) -> Path:
     return model.checkpoint_folders(folder / "runs" / "16")[-1] / "ema.safetensors"
 
 
+def earlier_of(folder: Path) -> Path:
+    return model.checkpoint_folders(folder / "runs" / "16")[0]
+
+
 def rewrite(path: Path, change) -> None:
     """Save a checkpoint again, whole, after change(tensors, config)."""
     tensors, meta = model.load_tensors(path)
@@ -143,8 +148,9 @@ def test_metadata_tells_how_the_picture_was_made_and_no_local_path(here, cli):
         here / "runs" / "16")
     digest = model.load_tensors(checkpoint_of(here))[1]["sha256"]
     assert notes_of(here / "a-house-quoted.png") == {
-        "prompt": prompt, "seed": 7, "guidance": 2.5, "negative": "a car", "sampler": "ddim",
-        "sample_steps": 2, "checkpoint": digest, "step": 2}
+        **dataclasses.asdict(sample.Settings()), "guidance_interval": [0, 1],
+        "prompt": prompt, "seed": 7, "guidance_scale": 2.5, "negative": "a car", "sampler": "ddim",
+        "steps": 2, "checkpoint": digest, "step": 2}
     content = (here / "a-house-quoted.png").read_bytes()
     assert str(here).encode() not in content
     assert b"runs" not in content
@@ -256,6 +262,118 @@ def test_every_sampler_draws(stage, sampler):
     assert (both[:1].int() - alone.int()).abs().max() <= 1
 
 
+@pytest.fixture
+def pictures(tmp_path) -> dict[str, str]:
+    """A grey picture to start from, and a mask whose left half stays."""
+    Image.new("RGB", (40, 40), (200, 90, 30)).save(tmp_path / "init.png")
+    mask = Image.new("L", (40, 40), 255)
+    mask.paste(0, (0, 0, 20, 40))
+    mask.save(tmp_path / "mask.png")
+    return {name: str(tmp_path / f"{name}.png") for name in ("init", "mask")}
+
+
+def test_every_setting_changes_the_picture(stage, trained, pictures):
+    earlier = str(earlier_of(trained))
+    changes = [{"guidance_interval": (0.5, 0.8)}, {"guidance_rescale": 0.7}, {"apg": 2.0},
+               {"autoguide": earlier}, {"negative": "a car"}, {"threshold": "none"}, {"threshold": "0.8"},
+               {"sampler": "heun"}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6},
+               {"respacing": "2,2,4"}, {"init": pictures["init"], "strength": 0.5}, pictures,
+               pictures | {"resample": 2}, {"apg": 2.0, "guidance_rescale": 0.7}]
+    drawn = [draw(stage, ["a red house"], **{"guidance_scale": 9.0, "steps": 12} | change).numpy().tobytes()
+             for change in [{}, *changes]]
+    assert len(set(drawn)) == len(drawn)
+    assert {name for change in changes for name in change} == {
+        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale"}
+
+
+def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictures):
+    """Each against its composition by hand; the rest is tested there."""
+    earlier = sample.load_stage(earlier_of(trained), torch.device("cpu"))
+    key = torch.tensor([int(sample.data.keyed(0, "sample", 0).integers(2**63))])
+    x, noise = diffusion.gaussian(key, (3, 16, 16)), diffusion.noise_source(key, (3, 16, 16))
+    cond, empty = sample.encode(stage, ["a star"]), sample.encode(stage, [""])
+    net = stage.unet, stage.schedule, stage.config
+    plain = diffusion.denoiser(*net, cond)
+    weak = diffusion.denoiser(earlier.unet, *net[1:], sample.encode(earlier, ["a star"]))
+    narrow = {"interval": (0.2, 0.6), "combine": diffusion.rescaled(0.5, diffusion.projected(3.0))}
+    strong = diffusion.guided(*net, cond, 3.0, empty, **narrow)
+    whole, times = diffusion.time_grid(3), diffusion.time_grid(3, 0.4)
+    known = torch.tensor([200, 90, 30]).view(1, 3, 1, 1).expand(1, 3, 16, 16) / 127.5 - 1
+    start = diffusion.noised(known, x, torch.tensor([0.4]), stage.schedule)
+    keep = (torch.arange(16) < 8).expand(1, 1, 16, 16)
+    cases = [
+        ({"guidance_interval": (0.2, 0.6), "guidance_rescale": 0.5, "apg": 3.0, "threshold": "0.9"},
+         lambda: diffusion.dpmpp_2m(diffusion.threshold(strong, 0.9), x, whole, noise, stage.schedule)),
+        ({"autoguide": str(earlier_of(trained)), "threshold": "none", "sampler": "ddim", "eta": 0.3},
+         lambda: diffusion.ddim(diffusion.guidance(lambda *a: (plain(*a), weak(*a)), 3.0), x, whole, noise,
+                                stage.schedule, eta=0.3)),
+        ({**pictures, "strength": 0.4, "resample": 2, "guidance_scale": 1.0},
+         lambda: diffusion.inpaint(diffusion.dpmpp_2m, diffusion.threshold(plain), start, times, noise,
+                                   stage.schedule, known, keep, 2))]
+    for settings, by_hand in cases:
+        with torch.no_grad():
+            expected = ((by_hand().clamp(-1, 1) + 1) * 127.5).round()
+        assert (draw(stage, ["a star"], **settings).int() - expected).abs().max() <= 1, settings
+
+
+def test_a_mask_keeps_what_is_black_and_strength_the_rest_of_the_picture(stage, pictures):
+    masked = draw(stage, ["a red house"], **pictures)[0]
+    grey = torch.tensor([200, 90, 30]).view(3, 1, 1).expand(3, 16, 16)
+    assert torch.equal(masked[..., :8].int(), grey[..., :8].int())
+    assert (masked[..., 8:] != grey[..., 8:]).float().mean() > 0.9
+    near, far = (draw(stage, ["a red house"], init=pictures["init"], strength=strength)[0].int() - grey
+                 for strength in (0.05, 0.9))
+    assert near.abs().float().mean() < far.abs().float().mean() / 2
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 8.0])
+def test_a_learned_variance_is_that_of_the_prompt(trained, guidance_scale, monkeypatch, tmp_path):
+    """Of the prompts' rows, whatever is added to them for guidance, in batches of any size."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    train.main([*RECIPE, "--learn-sigma", "--schedule=linear", "--steps=1"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    stage, seen = sample.load_stage(Path("runs/16"), torch.device("cpu")), []
+    real = diffusion.ddim
+
+    def forward(x_t, t, context, mask, pooled):
+        fraction = mask.float().mean(1).view(-1, 1, 1, 1).expand_as(x_t)      # tells the rows apart
+        return torch.cat([0 * x_t, 2 * fraction - 1], 1)
+
+    def ddpm(*args, variance, eta=1.0):
+        return real(*args, eta, variance=lambda: seen.append(variance()) or seen[-1])
+
+    monkeypatch.setattr(stage.unet, "forward", forward)
+    monkeypatch.setitem(diffusion.SAMPLERS, "ddpm", ddpm)
+    prompts = ["a", "a red house", "a cat"]
+    draw(stage, prompts, sampler="ddpm", guidance_scale=guidance_scale, batch_size=2)
+    expected = sample.encode(stage, prompts)["mask"].float().mean(1)
+    assert [len(fraction) for fraction in seen] == [2, 2, 1, 1]
+    torch.testing.assert_close(torch.cat([seen[0], seen[2]])[:, 0, 0, 0], expected)
+    assert len(draw(stage, prompts, sampler="dpmpp_2m")) == 3
+
+
+def test_a_guide_of_another_size_or_schedule_is_refused(stage, trained):
+    other = dataclasses.replace(stage, schedule=diffusion.make_schedule(stage.config, 32))
+    with pytest.raises(ValueError, match="same size and schedule"):
+        draw(other, ["a house"], autoguide=str(earlier_of(trained)))
+
+
+def test_settings_are_noted_without_local_paths(here, cli, pictures):
+    status, _, err = cli("a", "--init", pictures["init"], "--mask", pictures["mask"], "--strength", 0.5,
+                         "--autoguide", here / "runs" / "16", "--guidance-interval", 0.1, 0.9, "--apg", 5,
+                         "--guidance-rescale", 0.5, "--threshold", 0.99, "--sampler", "ddpm", "--eta", 0.9,
+                         "--respacing", "ddim4", "--resample", 2)
+    assert (status, err) == (0, "")
+    notes = notes_of(here / "a.png")
+    assert {name: notes[name] for name in ("init", "mask", "autoguide", "guidance_interval", "threshold",
+                                           "eta", "respacing", "strength")} == {
+        "init": "init.png", "mask": "mask.png", "autoguide": "16", "guidance_interval": [0.1, 0.9],
+        "threshold": "0.99", "eta": 0.9, "respacing": "ddim4", "strength": 0.5}
+    assert str(here).encode() not in (here / "a.png").read_bytes()
+
+
 def test_bfloat16_draws_nearly_the_same(stage):
     low = draw(stage, ["a red house"], dtype=torch.bfloat16).float()
     full = draw(stage, ["a red house"], dtype=torch.float32).float()
@@ -279,7 +397,7 @@ def test_a_long_prompt_and_a_high_guidance_are_warned_of(here, cli):
 
 @pytest.mark.parametrize("grid", [[], ["--grid"]])
 def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, grid):
-    monkeypatch.setattr(sample, "generate", lambda *a: torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))
+    monkeypatch.setattr(sample, "generate", lambda *a, **b: torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))
     sample.main(["a house", *grid])
     out, err = capsys.readouterr()
     assert "sample.py: warning: picture 1 is constant" in err
@@ -350,6 +468,29 @@ BAD = [
     (["a", "--seed", str(2**70)], "is outside 0 to"),
     (["a", "--batch-size", "0"], "--batch-size 0 is outside"),
     (["a", "--sampler", "magic"], "--sampler"),
+    (["a", "--sampler", "heun", "--eta", "0.5"], "--eta 0.5: heun has no fresh noise. Use --sampler ddim"),
+    (["a", "--eta", "nan"], "--eta nan is outside"),
+    (["a", "--guidance-interval", "0.9", "0.1"], "guidance interval [0.9, 0.1]"),
+    (["a", "--guidance-interval", "nan", "1"], "guidance interval [nan, 1.0]"),
+    (["a", "--guidance-interval", "0.5"], "expected 2 arguments"),
+    (["a", "--guidance-rescale", "2"], "--guidance-rescale 2.0 is outside"),
+    (["a", "--apg", "nan"], "--apg nan is outside"),
+    (["a", "--autoguide", "nowhere"], "nowhere is missing"),
+    (["a", "--autoguide", "runs/16", "--negative", "b"], "and no --negative"),
+    (["a", "--threshold", "dynamic"], "--threshold dynamic is not static, none or a percentile"),
+    (["a", "--threshold", "1.5"], "--threshold 1.5 is not static"),
+    (["a", "--threshold", "0.0"], "threshold percentile 0.0 is not in (0, 1]"),
+    (["a", "--respacing", "10,x"], "respacing '10,x' is not like 250"),
+    (["a", "--init", "nowhere.png"], "No such file or directory: 'nowhere.png'"),
+    (["a", "--init", "blank.txt"], "cannot identify image file 'blank.txt'"),
+    (["a", "--init", "half.webp"], "--init or --mask is no picture"),
+    (["a", "--init", "small.webp", "--mask", "big.webp"], "--init is 20x30 pixels, --mask 30x20. Give both"),
+    (["a", "--mask", "small.webp"], "need a picture to start from. Add --init PICTURE"),
+    (["a", "--strength", "0.5"], "need a picture to start from. Add --init PICTURE"),
+    (["a", "--init", "small.webp", "--strength", "0"], "--strength 0.0 is outside 0.001 to 1"),
+    (["a", "--init", "small.webp", "--strength", "1.5"], "--strength 1.5 is outside"),
+    (["a", "--init", "small.webp", "--strength", "nan"], "--strength nan is outside"),
+    (["a", "--init", "small.webp", "--mask", "small.webp", "--resample", "0"], "--resample 0 is outside"),
     (["a", "--dtype", "int8"], "--dtype"),
     (["a", "--device", "tpu"], "--device tpu is not here. Choose from"),
     (["a", "--guid", "3"], "unrecognized arguments: --guid"),
@@ -376,6 +517,9 @@ def test_bad_input_ends_in_one_line_with_status_2(here, cli, argv, words):
     content = bytearray(checkpoint_of(here).read_bytes())
     content[-9] ^= 1
     Path("torn.safetensors").write_bytes(content)
+    Image.new("RGB", (20, 30)).save("small.webp", lossless=True)
+    Image.new("RGB", (30, 20)).save("big.webp", lossless=True)
+    Path("half.webp").write_bytes(Path("big.webp").read_bytes()[:-30])
     status, out, err = cli(*argv, steps=0)
     assert (status, out) == (2, "")
     assert len(err.splitlines()) == 1
