@@ -277,28 +277,29 @@ def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
 def losses(model: Callable, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule, config: DiffusionConfig,
            uncertainty: Uncertainty | None = None, **condition) -> tuple[Tensor, Tensor]:
     """Per-sample loss, (weighted (B,), raw (B,)) float32: one to be minimised, one to be compared.
-    raw is the mean squared error of v of the variance-preserving process, (1 + SNR) |x0 - x0_hat|^2, whatever
-    the network predicts: one unit for all targets and schedules. uniform weighs the prediction's error by
-    1, learned by e^-u, plus u. learn_sigma adds the variational term of a step of 1/1000 in bits per
-    dimension, which trains the variance only (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
-    logsnr, (alpha, sigma) = schedule.logsnr(t), (expand(c, x0) for c in schedule.alpha_sigma(t))
+    raw is the mean squared error of the x0 that is meant, clipped to [-1, 1] as samplers do: one unit for all
+    targets and schedules, at most 4. Unclipped, eps would divide by alpha at the noisy end; the error of v or
+    eps multiplies that of x0 by 1 + SNR at the clean one. uniform weighs the prediction's error by 1, learned
+    by e^-u, plus u. learn_sigma adds the variational term of a step of 1/1000 in bits per dimension, which
+    trains the variance only (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
+    alpha, sigma = (expand(c, x0) for c in schedule.alpha_sigma(t))
     x_t = alpha * x0 + sigma * eps                                                        # (B, C, H, W)
     output = model(x_t, t, **condition).float()                                           # (B, C or 2C, H, W)
     output, head = output[:, :x0.shape[1]], output[:, x0.shape[1]:]
     a, b = TARGETS[config.prediction](alpha, sigma)
     error = (output - (a * x0 + b * eps)).square().flatten(1).mean(1)                     # (B,)
-    scale = (sigma / (alpha * b - sigma * a)).flatten() ** 2  # from this error to that of x0 at the same x_t
-    raw = error * scale * (1 + torch.exp(logsnr))
+    guess = x0_eps(output.detach(), x_t, alpha, sigma, config.prediction)[0]
+    raw = (guess.clamp(-1, 1) - x0).square().flatten(1).mean(1)
     weighted = error
     if config.loss_weight not in ("uniform", "learned"):
+        scale = (sigma / (alpha * b - sigma * a)).flatten() ** 2  # to the error of x0 at the same x_t
         weighted = error * (scale * x0_weight(t, schedule, config))
     if config.learn_sigma:
-        guess, _ = x0_eps(output.detach(), x_t, alpha, sigma, config.prediction)
         end = t.clamp(min=1 / TRAIN_STEPS)
         s = end - 1 / TRAIN_STEPS
         weighted = weighted + variational_bits(x0, x_t, guess, (head + 1) / 2, s, end, schedule)
     if config.loss_weight == "learned":
-        u = uncertainty(logsnr)
+        u = uncertainty(schedule.logsnr(t))
         weighted = weighted * torch.exp(-u) + u
     return weighted, raw
 

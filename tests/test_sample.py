@@ -126,7 +126,7 @@ def test_two_steps_of_training_leave_what_a_reader_expects(here):
     assert [p.name for p in model.checkpoint_folders(run)] == ["000001", "000002"]
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (line["step"], line["images"]) == (2, 8)
-    assert 0.5 < line["raw_loss"] < 1.5                      # an output of 0 misses v by its variance
+    assert 0.05 < line["raw_loss"] < 0.4                     # less than the variance of the pictures
     config = json.loads((run / "config.json").read_text())
     assert config["TrainConfig"]["size"] == 16
     assert Image.open(run / "first_batch.png").size[0] > 16
