@@ -336,19 +336,25 @@ def compile_error(device: torch.device) -> str:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 FORMAT = "limn 1"
+PROFILES = 0.05, 0.1  # the widths of the averages that snapshots hold (Karras et al. 2023, section 3.2)
 
 
 class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
 
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. clip: largest norm of the
-    gradient, 0 = any. fp16: scale the loss.
+    gradient, 0 = any. fp16: scale the loss. snapshots: how many are kept of the averages of PROFILES, from
+    which `reconstruct` makes one of any width; 0 = none, which saves twice the weights.
     """
 
-    def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool):
-        self.net, self.clip, self.ema_decay = net, clip or math.inf, ema_decay
+    def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool,
+                 snapshots: int = 0):
+        self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
-        self.weights, self.averages = list(net.parameters()), list(self.ema.parameters())
+        self.weights = list(net.parameters())
+        self.profiles = {w: [p.detach().clone() for p in self.weights] for w in PROFILES if snapshots}
+        self.averages = [(0.0, ema_decay, list(self.ema.parameters())),       # exponent, cap of the decay
+                         *((exponent(width), 1.0, average) for width, average in self.profiles.items())]
         groups = [{"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay},
                   {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
@@ -356,11 +362,12 @@ class State:
 
     @torch.no_grad()
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """One step of AdamW, and of the average; neither moves where the gradient is not finite.
+        """One step of AdamW, and of the averages; neither moves where the gradient is not finite.
 
-        The average of n updates is plain, the last weighs 1/n, up to n = 1 / (1 - ema_decay); then it is
-        exponential. Returns the gradient's norm before clipping, and 1.0 for an update that was skipped, on
-        the device: nothing here waits for it.
+        The decay of an average at the n-th update is (1 - 1/n)^(exponent + 1), which makes it a power
+        function of time (Karras et al. 2023, arXiv:2312.02696, section 3.1), but at most its cap: exponent 0
+        is the plain average up to n = 1 / (1 - ema_decay), then the exponential one. Returns the gradient's
+        norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device.
         """
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
@@ -373,14 +380,16 @@ class State:
         self.scaler.update()
         self.optimizer.zero_grad()
         n = self.optimizer.state[self.weights[0]]["step"].clamp(min=1)        # without skipped ones
-        delta = torch._foreach_sub(self.weights, self.averages)
-        torch._foreach_mul_(delta, (1 - bad) * (1 / n).clamp(min=1 - self.ema_decay))
-        torch._foreach_add_(self.averages, delta)
+        for power, cap, average in self.averages:
+            weight = -torch.expm1((power + 1) * torch.log1p(-1 / n))          # 1 - decay, with all its digits
+            delta = torch._foreach_sub(self.weights, average)
+            torch._foreach_mul_(delta, (1 - bad) * weight.clamp(min=1 - cap))
+            torch._foreach_add_(average, delta)
         return norm, bad
 
     def size(self) -> float:
         """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
-        norms = torch._foreach_norm(self.weights + self.averages)
+        norms = torch._foreach_norm(sum((average for *_, average in self.averages), self.weights))
         total = float(sum(norm.detach().cpu().double() for norm in norms))
         return total if math.isfinite(total) else math.inf
 
@@ -390,7 +399,23 @@ class State:
         for name, p in self.net.named_parameters():
             parts = self.optimizer.state.get(p, {})
             train |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
+        train |= self.snapshot()
         return {"ema": self.ema.state_dict(), "train": train}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The profiles under names "profile.WIDTH.NAME"."""
+        names = [name for name, _ in self.net.named_parameters()]
+        return {f"profile.{width}.{name}": value for width, values in self.profiles.items()
+                for name, value in zip(names, values)}
+
+    def save(self, run: Path, step: int, meta: dict[str, str], keep: int) -> Path:
+        """Publish a checkpoint, then a snapshot of the profiles; the most even `snapshots` of them stay."""
+        meta = {**meta, "step": str(step), "scaler": json.dumps(self.scaler.state_dict())}
+        folder = save_checkpoint(run, step, self.tensors(), meta, keep)
+        if self.profiles:
+            updates = int(self.optimizer.state[self.weights[0]]["step"])
+            save_snapshot(run / "profiles", step, self.snapshot(), updates, self.snapshots)
+        return folder
 
     def load(self, ema: dict[str, Tensor], train: dict[str, Tensor], scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
@@ -399,6 +424,8 @@ class State:
             self.net.load_state_dict({k[8:]: v for k, v in train.items() if k.startswith("weights.")})
         except RuntimeError as e:
             raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+        for name, value in self.snapshot().items():
+            value.copy_(train[name])
         for name, p in self.net.named_parameters():
             start = f"optimizer.{name}."
             if f"{start}step" in train:                        # moments in the memory layout of weights
@@ -540,3 +567,68 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
         raise ValueError(f"all {len(folders)} checkpoints in {run}/checkpoints are damaged. "
                          "Move them away to start anew")
     return None
+
+
+# ------------------------------------------------------------------------- averages, chosen after training
+
+
+def exponent(width: float) -> float:
+    """The exponent gamma of the power function whose standard deviation is `width` of its length.
+
+    Karras et al. 2023, arXiv:2312.02696, eq. 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    ValueError outside of 0.01 to 0.28; at 0.289 the average is the plain one, gamma = 0.
+    """
+    if not 0.01 <= width <= 0.28:
+        raise ValueError(f"width {width} of an average is outside 0.01 to 0.28. 0.05 to 0.20 is usual")
+    a = width**-2
+    return float(np.roots([1, 7, 16 - a, 12 - a]).real.max())
+
+
+def response(updates: int, width: float, edges: np.ndarray) -> np.ndarray:
+    """What the updates between `edges` weigh, all in all, in the power average of the first `updates`."""
+    return np.diff(np.minimum(edges / updates, 1) ** (exponent(width) + 1))
+
+
+def save_snapshot(folder: Path, step: int, tensors: dict[str, Tensor], updates: int, most: int) -> None:
+    """Write `folder`/STEP.safetensors, whole or not at all; of all of them the newest and most even stay."""
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder / ".tmp", tensors, {"updates": str(updates)})
+    os.replace(folder / ".tmp", folder / f"{step:06d}.safetensors")
+    _fsync(folder)
+    steps = [0, *sorted(int(path.stem) for path in folder.glob("*.safetensors") if int(path.stem) <= step)]
+    while len(steps) > most + 1:
+        crowded = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
+        (folder / f"{steps.pop(crowded):06d}.safetensors").unlink()
+
+
+def reconstruct(folder: Path, step: int, width: float, warn=print) -> dict[str, Tensor]:
+    """The weights of `step` averaged with another width, from the snapshots in `folder`, by their names.
+
+    The combination of snapshots whose weights of all updates come nearest to the wanted ones, by least
+    squares (Karras et al. 2023, arXiv:2312.02696, section 3.2); with sums where they integrate, and shares
+    that sum to 1, so that weights that stand still stay what they are. ValueError without a snapshot of that
+    step; calls `warn` where the snapshots are too few.
+    """
+    found = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) <= step]
+    if not found or int(found[-1].stem) != step:
+        raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
+    counts = []
+    for path in found:
+        with safe_open(path, "pt") as f:
+            counts.append(int(f.metadata()["updates"]))
+    edges = np.linspace(0, counts[-1], min(counts[-1], 10000) + 1)
+    columns = np.stack([response(n, profile, edges) for n in counts for profile in PROFILES], 1)
+    wanted = response(counts[-1], width, edges)
+    last = columns[:, -1:]                                     # shares sum to 1: fit what is not the last
+    shares = np.linalg.lstsq(columns[:, :-1] - last, wanted - last[:, 0])[0]
+    shares = np.append(shares, 1 - shares.sum())
+    miss = np.linalg.norm(columns @ shares - wanted) / np.linalg.norm(wanted)
+    if miss > 0.2:
+        warn(f"{len(found)} snapshots give the average of width {width} with an error of {miss:.0%}")
+    total: dict[str, Tensor] = {}
+    for path, row in zip(found, shares.reshape(len(found), -1).tolist()):
+        tensors, _ = load_tensors(path)
+        for start, share in zip((f"profile.{profile}." for profile in PROFILES), row):
+            for name in (name.removeprefix(start) for name in tensors if name.startswith(start)):
+                total[name] = total.get(name, 0) + share * tensors[start + name]
+    return total

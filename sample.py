@@ -65,9 +65,10 @@ def newest_run(root: Path) -> Path:
     return max(runs, key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime)
 
 
-def load_stage(path: Path, device: torch.device) -> Stage:
+def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
 
+    ema: width of another average of the weights, see model.reconstruct; 0 = the one in the checkpoint.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code.
     """
     if path.is_dir() and not (path / "ema.safetensors").exists():
@@ -76,9 +77,12 @@ def load_stage(path: Path, device: torch.device) -> Stage:
             inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
             raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
                              "Name a run directory")
-        _, (tensors,), meta = found
+        path, (tensors,), meta = found
     else:
         tensors, meta = model.load_tensors(path / "ema.safetensors" if path.is_dir() else path)
+    if ema:
+        run = (path if path.is_dir() else path.parent).resolve().parents[1]
+        tensors |= model.reconstruct(run / "profiles", int(meta["step"]), ema, warn)
     try:
         stored = json.loads(meta["config"])
         shape = {name: tuple(v) if isinstance(v, list) else v for name, v in stored["ModelConfig"].items()}
@@ -252,6 +256,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("prompt", nargs="?", help="what to draw")
     add("--prompts", metavar="FILE", help="a file of prompts, one a line")
     add("--ckpt", default="", help="run directory, checkpoint or its ema.safetensors; empty: newest in runs")
+    add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = the run's own")
     add("--n", type=int, default=1, help="pictures of each prompt, seeds SEED, SEED + 1, ... [images]")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
@@ -300,7 +305,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"cannot write to --out {folder}. Name a folder that can be written")
     folder.mkdir(parents=True, exist_ok=True)                  # before the work, so that none is lost
 
-    stage = load_stage(Path(args.ckpt) if args.ckpt else newest_run(Path("runs")), device)
+    stage = load_stage(Path(args.ckpt) if args.ckpt else newest_run(Path("runs")), device, args.ema)
     if not all(prompt.strip() for prompt in wanted):
         print("note: empty prompt, drawing without one")
     if args.guidance_scale > 30:
@@ -316,7 +321,7 @@ def main(argv: list[str]) -> None:
             warn(f"picture {i} is constant; the network is probably untrained, or --guidance is too high")
 
     notes = {**settings, **{name: Path(settings[name]).name for name in ("autoguide", "init", "mask")},
-             "checkpoint": stage.digest, "step": stage.step}
+             "ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
     if args.grid:
         columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
         sheet = data.contact_sheet(pictures, prompts, columns)

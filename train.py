@@ -52,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.01    # AdamW's decay of weight matrices; biases and gains have none
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
     ema_decay: float = 0.999      # of the averaged weights, after 1 / (1 - decay) updates averaged plainly
+    profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
     seed: int = 0                 # of every random choice
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the matrix products; all else is float32
@@ -81,10 +82,10 @@ PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
-SHAPE = {"size", "model", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
+SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
-          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6)}
+          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99)}
 BUCKETS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -250,9 +251,8 @@ def resume(out: Path, state: model.State, configs: Configs, fingerprint: str) ->
 
 def publish(out: Path, step: int, state: model.State, meta: dict[str, str], keep: int, last: bool) -> None:
     """Write a checkpoint. Training survives a disk that is full, unless this is the last one."""
-    meta = {**meta, "step": str(step), "scaler": json.dumps(state.scaler.state_dict())}
     try:
-        say(f"saved {model.save_checkpoint(out, step, state.tensors(), meta, keep)}")
+        say(f"saved {state.save(out, step, meta, keep)}")
     except OSError as e:
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
@@ -452,7 +452,7 @@ def main(argv: list[str]) -> None:
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     text, net = build(configs, device, (train_set, val_set))
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
+    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")

@@ -9,6 +9,7 @@ import resource
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -298,8 +299,98 @@ def test_size_tells_states_apart_and_is_infinite_where_one_weight_is_not_finite(
     with torch.no_grad():
         other.weights[1][0] += 1e-3
         assert other.size() != state.size()
-        other.averages[0][0, 0] = math.nan
+        other.averages[0][2][0][0, 0] = math.nan
     assert other.size() == math.inf
+
+
+# ------------------------------------------------------------------------ averages, chosen after training
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.15, 0.25])
+def test_a_power_average_has_the_standard_deviation_of_its_name(width):
+    """Karras et al. 2023, section 3.1: the deviation of the weights over time, as a share of the length."""
+    edges = np.arange(20001)
+    weights, middle = model.response(20000, width, edges), (edges[1:] - 0.5) / 20000
+    assert weights.sum() == pytest.approx(1)
+    mean = (weights * middle).sum()
+    assert np.sqrt((weights * (middle - mean) ** 2).sum()) == pytest.approx(width, rel=1e-4)
+
+
+def drifting(folder, snapshots=8, every=25, updates=200, width=None):
+    """A State whose weights wander, saved every so often; and averages by hand of all it went through."""
+    torch.manual_seed(3)
+    state = model.State(torch.nn.Linear(6, 5), 0.0, 0.0, 0.9, False, snapshots)
+    history = []
+    for step in range(1, updates + 1):
+        for p in state.weights:
+            p.grad = torch.randn_like(p) + 0.3 * math.sin(step / 20)
+        state.update(0.02)
+        history.append(state.net.weight.detach().double().clone())
+        if step % every == 0:
+            state.save(folder, step, {"config": "{}"}, keep=2)
+    weight = lambda width: torch.from_numpy(model.response(updates, width, np.arange(updates + 1)))
+    return state, lambda width: torch.einsum("n,nij->ij", weight(width), torch.stack(history))
+
+
+def test_profiles_are_the_power_averages_of_all_updates(tmp_path):
+    state, by_hand = drifting(tmp_path, every=1000)
+    for width, average in state.profiles.items():
+        torch.testing.assert_close(average[0].double(), by_hand(width), atol=2e-6, rtol=0)
+
+
+WIDTHS = [(0.05, 1e-6), (0.1, 1e-6), (0.075, 0.01), (0.15, 0.02), (0.2, 0.05)]
+
+
+@pytest.mark.parametrize(("width", "most"), WIDTHS)
+def test_an_average_of_any_width_is_reconstructed_after_training(tmp_path, width, most):
+    """Near the one that is tracked, compared with how far the others are from it."""
+    state, by_hand = drifting(tmp_path)
+    found, exact = model.reconstruct(tmp_path / "profiles", 200, width), by_hand(width)
+    assert found.keys() == dict(state.net.named_parameters()).keys()
+    assert not any(value.requires_grad for value in found.values())
+    others = [(by_hand(other) - exact).norm() for other in (0.05, 0.1, 0.25) if other != width]
+    assert (found["weight"] - exact).norm() < most * min(others) + 1e-6
+
+
+def test_weights_that_stand_still_are_their_own_average(tmp_path):
+    state = model.State(torch.nn.Linear(3, 2), 0.0, 0.0, 0.9, False, snapshots=4)
+    for step in range(1, 41):
+        for p in state.weights:
+            p.grad = torch.zeros_like(p)
+        state.update(0.1)
+        if step % 5 == 0:
+            state.save(tmp_path, step, {"config": "{}"}, keep=1)
+    for width in (0.05, 0.08, 0.2):
+        found = model.reconstruct(tmp_path / "profiles", 40, width, warn=lambda line: None)
+        torch.testing.assert_close(found["weight"], state.net.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_snapshots_stay_few_and_even_and_the_newest_is_there(tmp_path):
+    for step in range(10, 410, 10):
+        model.save_snapshot(tmp_path, step, {"a": torch.zeros(1)}, step, most=5)
+        kept = sorted(int(path.stem) for path in tmp_path.glob("*.safetensors"))
+        assert len(kept) == min(5, step // 10)
+        assert kept[-1] == step
+        assert max(np.diff([0, *kept])) <= 3 * max(10, step / 5)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+    model.save_snapshot(tmp_path, 200, {"a": torch.ones(1)}, 200, most=5)     # of a run that went back
+    assert (tmp_path / "000400.safetensors").exists()
+
+
+def test_an_average_that_cannot_be_made_is_one_line(tmp_path):
+    drifting(tmp_path, snapshots=1, every=100)
+    for folder, step, width in (("profiles", 199, 0.1), ("nowhere", 200, 0.1), ("profiles", 200, 0.3),
+                                ("profiles", 200, 0.0), ("profiles", 200, math.nan)):
+        with pytest.raises(ValueError) as error:
+            model.reconstruct(tmp_path / folder, step, width)
+        assert "\n" not in str(error.value)
+    lines = []
+    model.reconstruct(tmp_path / "profiles", 200, 0.02, lines.append)
+    assert "1 snapshots give the average of width 0.02 with an error of" in lines[0]
+    damaged = tmp_path / "profiles" / "000200.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"oops")
+    with pytest.raises(ValueError, match="damaged"):
+        model.reconstruct(tmp_path / "profiles", 200, 0.1)
 
 
 def test_why_nothing_can_be_compiled_is_one_line(monkeypatch):

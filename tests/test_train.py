@@ -382,6 +382,7 @@ BAD_TRAIN = {
     "--keep 0": "--keep 0 is outside",
     "--workers -2": "--workers -2 is outside",
     "--timeout 0": "--timeout 0.0 is outside",
+    "--profiles -1": "--profiles -1 is outside",
     "--min-crop 0": "--min-crop 0",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
@@ -488,7 +489,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     ("--t-density importance", "--loss-weight min_snr", "--checkpointing"),
     ("--loss-weight learned", "--learn-sigma", "--dtype bf16", "--t-density logit_normal"),
     ("--prediction flow", "--schedule flow", "--dtype fp16"),
-    ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0")])
+    ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4")])
 def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
     during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
@@ -496,6 +497,12 @@ def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     assert digest(tmp_path / "parts")[0] == 2
     run(tmp_path / "parts", "--steps 4", *changes)
     assert digest(tmp_path / "parts") == whole
+    snapshots = [sorted((tmp_path / name).glob("profiles/*")) for name in ("whole", "parts")]
+    assert [path.name for path in snapshots[1]] == ["000002.safetensors", "000004.safetensors"] * any(
+        "--profiles" in change for change in changes)
+    for paths in zip(*(found[-1:] for found in snapshots)):
+        one, other = (model.load_tensors(path) for path in paths)
+        assert model.checksum(one[0], one[1]) == model.checksum(other[0], other[1])
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -560,7 +567,7 @@ def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypa
     ("--channels 64", "--channels 32, not 64"), ("--size 64,--patch 4", "--size 16, not 64"),
     ("--prediction eps", "--prediction v, not eps"), ("--byte-width 64", "--byte-width 32, not 64"),
     ("--learn-sigma", "--learn-sigma False, not True"), ("--loss-weight learned", "does not fit"),
-    ("--t-density importance", "does not fit")])
+    ("--t-density importance", "does not fit"), ("--profiles 4", "--profiles 0, not 4")])
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
     before = digest(run(tmp_path / "run", "--steps 1"))
     with pytest.raises(ValueError, match=message):
