@@ -275,8 +275,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     limits = {"guidance_scale": (0, 100), "guidance_rescale": (0, 1), "apg": (0, 1e6), "steps": (1, 1000),
-              "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000), "seed": (0, 2**63 - 1),
-              "n": (1, 10000), "batch_size": (1, 4096)}
+              "ema": (0, 0.28), "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000),
+              "seed": (0, 2**63 - 1), "n": (1, 10000), "batch_size": (1, 4096)}
     if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", args.threshold):
         die(f"--threshold {args.threshold} is not static, none or a percentile such as 0.995")
     flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
