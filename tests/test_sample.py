@@ -377,7 +377,7 @@ def test_settings_are_noted_without_local_paths(here, cli, pictures):
 def test_another_average_is_drawn_from(tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    train.main([*RECIPE, "--profiles=2", "--steps=8", "--lr=0.01", "--warmup=0"])
+    train.main([*RECIPE, "--profiles=2", "--steps=8", "--lr=0.01", "--warmup=0", "--cooldown=0"])
     for number, handler in handlers.items():
         signal.signal(number, handler)
     cpu = torch.device("cpu")
