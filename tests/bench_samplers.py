@@ -96,8 +96,8 @@ def main(argv: list[str]) -> None:
         return far + ", " + " / ".join(f"{share:.0%}" for share in right(pictures))
 
     print(f"{args.ckpt}, step {stage.step}, {args.n} prompts of one thing, guidance {args.guidance}. "
-          f"In a cell: RMS distance to {args.reference} steps of DDPM / of DDIM, right colours / kinds. The references: "
-          + "; ".join(f"{name} {cell(drawn[name])}" for name in REFERENCES) + ".\n")
+          f"In a cell: RMS distance to {args.reference} steps of DDPM / of DDIM, right colours / kinds. "
+          "The references: " + "; ".join(f"{name} {cell(drawn[name])}" for name in REFERENCES) + ".\n")
     print("| sampler | " + " | ".join(f"{n} steps" for n in args.steps) + " |")
     print("|---|" + "---|" * len(args.steps))
     for name, others in same_samplers().items():
