@@ -446,6 +446,32 @@ def test_every_sampler_draws_a_mixture_of_two_in_float32(name, schedule_name):
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_draws_a_mixture_of_two_pictures(name):
+    """Of 3x8x8, where all pixels together decide which of the two it is: shares, mean and covariance."""
+    schedule, n, std, share = schedule_of(), 1000, 0.2, 0.3
+    centres = 0.25 * gaussian(torch.arange(2) + 7, (192,))
+
+    def denoise(x_t, t):
+        alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
+        var = alpha**2 * std**2 + sigma**2
+        miss = x_t.flatten(1)[:, None] - alpha[:, None] * centres                         # (B, 2, 192)
+        log_share = torch.tensor([share, 1 - share]).log() - 0.5 * miss.square().sum(2) / var
+        each = centres + (alpha * std**2 / var)[:, None] * miss
+        return (torch.softmax(log_share, 1)[..., None] * each).sum(1).view_as(x_t)
+
+    x, noise = gaussian(torch.arange(n), (3, 8, 8)), diffusion.noise_source(torch.arange(n), (3, 8, 8))
+    out = SAMPLERS[name](denoise, x, time_grid(100), noise, schedule).flatten(1)
+    first = (out[:, None] - centres).norm(dim=2).argmin(1) == 0
+    assert first.float().mean().item() == pytest.approx(share, abs=0.05)
+    for mode, centre in ((first, centres[0]), (~first, centres[1])):
+        assert (out[mode].mean(0) - centre).norm() < 0.15 * (centres[0] - centres[1]).norm()
+        assert out[mode].std(0).mean().item() == pytest.approx(std, rel=0.09)
+        spread = torch.linalg.eigvalsh(torch.cov(out[mode].T)).flip(0)[0] / std**2        # of pure noise
+        edge = (1 + math.sqrt(192 / mode.sum().item())) ** 2                              # Marchenko-Pastur
+        assert spread < 1.2 * edge
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
 def test_samplers_end_at_a_clean_picture_for_every_step_count(name):
     schedule = schedule_of()
     x, noise = gaussian(torch.arange(4), (3, 4, 4)), diffusion.noise_source(torch.arange(4), (3, 4, 4))
@@ -962,10 +988,9 @@ def test_bad_input_is_one_clear_line():
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
-def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
-    """Reading a tensor back is what synchronises: x may not be read, only computed with."""
-    schedule, inside = schedule_of(), [False]
+def forbid_reading(monkeypatch) -> list[bool]:
+    """A switch: while it is on, no tensor may be read back, which is what synchronises."""
+    inside = [False]
     for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
         original = getattr(torch.Tensor, method)
 
@@ -974,6 +999,12 @@ def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(torch.Tensor, method, guarded)
+    return inside
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
+    schedule, inside = schedule_of(), forbid_reading(monkeypatch)
 
     def denoise(x_t, t):
         inside[0] = True  # from the first call on
@@ -981,6 +1012,25 @@ def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
 
     x = torch.randn(2, 3, 4, 4)
     SAMPLERS[name](denoise, x, time_grid(7), lambda i: torch.ones_like(x), schedule)
+
+
+def test_no_guidance_looks_at_the_device_and_all_stay_in_float32(setting, monkeypatch):
+    schedule, config, condition, x, t = setting
+    net = diffusion.LearnedVariance(Net(learn_sigma=True))
+    plain = diffusion.denoiser(net, schedule, config, condition)
+    log_prob = lambda x, t: -x.square().flatten(1).sum(1)
+    denoisers = [plain, diffusion.threshold(plain), diffusion.threshold(plain, 0.99),
+                 diffusion.classifier_guidance(plain, log_prob, schedule, 2.0),
+                 diffusion.guidance(lambda x, t: (plain(x, t), 0.5 * plain(x, t)), 2.0)]
+    for options in ({"interval": (0.2, 0.7)}, {"combine": diffusion.rescaled(0.5)},
+                    {"combine": diffusion.rescaled(0.5, diffusion.projected(2.0))}):
+        other = condition_of(seed=9)
+        denoisers.append(diffusion.guided(net, schedule, config, condition, 4.0, other, **options))
+    inside = forbid_reading(monkeypatch)
+    inside[0] = True
+    out = [denoise(x, t) for denoise in denoisers]
+    inside[0] = False
+    assert all(x0.dtype == torch.float32 and x0.isfinite().all() for x0 in [*out, net.fraction])
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "heun", "ddpm"])
