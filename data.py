@@ -96,7 +96,7 @@ TONES = {"ink": (40, 40, 50), "snow": (252, 252, 250), "wood": (132, 86, 52), "l
 SPECIAL = {"yellow": {"shade": (240, 186, 30)},             # darkened, it looks green; details of the rest
            "white": {"shade": (214, 214, 212), "tint": (224, 224, 222), "snow": (180, 180, 178)},
            "black": {"shade": (66, 66, 72), "tint": (120, 120, 126), "ink": (112, 112, 118)}}
-SIZES = {"small": 0.21, "": 0.29, "large": 0.375}           # half a thing's side, of the picture's
+SIZES = {"small": 0.25, "": 0.34, "large": 0.42}           # half a thing's side, of the picture's
 PLACES = {"in the middle": (0, 0), "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0),
           "on the right": (1, 0), "at the top left": (-1, -1), "at the top right": (1, -1),
           "at the bottom left": (-1, 1), "at the bottom right": (1, 1)}
@@ -158,8 +158,8 @@ def scene(index: int) -> Scene:
         relation = pick(RELATIONS)
         x, y = (0.24 * step for step in RELATIONS[relation][1:])
         other = pick(KINDS, "sign", kind), pick(COLOURS, colour)
-        things = (Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.215)),
-                  Thing(*other, near(0.5 - x), near(0.5 - y), near(0.215)))
+        things = (Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.23)),
+                  Thing(*other, near(0.5 - x), near(0.5 - y), near(0.23)))
         return Scene(things, pick(GROUNDS, colour, other[1]), relation=relation)
     background = pick(GROUNDS, colour)
     if layout < 0.24:

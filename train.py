@@ -71,12 +71,12 @@ class TrainConfig:
 
 
 # What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
-MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base")
+MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "byte_layers"]
 PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
-    "tiny":  (3800,      32, 2e-3,     50,     2500, 0.995,  "x0", 32),
-    "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64),
-    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64),
-    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64),
+    "tiny":  (6000,      16, 1e-3,     50,     4000, 0.998,  "x0", 32, 1),
+    "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64, 2),
+    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64, 2),
+    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64, 2),
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",

@@ -102,7 +102,7 @@ class Soak:
 
     def finish(self) -> None:
         """Let the run come to its end and compare it with the undisturbed one."""
-        assert end(start(self.out, self.random.choice([0, 2]))) == 0         # clears up, even when it is complete
+        assert end(start(self.out, self.random.choice([0, 2]))) == 0  # clears up
         assert digest(self.out) == self.want, "the final weights are not those of the undisturbed run"
         left = {p.name for p in (self.out / "checkpoints").iterdir() if not p.name.isdigit()}
         assert all(".damaged-" in name for name in left), left
