@@ -71,7 +71,8 @@ class TrainConfig:
 
 
 # What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
-MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "byte_layers"]
+MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base",
+         "byte_layers"]
 PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
     "tiny":  (6000,      16, 1e-3,     50,     4000, 0.998,  "x0", 32, 1),
     "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64, 2),
