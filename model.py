@@ -7,6 +7,7 @@ Letters: B batch, C channels of a feature map, H W its height and width, N = H*W
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
 import copy
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -16,15 +17,20 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -324,13 +330,47 @@ def memory_peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compile_error(device: torch.device) -> str:
-    """Why torch.compile does not work here, tried on one number; empty where it does."""
+def compiled(net: nn.Module, device: torch.device, wanted: bool | None, warn: Callable) -> nn.Module:
+    """torch.compile(net), where that is wanted (on CUDA it is) and works, which is tried on one number."""
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return net
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(1, device=device))
     except Exception as e:                                     # of whatever compiler is or is not there
-        return f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
-    return ""
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        warn(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
+        return net
+    return torch.compile(net)
+
+
+def join_ranks(device: torch.device, timeout: float) -> None:
+    """Start the process group of a run of several ranks; `timeout`: for a rank that is late [seconds]."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)             # torchrun leaves no orphans
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def agreed(value: float, world: int) -> float:
+    """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
+    tensor = torch.tensor([value], dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def equal(value: float, world: int) -> bool:
+    """Whether a number is finite, and the same on all ranks."""
+    return agreed(value, world) == -agreed(-value, world) < math.inf
+
+
+def leave() -> None:
+    """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
+    that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
+    error = sys.exc_info()[1]
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exc()
+    os._exit(getattr(error, "code", 1) if error else 0)
 
 
 # --------------------------------------------------------------------------------------------- checkpoints

@@ -4,7 +4,6 @@ Pictures seen so far are the only state beside the weights: every random choice 
 position), so the same command run again continues exactly where the last checkpoint stands.
 """
 import argparse
-import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -15,12 +14,10 @@ import re
 import signal
 import sys
 import time
-import traceback
 import typing
 import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -259,19 +256,6 @@ def publish(out: Path, step: int, state: model.State, meta: dict[str, str], keep
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def agreed(value: float, world: int) -> float:
-    """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
-    tensor = torch.tensor([value], dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def equal(value: float, world: int) -> bool:
-    """Whether a number is finite, and the same on all ranks."""
-    return agreed(value, world) == -agreed(-value, world) < math.inf
-
-
 def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) -> tuple[Tensor, ...]:
     """Of each position: uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64."""
     generators = [data.keyed(seed, purpose, p) for p in positions]
@@ -394,10 +378,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
         model.lock(Path(cfg.out))
     device = model.choose_device(cfg.device)
     if world > 1:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+        model.join_ranks(device, cfg.timeout)
     stop: list[int] = []                                                      # until here, they kill
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
@@ -410,25 +391,6 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     elif device.type == "cpu" and not cfg.device:
         say(f"note: no GPU found, using the CPU and --model {cfg.model}")
     return device, stop
-
-
-def leave() -> None:
-    """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
-    that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
-    error = sys.exc_info()[1]
-    if error and not isinstance(error, SystemExit):
-        traceback.print_exc()
-    os._exit(getattr(error, "code", 1) if error else 0)
-
-
-def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Module:
-    """The network by way of torch.compile, where that is wanted (on CUDA it is) and works."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return net
-    if reason := model.compile_error(device):
-        say(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
-        return net
-    return torch.compile(net)
 
 
 def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
@@ -454,7 +416,7 @@ def main(argv: list[str]) -> None:
     text, net = build(configs, device, (train_set, val_set))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
-    if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
+    if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
     if first >= cfg.steps:
         return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
@@ -476,7 +438,7 @@ def main(argv: list[str]) -> None:
         flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, prompts[:1], device))
     peak = model.matmul_peak(device, DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    run = compiled(parallel, device, cfg.compile)
+    run = model.compiled(parallel, device, cfg.compile, say)
     recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()
     meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,
             "versions": json.dumps(software)}
@@ -489,7 +451,7 @@ def main(argv: list[str]) -> None:
     bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     try:
         for step in range(first, cfg.steps + 1):
-            leaving = agreed(bool(stop), world) > 0
+            leaving = model.agreed(bool(stop), world) > 0
             last = leaving or step == cfg.steps
             log, save, val, sample = (
                 step > first and every > 0 and (step % every == 0 or step == cfg.steps)
@@ -519,7 +481,7 @@ def main(argv: list[str]) -> None:
             # Save: only what is finite and the same on every rank.
             began = model.clock(device) if save or val or sample else since
             if step > first and (save or last) and not cfg.dry_run:
-                if not equal(state.size(), world):
+                if not model.equal(state.size(), world):
                     die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
                         "The same command goes on from the last checkpoint", status=1)
                 if writes:
@@ -590,7 +552,7 @@ def main(argv: list[str]) -> None:
         bar.close()
         batches.close()
         if world > 1:
-            leave()
+            model.leave()
 
 
 if __name__ == "__main__":

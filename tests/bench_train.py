@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     text, net = train.build(configs, device)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
     autocast = torch.autocast(device.type, dtype, enabled=cfg.dtype != "fp32")
-    run, batch, step = train.compiled(net, device, cfg.compile), cfg.micro_batch or cfg.batch_size, 0
+    run, batch, step = model.compiled(net, device, cfg.compile, print), cfg.micro_batch or cfg.batch_size, 0
     with autocast:
         one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
         condition = train.condition_of(text, [pictures[0]["caption"]], device)

@@ -398,7 +398,9 @@ def test_why_nothing_can_be_compiled_is_one_line(monkeypatch):
         raise RuntimeError("no compiler\nsecond line")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert model.compile_error(torch.device("cpu")) == "RuntimeError: no compiler"
+    lines, net = [], torch.nn.Linear(2, 2)
+    assert model.compiled(net, torch.device("cpu"), True, lines.append) is net
+    assert lines == ["warning: torch.compile is unavailable (RuntimeError: no compiler); running uncompiled"]
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

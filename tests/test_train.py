@@ -626,7 +626,7 @@ def test_a_wrapped_network_is_saved_under_plain_names(tmp_path, monkeypatch):
             super().__init__()
             self._orig_mod, self.forward = net, net.forward
 
-    monkeypatch.setattr(train, "compiled", lambda net, device, wanted: Wrapped(net))
+    monkeypatch.setattr(model, "compiled", lambda net, *rest: Wrapped(net))
     whole = digest(run(tmp_path / "run", "--steps 2"))
     monkeypatch.undo()
     assert digest(run(tmp_path / "plain", "--steps 2")) == whole
