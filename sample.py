@@ -91,7 +91,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
         schedule = diffusion.make_schedule(config, size)
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim,
-                          out_channels=6 if config.learn_sigma else 3)
+                          learn_sigma=config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
         parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -324,7 +324,7 @@ def main(argv: list[str]) -> None:
              "ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
     if args.grid:
         columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
-        sheet = data.contact_sheet(pictures, prompts, columns)
+        sheet = model.contact_sheet(pictures, prompts, columns)
         print(save_png(sheet, file or folder / "grid.png", notes | {"prompts": prompts, "seeds": seeds}))
         return
     for picture, prompt, seed in zip(pictures, prompts, seeds):

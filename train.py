@@ -21,6 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ class TrainConfig:
     ema_decay: float = 0.999      # of the averaged weights, after 1 / (1 - decay) updates averaged plainly
     profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
+    max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this
     seed: int = 0                 # of every random choice
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the matrix products; all else is float32
     compile: bool | None = None   # torch.compile; on for CUDA when not given
@@ -67,22 +69,34 @@ class TrainConfig:
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
 
-# What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
-MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base")
-PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
-    "tiny":  (3800,      32, 2e-3,     50,     2500, 0.995,  "x0", 32),
-    "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64),
-    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64),
-    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64),
+# What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
+LADDER = {256: 64, 1024: 256}     # --size: --lowres
+MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop")
+PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
+    (64, "tiny"):    (3800,      32, 2e-3,     50,     2500, 0.995,  "x0", 32,   0),
+    (64, "small"):   (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64,   0),
+    (64, "base"):    (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64,   0),
+    (64, "large"):   (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64,   0),
+    (256, "tiny"):   (5000,      16, 2e-3,     50,     3000, 0.99,   "v",  64,  64),
+    (256, "small"):  (100000,   256, 3e-4,   1000,    10000, 0.999,  "v",  64,   0),
+    (256, "base"):   (300000,   512, 1e-4,   1000,    30000, 0.9999, "v",  64,   0),
+    (256, "large"):  (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64,   0),
+    (1024, "tiny"):  (5000,      16, 2e-3,     50,     3000, 0.99,   "v",  64, 128),
+    (1024, "small"): (100000,   256, 3e-4,   1000,    10000, 0.999,  "v",  64, 256),
+    (1024, "base"):  (300000,   512, 1e-4,   1000,    30000, 0.9999, "v",  64, 256),
+    (1024, "large"): (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64, 256),
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
-SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
+SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma",
+         "mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
-          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99)}
+          "max_aug": (0, 1), "lowres": (0, 4096), "crop": (0, 4096), "min_size": (1, 2**16),
+          "min_crop": (0.01, 1), "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6),
+          "profiles": (0, 99)}
 BUCKETS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -143,12 +157,15 @@ def parse(argv: list[str]) -> Configs:
             group.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model")
-    early.add_argument("--device", default="")
+    for flag, default in {"model": "", "device": "", "size": 64, "lowres": -1}.items():
+        early.add_argument(f"--{flag}", type=type(default), default=default)
     known, _ = early.parse_known_args(argv)                                   # they move the defaults
-    row = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
+    name = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
+    lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
+    row = (64 if not lowres else 256 if known.size <= 256 else 1024), name
     if row in PRESETS:                                                        # else the parser will complain
-        parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=row)
+        parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
+                            min_size=known.size if lowres else 8)
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
         die(f"{twice[0]} is given twice. Give all of its values once")
     values = vars(parser.parse_args(argv))
@@ -161,11 +178,11 @@ def parse(argv: list[str]) -> Configs:
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for name, value in vars(cfg).items():
+    for name, value in [*vars(cfg).items(), *vars(data_cfg).items()]:
         least, most = LIMITS.get(name, (0, 10**9))
         if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
-    for name, value in [*vars(data_cfg).items(), *vars(diff_cfg).items()]:
+    for name, value in vars(diff_cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value} is not a finite number")
     if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
@@ -178,7 +195,7 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
                          f"{cfg.micro_batch or 1}. Try {near} or {near + unit}")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
-    model.check_shape(model_cfg, cfg.size)
+    model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
     diffusion.make_schedule(diff_cfg, cfg.size)
 
 
@@ -199,9 +216,11 @@ def differences(stored: dict, configs: Configs) -> None:
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
 
-    def __init__(self, unet: nn.Module, text: nn.Module, schedule: diffusion.Schedule, config):
+    def __init__(self, unet: nn.Module, text: nn.Module, config, size: int, lowres: int, max_aug: float):
         super().__init__()
-        self.unet, self.schedule, self.config = unet, schedule, config
+        self.unet, self.config, self.max_aug = unet, config, max_aug
+        sizes = size, lowres or size
+        self.schedule, self.small_schedule = (diffusion.make_schedule(config, side) for side in sizes)
         if text.trainable:
             self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
@@ -220,9 +239,15 @@ class Net(nn.Module):
 
     def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
         """The condition of the U-Net, from token ids where the text encoder trains along."""
-        if ids is None:
-            return condition
-        return dict(zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"])))
+        if ids is not None:
+            condition |= zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"]))
+        return condition
+
+    def augment(self, small: Tensor, u: Tensor, _, keys: Tensor) -> dict[str, Tensor]:
+        """The low-resolution condition: pictures (B, c, h, w) noised at t = max_aug u by the schedule of
+        their size (Ho et al. 2021, arXiv:2106.15282, section 4.2). u, keys: see `draws`."""
+        t, eps = self.max_aug * u.to(small.device), diffusion.gaussian(keys, small.shape[1:], small.device)
+        return {"lowres": diffusion.noised(small, eps, t, self.small_schedule), "lowres_t": t}
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
@@ -264,9 +289,9 @@ def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) ->
     return torch.tensor(u), torch.tensor(kept), torch.tensor(keys)
 
 
-def scaled(pictures: Tensor, device: torch.device) -> Tensor:
+def scaled(pictures: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) on the CPU -> float32 in [-1, 1] on the device."""
-    return pictures.to(device, non_blocking=True).float() / 127.5 - 1
+    return torch.as_tensor(pictures).to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def pictures(x: Tensor) -> Tensor:
@@ -275,17 +300,21 @@ def pictures(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bool = True) -> dict:
-    """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token."""
-    ids, mask = text.tokenize(captions)
+def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: Tensor | bool = True) -> dict:
+    """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token. Of a
+    super-resolution stage also the low-resolution pictures, noised by seed and positions."""
+    ids, mask = text.tokenize(batch["captions"])
+    lowres = {}
+    if "lowres" in batch:
+        lowres = net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
     if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
         longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
         ids, mask = ids[:, :longest], mask[:, :longest]
     mask = mask & torch.as_tensor(kept).view(-1, 1)
     ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask))
     if text.trainable:
-        return {"ids": ids, "mask": mask}
-    return dict(zip(("context", "mask", "pooled"), text(ids, mask)))
+        return {"ids": ids, "mask": mask, **lowres}
+    return dict(zip(("context", "mask", "pooled"), text(ids, mask)), **lowres)
 
 
 # --------------------------------------------------------------------------------------- what a user looks at
@@ -297,13 +326,13 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
     """
     n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(rank * batch, n, world * batch):
-        positions = range(start, min(start + batch, n))
-        items = [fixed[p] for p in positions]
-        right, wrong = [i["caption"] for i in items], [fixed[(p + 1) % n]["caption"] for p in positions]
-        x0 = scaled(torch.stack([torch.from_numpy(i["picture"]) for i in items]), device)
+        right = data.collect(fixed, start, min(start + batch, n))
+        positions, captions = right["positions"], right["captions"]
+        wrong = right | {"captions": [*captions[1:], fixed[(positions[-1] + 1) % n]["caption"]]}
+        x0 = scaled(right["picture"], device)
         eps = diffusion.gaussian(draws(0, "validation", positions)[2], x0.shape[1:], device)
         t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)    # even for any n
-        loss, other = (net(x0, eps, t, **condition_of(text, c, device))[1] for c in (right, wrong))
+        loss, other = (net(x0, eps, t, **condition_of(net, text, b, device))[1] for b in (right, wrong))
         buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(t), BUCKETS)
         sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
     if world > 1:
@@ -314,33 +343,25 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
 
 
 @torch.no_grad()
-def sample_grid(net: Net, text: nn.Module, prompts: list[str], size: int, device: torch.device) -> Tensor:
-    """Pictures of fixed prompts with fixed noise, uint8 (N, 3, H, W)."""
-    condition = net.encode(**condition_of(text, prompts, device))
-    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition, 3.0))
-    keys, shape = draws(0, "samples", range(len(prompts)))[2], (3, size, size)
+def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Tensor:
+    """Pictures of fixed prompts with fixed noise, uint8 (N, 3, H, W); beside one made of a low-resolution
+    picture stand that and the true one."""
+    condition = net.encode(**condition_of(net, text, shown, device))
+    upsampling = "lowres" in condition
+    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition,
+                                                 1.0 if upsampling else 3.0))
+    keys, shape = draws(0, "samples", shown["positions"])[2], shown["picture"].shape[1:]
     x, noise = diffusion.gaussian(keys, shape, device), diffusion.noise_source(keys, shape, device)
-    return pictures(diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule))
+    drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
+    return pictures(model.side_by_side(drawn, *[scaled(shown["picture"], device)] * upsampling, **condition))
 
 
-def put(path: Path, content: dict | Image.Image) -> None:
-    """Append a line to a log, or write a picture. Training can do without: a full disk is a warning."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if isinstance(content, dict):
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(content) + "\n")
-        else:
-            content.save(path)
-    except OSError as e:
-        say(f"warning: {path} not written ({e.strerror}); training continues")
-
-
-def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor) -> Image.Image:
-    """Exactly what the network sees: each picture beside its noisy version, below them t and the caption."""
+def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
+    """Exactly what the network sees: the low-resolution picture, if there is one, the picture and its noisy
+    version; below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
              for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    return data.contact_sheet(pictures(torch.cat([x0, x_t], 3)[:16]), notes[:16])
+    return model.contact_sheet(pictures(model.side_by_side(x0, x_t, lowres=lowres)[:16]), notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -395,12 +416,14 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 
 def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
     """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
-    cfg, _, model_cfg, diff_cfg, text_cfg = configs
+    cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
     captions = (caption for pictures in sets for caption in pictures.captions())
     text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
-    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
+    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.mode, data_cfg.lowres_mode))
+    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
+                      diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
-    return text, Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
+    return text, Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
 
 
 def main(argv: list[str]) -> None:
@@ -413,6 +436,7 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
+    uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
@@ -432,10 +456,11 @@ def main(argv: list[str]) -> None:
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
-    prompts = [val_set[p]["caption"] for p in range(16)]
+    shown = data.collect(uncut, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
     with autocast:
-        one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, prompts[:1], device))
+        example = data.collect(val_set, 0, 1)
+        one = scaled(example["picture"], device)
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(net, text, example, device))
     peak = model.matmul_peak(device, DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = model.compiled(parallel, device, cfg.compile, say)
@@ -474,7 +499,7 @@ def main(argv: list[str]) -> None:
                 if bar.disable:
                     say("  ".join(f"{k} {line[k]}" for k in ("step", "loss", "grad_norm", "pictures/s")))
                 if writes:
-                    put(out / "metrics.jsonl", line)
+                    model.put(out / "metrics.jsonl", line, say)
                 if cfg.dry_run and (last or step == 6):
                     return report(configs, parameters, flops, line["pictures/s"], peak, device)
 
@@ -495,11 +520,11 @@ def main(argv: list[str]) -> None:
                     line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 if writes:
-                    put(out / "metrics.jsonl", line)
+                    model.put(out / "metrics.jsonl", line, say)
             if sample and writes:
                 with autocast:
-                    grid = sample_grid(state.ema, text, prompts, cfg.size, device)
-                put(out / "samples" / f"{step:06d}.png", data.contact_sheet(grid, prompts))
+                    grid = sample_grid(state.ema, text, shown, device)
+                model.put(out / "samples" / f"{step:06d}.png", model.contact_sheet(grid, shown["captions"]), say)
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -511,17 +536,18 @@ def main(argv: list[str]) -> None:
                 if replaced <= 10 or replaced % 1000 == 0:
                     say(f"warning: {note}; replaced")
             for start in range(0, per_rank, micro):
-                rows = slice(start, start + micro)
-                positions, captions = batch["positions"][rows], batch["captions"][rows]
+                part = {name: value[start:start + micro] for name, value in batch.items()}
+                positions = part["positions"]
                 u, kept, keys = draws(cfg.seed, "noise", positions, cfg.uncond_prob)
-                x0 = scaled(batch["picture"][rows], device)
+                x0 = scaled(part["picture"], device)
                 eps = diffusion.gaussian(keys, x0.shape[1:], device)
                 u = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size).to(device)
                 t, weight = net.draw_t(u)
-                condition = condition_of(text, captions, device, kept)
+                condition = condition_of(net, text, part, device, cfg.seed, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    put(out / "first_batch.png", first_batch(x0, x_t, t, captions, kept))
+                    sheet = first_batch(x0, x_t, t, part["captions"], kept, condition.get("lowres"))
+                    model.put(out / "first_batch.png", sheet, say)
                 with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)

@@ -18,7 +18,7 @@ import model
 from model import PRESETS, ModelConfig, UNet, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from text_encoder import TextConfig, load_text_encoder
 
-SMALL = ModelConfig(32, (1, 2), 1, (8,), head_dim=16, patch=2)
+SMALL = ModelConfig(32, (1, 2), (1,), (8,), head_dim=16, patch=2)
 SIZE, L, D, P = 16, 12, 32, 20
 
 
@@ -44,14 +44,16 @@ def make_batch(batch=3, size=SIZE, tokens=(5, 12, 1), seed=1) -> dict[str, torch
 # ----------------------------------------------------------------------------------------------- the U-Net
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameters_and_flops_are_those_of_the_table(name):
+@pytest.mark.parametrize(("stage", "name"), PRESETS)
+def test_parameters_and_flops_are_those_of_the_table(stage, name):
     source = Path(model.__file__).read_text()
-    row = re.search(rf'^ *"{name}":.*#\s+([\d.]+) M\s+([\d.]+) GFLOPs$', source, re.M)
+    row = re.search(rf'^ *\({stage}, "{name}"\):.*#\s+([\d.]+) M\s+([\d.]+) GFLOPs$', source, re.M)
+    small = {64: 0, 256: 64, 1024: 256}[stage]
     with torch.device("meta"):
-        unet = UNet(PRESETS[name], 64, 128, 128)
-        flops = model.count_flops(unet, torch.empty(1, 3, 64, 64), torch.empty(1), torch.empty(1, 128, 128),
-                                  torch.empty(1, 128, dtype=torch.bool), torch.empty(1, 128))
+        unet = UNet(PRESETS[stage, name], stage, 128, 128, lowres=3 if small else 0)
+        lowres = {"lowres": torch.empty(1, 3, small, small), "lowres_t": torch.empty(1)} if small else {}
+        flops = model.count_flops(unet, torch.empty(1, 3, stage, stage), torch.empty(1), torch.empty(1, 128, 128),
+                                  torch.empty(1, 128, dtype=torch.bool), torch.empty(1, 128), **lowres)
     counted = sum(p.numel() for p in unet.parameters()) / 1e6, flops / 1e9
     for text, number in zip(row.groups(), counted):
         assert text == f"{number:.{len(text.partition('.')[2])}f}"
@@ -71,11 +73,11 @@ def test_flops_are_the_same_on_the_cpu_and_grow_with_the_batch():
 
 
 @pytest.mark.parametrize(("config", "size", "out"), [
-    (SMALL, 16, 3), (ModelConfig(32, (1, 2), 1, (16,), 16, 2), 32, 6),
-    (ModelConfig(32, (1,), 1, (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), 2, (16, 4), 8, 1), 16, 3),
-    (PRESETS["tiny"], 64, 3)])
+    (SMALL, 16, 3), (ModelConfig(32, (1, 2), (1,), (16,), 16, 2), 32, 6),
+    (ModelConfig(32, (1,), (1,), (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), (2,), (16, 4), 8, 1), 16, 3),
+    (PRESETS[64, "tiny"], 64, 3)])
 def test_shapes_are_those_of_the_docstring(config, size, out):
-    y = make_unet(config, size, out_channels=out)(**make_batch(2, size))
+    y = make_unet(config, size, learn_sigma=out == 6)(**make_batch(2, size))
     assert y.shape == (2, out, size, size)
     assert y.dtype == torch.float32
     assert y.isfinite().all()
@@ -116,7 +118,7 @@ def test_prompt_padded_to_32_or_128_tokens_gives_the_same_output_alone_or_in_a_b
     torch.manual_seed(0)
     encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D)) for n in (32, 128)]
     encoders[1].load_state_dict(encoders[0].state_dict())
-    unet, noisy = make_unet(ModelConfig(32, (1, 2), 1, (8,), 16, 2)), make_batch()
+    unet, noisy = make_unet(SMALL), make_batch()
     unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
     prompts = ["a red house", "ein grünes Haus am Meer", ""]
 
@@ -239,7 +241,8 @@ def test_any_height_and_width_that_divide_are_legal():
     ({"patch": 0}, 64, "--patch 0 must be at least 1"),
     ({"channel_mult": ()}, 64, "--channel-mult () must be at least 1"),
     ({"channel_mult": (1, 0)}, 64, "--channel-mult (1, 0) must be at least 1"),
-    ({"num_res_blocks": -1}, 64, "--num-res-blocks -1 must be at least 1"),
+    ({"num_res_blocks": (-1,)}, 64, "--num-res-blocks (-1,) must be at least 1"),
+    ({"num_res_blocks": (1, 2, 3)}, 64, "--num-res-blocks (1, 2, 3) must be one number, or 2 as --channel-mult"),
     ({}, 65, "--size 65 must be a multiple of 8 for this model. Try 64 or 72"),
     ({}, 4, "--size 4 must be a multiple of 8 for this model. Try 8 or 16"),
     ({"channels": 16}, 64, "--channels 16 must be a multiple of 32. Try 32"),
