@@ -29,7 +29,8 @@ import model
 import text_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LISTS, FILES = ("guidance_scale", "steps", "sampler", "threshold", "seed"), ("autoguide", "init", "mask")
+LISTS = {"guidance_scale": float, "steps": int, "sampler": str, "threshold": str, "seed": int}  # one a stage
+FILES = ("autoguide", "init", "mask")
 
 
 def die(message: object) -> typing.NoReturn:
@@ -43,15 +44,12 @@ def warn(message: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- checkpoint to stage
-
-
 @dataclass
 class Stage:
     """What a checkpoint holds, ready to draw."""
     unet: nn.Module
     text: nn.Module
     schedule: diffusion.Schedule
-    small_schedule: diffusion.Schedule  # of the low-resolution pictures
     config: diffusion.DiffusionConfig
     data: data.DataConfig
     size: int  # side of the pictures [pixels]
@@ -63,19 +61,17 @@ class Stage:
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
-    runs = [p.parent for p in root.glob("*/checkpoints") if model.checkpoint_folders(p.parent)]
-    runs.sort(key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime)
-    recipes = [json.loads((run / "config.json").read_text("utf-8")) for run in runs]
-    ways = {run: (recipe["DataConfig"].get("lowres", 0), recipe["TrainConfig"]["size"])
-            for run, recipe in zip(runs, recipes)}
-    starts = [below for below, _ in ways.values() if bool(below) == lowres]
-    if not starts:
+    runs, ways = [p.parent for p in root.glob("*/checkpoints") if model.checkpoint_folders(p.parent)], {}
+    for run in sorted(runs, key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime):
+        recipe = json.loads((run / "config.json").read_text("utf-8"))
+        ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]     # the newest wins
+    path, at = [], min((below for below in ways if bool(below) == lowres), default=-1)
+    while at in ways and (at != stop_at or not path):
+        run, at = ways[at]
+        path.append(run)
+    if not path:
         raise ValueError(f"no checkpoint in {root}/{' that enlarges pictures' * lowres}. Train one first: "
                          f"python train.py --size {256 if lowres else 64}")
-    path, at = [], min(starts)
-    while (at != stop_at or not path) and (upwards := [run for run in runs if ways[run][0] == at]):
-        path.append(upwards[-1])
-        at = ways[upwards[-1]][1]
     if stop_at not in (0, at):
         raise ValueError(f"--stop-at {stop_at}: the stages in {root}/ end at {at}")
     return path
@@ -106,7 +102,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]))
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        schedules = [diffusion.make_schedule(config, side) for side in (size, pictures.lowres or size)]
+        schedule = diffusion.make_schedule(config, size)
         planes, small = (len(data.MODES[mode]) for mode in (pictures.mode, pictures.lowres_mode))
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
                           small if pictures.lowres else 0, config.learn_sigma)
@@ -118,16 +114,14 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         raise ValueError(f"the text encoder is {text.fingerprint}, {path} was trained with {meta['text']}. "
                          "Put that one in its place")
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    return Stage(unet, text, *schedules, config, pictures, size, device, step, digest=meta["sha256"])
+    return Stage(unet, text, schedule, config, pictures, size, device, step, digest=meta["sha256"])
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
-
-
 @dataclass
 class Settings:
     """How pictures are drawn: a field is a keyword of `generate`, a flag, and a note in the PNG."""
-    guidance_scale: float = 3.0  # guidance scale, 1 = none; 5,2 = of the first and the second stage, 1 above
+    guidance_scale: float = 3.0  # guidance scale, 1 = none; 5,2 = of the base and the next stage, 1 above
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance [0..1]
     guidance_rescale: float = 0.0  # share of the contrast it adds that is taken back [0..1]
     apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain guidance
@@ -188,12 +182,10 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of
     Settings. Raises ValueError where these do not fit together, and when the network's output is not finite.
     """
-    s, done = Settings(**settings), []
-    shape = len(data.MODES[stage.data.mode]), stage.size, stage.size
-    side, found = stage.data.lowres, 0 if lowres is None else lowres.shape[-1]
-    if side != found:
-        raise ValueError(f"a stage of {side} -> {stage.size} pixels was given {found}. "
-                         "Name the stages in order by --ckpt, or add --lowres PICTURE to the first")
+    s, shape, done = Settings(**settings), (len(data.MODES[stage.data.mode]), stage.size, stage.size), []
+    if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
+        raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
+                         "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
     times = s.strength * (diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps))
     if (s.mask or s.strength != 1) and not s.init:
         raise ValueError("--mask and --strength need a picture to start from. Add --init PICTURE")
@@ -215,10 +207,11 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
                                           for seed in seeds[start:start + batch_size]])
                             for purpose in ("sample", "lowres"))
         x, small = diffusion.gaussian(keys, shape, stage.device), {}                      # (B, 3, H, W)
-        if side:
+        if found:
             clean, t = lowres[start:start + batch_size].to(x) / 127.5 - 1, x.new_full((len(x),), s.aug)
             eps = diffusion.gaussian(small_keys, clean.shape[1:], stage.device)
-            small = {"lowres": diffusion.noised(clean, eps, t, stage.small_schedule), "lowres_t": t}
+            its = diffusion.make_schedule(stage.config, found)
+            small = {"lowres": diffusion.noised(clean, eps, t, its), "lowres_t": t}
         noise = diffusion.noise_source(keys, shape, stage.device)
         run = partial(sampler, **options)
         if s.init:
@@ -237,8 +230,6 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
 
 
 # --------------------------------------------------------------------------------------- pictures to files
-
-
 def to_image(picture: Tensor) -> Image.Image:
     """uint8 (3 or 1, H, W) -> RGB."""
     return Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -280,13 +271,6 @@ def save_png(image: Image.Image, path: Path, notes: dict) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- the command line
-
-
-def listed(kind: type, text: str) -> tuple:
-    """One value, or a comma list of them for the stages of a cascade."""
-    return tuple(kind(value) for value in text.split(","))
-
-
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked; a mistake in it ends the program in one line."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -295,7 +279,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add = p.add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--prompts", metavar="FILE", help="a file of prompts, one a line")
-    add("--ckpt", default="", help="run, checkpoint or its ema.safetensors; a,b: stages; empty: newest of runs")
+    add("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
     add("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [pixels]")
     add("--lowres", default="", metavar="PICTURE", help="enlarge this one instead of drawing the first")
     add("--keep-stages", action=argparse.BooleanOptionalAction, default=False, help="write those below, too")
@@ -304,12 +288,11 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
         flag = {"guidance_scale": "guidance", "steps": "sample_steps"}.get(f.name, f.name)
-        kind = {"nargs": 2, "type": float} if isinstance(f.default, tuple) else {"type": type(f.default)}
-        kind["default"] = f.default if f.name != "guidance_scale" or "--lowres" not in argv else 1.0
-        if f.name in LISTS:
-            kind = {"type": partial(listed, kind["type"]), "default": str(kind["default"])}
-        add(f"--{flag.replace('_', '-')}", dest=f.name, help=helps[f.name], **kind)
-    add("--seed", type=partial(listed, int), default="0", help="of the noise")
+        two = {"nargs": 2} if isinstance(f.default, tuple) else {}
+        kind = float if two else str if f.name in LISTS else type(f.default)
+        flag = flag.replace("_", "-")
+        add(f"--{flag}", dest=f.name, type=kind, default=f.default, help=helps[f.name], **two)
+    add("--seed", default=0, help="of the noise")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", action=argparse.BooleanOptionalAction, default=False, help="one sheet with captions")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [images]")
@@ -322,15 +305,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
               "ema": (0, 0.28), "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000),
               "aug": (0, 1), "stop_at": (0, 4096), "seed": (0, 2**63 - 1), "n": (1, 10000),
               "batch_size": (1, 4096)}
+    flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
+    for name, kind in LISTS.items():
+        try:
+            setattr(args, name, tuple(map(kind, str(getattr(args, name)).split(","))))
+        except ValueError:
+            die(f"{flags[name]} {getattr(args, name)} is not a number, or a number a stage such as 5,2")
     args.guidance_scale += (1.0,)                              # above the stages that it is given for
     if wrong := set(args.sampler) - set(diffusion.SAMPLERS):
         die(f"--sampler {wrong.pop()} is not one of {', '.join(diffusion.SAMPLERS)}")
     for word in args.threshold:
         if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word):
             die(f"--threshold {word} is not static, none or a percentile such as 0.995")
-    flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
     for name, (least, most) in limits.items():
-        for value in v if isinstance(v := getattr(args, name), tuple) else (v,):
+        for value in getattr(args, name) if name in LISTS else [getattr(args, name)]:
             if not least <= value <= most:                     # a nan is outside, too
                 die(f"{flags[name]} {value} is outside {least} to {most}")
     return args
@@ -352,11 +340,11 @@ def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device
     stage = load_stage(path, device, args.ema)
     at = {name: values[min(i, len(values) - 1)] for name in LISTS for values in [getattr(args, name)]}
     settings = {f.name: at.get(f.name, getattr(args, f.name)) for f in fields(Settings)}
-    if i:                                                      # these are of the first stage
+    if i > bool(args.lowres):                                  # these are of the first stage
         settings |= {f.name: f.default for f in fields(Settings) if f.name in (*FILES, "strength")}
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
-    if args.lowres and not i:
+    if args.lowres and below is None:
         below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
     if below is not None:
         images = [to_image(picture).convert(data.MODES[stage.data.lowres_mode]) for picture in below]
@@ -374,15 +362,15 @@ def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device
 
 def write(pictures: Tensor, prompts: list[str], seeds: list[int], args: argparse.Namespace, notes: dict):
     """Pictures, or one sheet of them, into the folder or under the name of --out."""
-    out = Path(args.out)
-    folder, file = (out.parent, out) if out.suffix.lower() == ".png" else (out, None)
+    file = Path(args.out) if args.out.lower().endswith(".png") else None
     if args.grid:
         columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
         sheet = model.contact_sheet(pictures, prompts, columns)
-        print(save_png(sheet, file or folder / "grid.png", notes | {"prompts": prompts, "seeds": seeds}))
+        notes = notes | {"prompts": prompts, "seeds": seeds}
+        print(save_png(sheet, file or Path(args.out, "grid.png"), notes))
         return
     for picture, prompt, seed in zip(pictures, prompts, seeds):
-        name = file or folder / f"{file_name(prompt)}.png"
+        name = file or Path(args.out, f"{file_name(prompt)}.png")
         print(save_png(to_image(picture), name, notes | {"prompt": prompt, "seed": seed}))
 
 
@@ -399,10 +387,10 @@ def main(argv: list[str]) -> None:
     if not all(prompt.strip() for prompt in wanted):
         print("note: empty prompt, drawing without one")
     prompts, pictures, notes = [prompt for prompt in wanted for _ in range(args.n)], None, {}
-    for i, path in enumerate(paths):
-        below = {"below": notes} if i else {}
+    for i, path in enumerate(paths, start=bool(args.lowres)):
+        below = {"below": notes} if notes else {}
         pictures, seeds, notes = run_stage(path, i, args, device, prompts, pictures)
-        if args.keep_stages or i == len(paths) - 1:
+        if args.keep_stages or path == paths[-1]:
             write(pictures, prompts, seeds, args, notes | below)
         notes |= {"seeds": seeds, **below}
 
