@@ -59,19 +59,19 @@ class ModelConfig:
 # Stage (base, up to 256 pixels, above), --model. Of the U-Net alone, for one whole picture of 64, 256 or 1024
 # pixels, of 64 or 256 below it, with 128 text tokens of width 128; a test counts them again.
 PRESETS = {stage: ModelConfig(*row) for stage, row in {
-    # channels, levels, blocks, attention at, head, patch, efficient, local         # parameters, forward
-    (64, "tiny"):   (128, (1,),         (2,),         (),          32, 8),          #   4.9 M 0.460 GFLOPs
-    (64, "small"):  (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1),          #  62.8 M    50 GFLOPs
-    (64, "base"):   (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1),          #   306 M   202 GFLOPs
-    (64, "large"):  (384, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1),          #  1221 M   779 GFLOPs
-    (256, "tiny"):  (64,  (1, 2),       (1, 2),       (),          32, 4, True, True),#   4.1 M  8.82 GFLOPs
-    (256, "small"): (64,  (1, 2, 4, 8), (2, 4, 4, 4), (16,),       64, 2, True),    #   104 M   119 GFLOPs
-    (256, "base"):  (128, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, True),    #   718 M   694 GFLOPs
-    (256, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, True),    #  1616 M  1555 GFLOPs
-    (1024, "tiny"): (64,  (1, 2),       (1, 2),       (),          32, 8, True, True),#   4.3 M  43.3 GFLOPs
-    (1024, "small"): (64,  (1, 2, 4, 8), (2, 4, 4, 4), (),          64, 2, True, True),#  92.0 M  1774 GFLOPs
-    (1024, "base"): (128, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, True, True),#   627 M 10300 GFLOPs
-    (1024, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, True, True),#  1410 M 23157 GFLOPs
+    #                channels, levels, blocks, attention, head, patch, efficient, local# weights, forward
+    (64, "tiny"):    (128, (1,),         (2,),         (),          32, 8),           #  4.9 M 0.460 GFLOPs
+    (64, "small"):   (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1),           # 62.8 M    50 GFLOPs
+    (64, "base"):    (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1),           #  306 M   202 GFLOPs
+    (64, "large"):   (384, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1),           # 1221 M   779 GFLOPs
+    (256, "tiny"):   (64,  (1, 2),       (1, 2),       (),          32, 4, True, True),#  4.1 M  8.82 GFLOPs
+    (256, "small"):  (64,  (1, 2, 4, 8), (2, 4, 4, 4), (16,),       64, 2, True),     #  104 M   119 GFLOPs
+    (256, "base"):   (128, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, True),     #  718 M   694 GFLOPs
+    (256, "large"):  (192, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, True),     # 1616 M  1555 GFLOPs
+    (1024, "tiny"):  (64,  (1, 2),       (1, 2),       (),          32, 8, True, True),#  4.3 M  43.3 GFLOPs
+    (1024, "small"): (64,  (1, 2, 4, 8), (2, 4, 4, 4), (),          64, 2, True, True),# 92.0 M  1774 GFLOPs
+    (1024, "base"):  (128, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, True, True),#  627 M 10300 GFLOPs
+    (1024, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, True, True),# 1410 M 23157 GFLOPs
 }.items()}
 
 
@@ -172,9 +172,9 @@ class UNet(nn.Module):
     """Text-conditioned U-Net: the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, text as extra keys.
 
     With config.efficient that of the Efficient U-Net (Saharia et al. 2022, arXiv:2205.11487, appendix B and
-    figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2). size: side
-    of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres: of the
-    low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
+    figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2).
+    size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
+    of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
     activations in the backward pass.
     """
@@ -503,6 +503,7 @@ class State:
         self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
         self.weights = list(net.parameters())
+        self.counted = next(p for p in self.weights if p.requires_grad)       # --train-only freezes some
         self.profiles = {w: [p.detach().clone() for p in self.weights] for w in PROFILES if snapshots}
         self.averages = [(0.0, ema_decay, list(self.ema.parameters())),       # exponent, cap of the decay
                          *((exponent(width), 1.0, average) for width, average in self.profiles.items())]
@@ -530,7 +531,7 @@ class State:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        n = self.optimizer.state[self.weights[0]]["step"].clamp(min=1)        # without skipped ones
+        n = self.optimizer.state[self.counted]["step"].clamp(min=1)           # without skipped ones
         for power, cap, average in self.averages:
             weight = -torch.expm1((power + 1) * torch.log1p(-1 / n))          # 1 - decay, with all its digits
             delta = torch._foreach_sub(self.weights, average)
@@ -584,6 +585,39 @@ class State:
                 self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
+
+
+def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """Path, weights and meta of a run (its newest checkpoint that verifies), a checkpoint or a file."""
+    if path.is_dir() and not (path / "ema.safetensors").exists():
+        found = load_checkpoint(path, warn=warn)
+        if found is None:
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
+                             "Name a run directory")
+        folder, (tensors,), meta = found
+        return folder, tensors, meta
+    return path, *load_tensors(path / "ema.safetensors" if path.is_dir() else path)
+
+
+@torch.no_grad()
+def warm_start(net: nn.Module, tensors: dict[str, Tensor], reinit: str = "") -> str:
+    """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
+
+    Returns a report: how many were copied, which were sliced, which are new, which had no place.
+    """
+    found = {"copied": [], "sliced": [], "new": []}
+    for name, p in net.state_dict().items():
+        old = tensors.get(name)
+        if old is None or old.ndim != p.ndim or (reinit and re.search(reinit, name)):
+            found["new"].append(name)
+            continue
+        part = tuple(slice(min(sides)) for sides in zip(old.shape, p.shape))
+        p[part] = old[part].to(p)                              # a state_dict holds the weights themselves
+        found["copied" if old.shape == p.shape else "sliced"].append(name)
+    found["unused"] = sorted(tensors.keys() - net.state_dict().keys())
+    names = {kind: " ".join(["", *(found[kind] if kind != "copied" else [])][:9]) for kind in found}
+    return ", ".join(f"{len(found[kind])} {kind}{':' * bool(names[kind])}{names[kind]}" for kind in found)
 
 
 def versions() -> dict[str, str]:

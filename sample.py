@@ -83,15 +83,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
     ema: width of another average of the weights, see model.reconstruct; 0 = the one in the checkpoint.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code.
     """
-    if path.is_dir() and not (path / "ema.safetensors").exists():
-        found = model.load_checkpoint(path, warn=warn)
-        if found is None:
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
-                             "Name a run directory")
-        path, (tensors,), meta = found
-    else:
-        tensors, meta = model.load_tensors(path / "ema.safetensors" if path.is_dir() else path)
+    path, tensors, meta = model.read(path, warn)
     if ema:
         run = (path if path.is_dir() else path.parent).resolve().parents[1]
         tensors |= model.reconstruct(run / "profiles", int(meta["step"]), ema, warn)

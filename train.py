@@ -41,6 +41,9 @@ class TrainConfig:
     size: int = 64                # side of the pictures [pixels]
     model: Literal["tiny", "small", "base", "large"] = "tiny"  # row of presets; small where there is a GPU
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
+    init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
+    reinit: str = ""              # but not these: a regular expression of names
+    train_only: str = ""          # train these weights alone: a regular expression of names
     steps: int = 5000             # updates of the whole run [steps]
     batch_size: int = 32          # pictures of one update, all ranks together [images]
     micro_batch: int = 0          # pictures of one forward pass on one rank, 0 = no accumulation [images]
@@ -70,7 +73,7 @@ class TrainConfig:
 
 
 # What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
-LADDER = {256: 64, 1024: 256}     # --size: --lowres
+LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
 MOVED = ("steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop")
 PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
     (64, "tiny"):    (3800,      32, 2e-3,     50,     2500, 0.995,  "x0", 32,   0),
@@ -94,9 +97,9 @@ SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "
          "mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
+          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
           "max_aug": (0, 1), "lowres": (0, 4096), "crop": (0, 4096), "min_size": (1, 2**16),
-          "min_crop": (0.01, 1), "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6),
-          "profiles": (0, 99)}
+          "min_crop": (0.01, 1)}
 BUCKETS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -193,6 +196,9 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
         near = max(1, cfg.batch_size // unit) * unit
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide over {world} ranks x micro-batch "
                          f"{cfg.micro_batch or 1}. Try {near} or {near + unit}")
+    for flag, pattern in {"reinit": cfg.reinit, "train-only": cfg.train_only}.items():
+        try: re.compile(pattern)
+        except re.error as e: raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
@@ -343,9 +349,8 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
 
 
 @torch.no_grad()
-def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Tensor:
-    """Pictures of fixed prompts with fixed noise, uint8 (N, 3, H, W); beside one made of a low-resolution
-    picture stand that and the true one."""
+def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Image.Image:
+    """Pictures of fixed prompts with fixed noise; beside an enlarged one what it was, and the truth."""
     condition = net.encode(**condition_of(net, text, shown, device))
     upsampling = "lowres" in condition
     denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition,
@@ -353,7 +358,8 @@ def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) ->
     keys, shape = draws(0, "samples", shown["positions"])[2], shown["picture"].shape[1:]
     x, noise = diffusion.gaussian(keys, shape, device), diffusion.noise_source(keys, shape, device)
     drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
-    return pictures(model.side_by_side(drawn, *[scaled(shown["picture"], device)] * upsampling, **condition))
+    views = model.side_by_side(drawn, *[scaled(shown["picture"], device)] * upsampling, **condition)
+    return model.contact_sheet(pictures(views), shown["captions"])
 
 
 def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
@@ -376,8 +382,7 @@ def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, w
 
 
 def number(x: Tensor | float) -> float:
-    """Six digits are enough for a log."""
-    return float(f"{float(x):.6g}")
+    return float(f"{float(x):.6g}")                                           # enough digits for a log
 
 
 def report(configs: Configs, parameters: int, flops: float, speed: float, peak: float, device) -> None:
@@ -423,7 +428,12 @@ def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
-    return text, Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    for name, p in net.named_parameters():
+        p.requires_grad_(bool(re.search(cfg.train_only, name)))
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"--train-only {cfg.train_only} is none of the weights, such as {name}")
+    return text, net
 
 
 def main(argv: list[str]) -> None:
@@ -438,6 +448,8 @@ def main(argv: list[str]) -> None:
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
+    if cfg.init and not (cfg.dry_run or model.checkpoint_folders(out)):
+        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
@@ -524,7 +536,7 @@ def main(argv: list[str]) -> None:
             if sample and writes:
                 with autocast:
                     grid = sample_grid(state.ema, text, shown, device)
-                model.put(out / "samples" / f"{step:06d}.png", model.contact_sheet(grid, shown["captions"]), say)
+                model.put(out / "samples" / f"{step:06d}.png", grid, say)
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return

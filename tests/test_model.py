@@ -52,8 +52,9 @@ def test_parameters_and_flops_are_those_of_the_table(stage, name):
     with torch.device("meta"):
         unet = UNet(PRESETS[stage, name], stage, 128, 128, lowres=3 if small else 0)
         lowres = {"lowres": torch.empty(1, 3, small, small), "lowres_t": torch.empty(1)} if small else {}
-        flops = model.count_flops(unet, torch.empty(1, 3, stage, stage), torch.empty(1), torch.empty(1, 128, 128),
-                                  torch.empty(1, 128, dtype=torch.bool), torch.empty(1, 128), **lowres)
+        flops = model.count_flops(unet, torch.empty(1, 3, stage, stage), torch.empty(1),
+                                  torch.empty(1, 128, 128), torch.empty(1, 128, dtype=torch.bool),
+                                  torch.empty(1, 128), **lowres)
     counted = sum(p.numel() for p in unet.parameters()) / 1e6, flops / 1e9
     for text, number in zip(row.groups(), counted):
         assert text == f"{number:.{len(text.partition('.')[2])}f}"
@@ -242,7 +243,8 @@ def test_any_height_and_width_that_divide_are_legal():
     ({"channel_mult": ()}, 64, "--channel-mult () must be at least 1"),
     ({"channel_mult": (1, 0)}, 64, "--channel-mult (1, 0) must be at least 1"),
     ({"num_res_blocks": (-1,)}, 64, "--num-res-blocks (-1,) must be at least 1"),
-    ({"num_res_blocks": (1, 2, 3)}, 64, "--num-res-blocks (1, 2, 3) must be one number, or 2 as --channel-mult"),
+    ({"num_res_blocks": (1, 2, 3)}, 64, "--num-res-blocks (1, 2, 3) must be one number, or 2 as "
+                                         "--channel-mult"),
     ({}, 65, "--size 65 must be a multiple of 8 for this model. Try 64 or 72"),
     ({}, 4, "--size 4 must be a multiple of 8 for this model. Try 8 or 16"),
     ({"channels": 16}, 64, "--channels 16 must be a multiple of 32. Try 32"),
@@ -255,6 +257,94 @@ def test_a_shape_that_cannot_be_built_is_named(options, size, message):
     with pytest.raises(ValueError) as e:
         UNet(ModelConfig(**{"channels": 64, "channel_mult": (1, 2), "patch": 4, **options}), size, D, P)
     assert str(e.value) == message
+
+
+# ------------------------------------------------------------------------------------------ super-resolution
+
+LOCAL = ModelConfig(32, (1, 2), (1, 2), (), head_dim=16, patch=2, efficient=True, local=True)
+
+
+def make_lowres(batch=3, side=4, seed=2) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"lowres": torch.randn(batch, 3, side, side, generator=g),
+            "lowres_t": torch.rand(batch, generator=g)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [SMALL, LOCAL])
+def test_text_and_low_resolution_picture_and_its_level_reach_the_output(config):
+    unet, batch = make_unet(config, lowres=3), make_batch() | make_lowres()
+    out = unet(**batch)
+    assert out.shape == batch["x_t"].shape
+    for key in ("context", "pooled", "t", "x_t", "lowres", "lowres_t"):
+        moved = batch | {key: batch[key] + 0.5 * torch.randn(batch[key].shape)}
+        assert ((unet(**moved) - out).flatten(1).abs().amax(1) > 1e-3).all(), key
+
+
+def test_a_grey_picture_can_be_made_of_colours_and_colours_of_grey():
+    for planes, small in ((1, 3), (3, 1), (1, 1)):
+        unet = make_unet(LOCAL, planes=planes, lowres=small)
+        batch = make_batch() | make_lowres()
+        batch["x_t"], batch["lowres"] = batch["x_t"][:, :planes], batch["lowres"][:, :small]
+        if small <= planes:
+            assert unet(**batch).shape == batch["x_t"].shape
+
+
+@torch.no_grad()
+def test_a_local_network_draws_a_crop_as_it_draws_the_whole():
+    """No grid: away from the border of a crop, what is outside it does not count."""
+    config = ModelConfig(32, (1,), (1,), (), head_dim=16, patch=4, efficient=True, local=True)
+    unet = make_unet(config, 256, lowres=3)
+    batch = make_batch(1, 256) | make_lowres(1, 64)
+    whole = unet(**batch)
+    part = batch | {"x_t": batch["x_t"][..., 16:240, 16:240], "lowres": batch["lowres"][..., 4:60, 4:60]}
+    inside = (unet(**part)[..., 96:128, 96:128] - whole[..., 112:144, 112:144]).abs().max()
+    assert inside < 1e-4 < whole.std()
+    plain = make_unet(ModelConfig(32, (1,), (1,), (), 16, 4, True), 256, lowres=3)
+    far = (plain(**part)[..., 96:128, 96:128] - plain(**batch)[..., 112:144, 112:144]).abs().max()
+    assert far > 1e-3                                        # norms, places and attention see the whole
+
+
+def test_both_layouts_have_the_same_weights_and_the_efficient_one_less_work():
+    shapes, flops = [], []
+    for efficient in (False, True):
+        with torch.device("meta"):
+            unet = UNet(ModelConfig(32, (1, 2, 4), (1, 2, 3), (), 32, 2, efficient), 64, D, P, lowres=3)
+            batch = make_batch(1, 64) | make_lowres(1, 16)
+            flops.append(model.count_flops(unet, **{k: v.to("meta") for k, v in batch.items()}))
+        shapes.append({name: p.shape for name, p in unet.named_parameters()})
+    assert shapes[0] == shapes[1]
+    assert flops[1] < 0.9 * flops[0]
+
+
+@pytest.mark.parametrize(("crop", "lowres", "local", "message"), [
+    (0, 48, True, "--size 64 is not a multiple of --lowres 48. Try --lowres 16"),
+    (0, 64, True, "--size 64 is not a multiple of --lowres 64. Try --lowres 16"),
+    (32, 16, False, "--crop 32 is for a network that sees no whole picture. Add --local"),
+    (30, 16, True, "--crop 30 must be a multiple of 4 for this model. Try 28 or 32"),
+    (128, 16, True, "--crop 128 is not a multiple of 4 up to 64. Try 16"),
+    (36, 8, True, "--crop 36 is not a multiple of 8 up to 64. Try 16")])
+def test_a_stage_that_cannot_be_is_named(crop, lowres, local, message):
+    with pytest.raises(ValueError) as e:
+        model.check_shape(ModelConfig(32, (1, 2), (1,), (), 16, 2, True, local), 64, crop, lowres)
+    assert str(e.value) == message
+
+
+def test_a_warm_start_copies_slices_and_reports():
+    wider = ModelConfig(32, (1, 4), (1,), (8,), 16, 2)
+    old, new = make_unet(SMALL, seed=3), make_unet(wider, lowres=3, seed=4)
+    tensors = old.state_dict() | {"gone": torch.zeros(2)}
+    before = {name: p.clone() for name, p in new.state_dict().items()}
+    report = model.warm_start(new, tensors, reinit="^null$")
+    assert torch.equal(new.time[0].weight, old.time[0].weight)
+    assert torch.equal(new.conv_in.weight[:, :24], old.conv_in.weight[:, :24])
+    assert torch.equal(new.conv_in.weight[:, 24:], before["conv_in.weight"][:, 24:])
+    assert torch.equal(new.null, before["null"])
+    assert torch.equal(new.gains.weight, before["gains.weight"])
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (copied|sliced|new|unused)", report)}
+    assert counts["copied"] + counts["sliced"] + counts["new"] == len(before)
+    assert counts["unused"] == 1
+    assert "unused: gone" in report
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
