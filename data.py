@@ -16,7 +16,6 @@ import re
 import signal
 import sys
 import tarfile
-import textwrap
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator
@@ -28,14 +27,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")     # beside pictures, only .txt and .json are read
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # by content: other parsers are out of reach
-MAX_PIXELS, MIN_SIDE = 64 * 2**20, 8      # a larger picture, or a shorter side, is refused before decoding
-MAX_TRIES = 20               # unreadable pictures in a row before giving up
-MAX_CAPTION = 2000           # a longer caption is cut [characters]
+MAX_PIXELS = 64 * 2**20                   # a larger picture is refused before decoding
+MAX_TRIES, MAX_CAPTION = 20, 2000         # unreadable pictures in a row; a longer caption is cut [characters]
 ENDLESS = 2**40              # built-in pictures
+VIEWS, MODES = ("picture", "lowres"), {"colour": "RGB", "grey": "L"}    # a channel a letter
 
 
 @dataclass
@@ -45,6 +44,12 @@ class DataConfig:
     held_out: int = 1024  # kept for validation, at most 1 in 20 of a source, none with --limit [images]
     min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0..1]
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
+    min_size: int = 8  # a picture that gives a smaller square is refused before decoding [pixels]
+    mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
+    lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [pixels]
+    lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
+    blur: tuple[float, ...] = (0.0, 0.4, 0.6)  # share of the small pictures that is blurred; sigmas [pixels]
+    crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [pixels]
 
 
 # ---------------------------------------------------------------------------------- the order of the data
@@ -56,7 +61,6 @@ def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
 
 def permute(index: int, n: int, key: bytes) -> int:
     """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`: no state, no table.
-
     A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and Rogaway 2002).
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
@@ -72,7 +76,6 @@ def permute(index: int, n: int, key: bytes) -> int:
 
 def interleave(position: int, weights: list[int]) -> tuple[int, int]:
     """The source that serves a position, and how often it has before: shares are exact within one all along.
-
     Of the first p positions a source of share w takes floor(p w); the others share the rest in the same way.
     """
     total = sum(weights)
@@ -146,6 +149,7 @@ KINDS = {
     "sign": "box wood -9 20 9 98, round shade -100 -72 100 40, round main -93 -65 93 33",
 }
 font = cache(ImageFont.load_default)
+array = lambda image: np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))    # (C, H, W)
 
 
 def scene(index: int) -> Scene:
@@ -210,7 +214,7 @@ def draw(scene: Scene, size: int) -> np.ndarray:
             at = middle[0] + step * (i - (len(scene.word) - 1) / 2), middle[1] - 16 * unit
             ink = tones["snow" if sum(main) < 350 else "ink"]
             pen.text(at, letter, ink, font(round(1.25 * step)), anchor="mm")
-    return np.ascontiguousarray(np.asarray(shrink(canvas, size)).transpose(2, 0, 1))
+    return array(shrink(canvas, size))
 
 
 def picture(index: int, size: int) -> tuple[np.ndarray, list[str]]:
@@ -224,12 +228,11 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0)
 
 
-def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
+def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5, least=8) -> np.ndarray:
     """A square of an encoded picture, uint8 (3, size, size): upright, alpha over white, 16 bits scaled to 8.
-
-    It keeps a part of the short side, placed in the rest by fractions, as stored; cut before it is resized,
-    a JPEG decoded at the smallest scale that leaves twice the size, to save memory. Raises ValueError or
-    Pillow's errors for all but a whole, sane picture in FORMATS.
+    It keeps a part of the short side, `least` pixels or more, placed in the rest by fractions, as stored; cut
+    before it is resized, a JPEG decoded at the smallest scale that leaves twice the size, to save memory.
+    Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of bombs and damaged tags: the limits are ours
@@ -238,8 +241,8 @@ def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
         except Image.UnidentifiedImageError:
             raise ValueError(f"not a whole {'/'.join(FORMATS)} picture") from None
         (width, height), short = image.size, min(image.size)
-        if width * height > MAX_PIXELS or short < MIN_SIDE:
-            raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels or under {MIN_SIDE}")
+        if width * height > MAX_PIXELS or keep * short < least:
+            raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels or under {least}")
         scale = 2 * size / (keep * short)
         image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
         side = max(1, round(keep * min(image.size)))
@@ -252,7 +255,7 @@ def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5) -> np.ndarray:
         if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.ascontiguousarray(np.asarray(shrink(image.convert("RGB"), size)).transpose(2, 0, 1))
+        return array(shrink(image.convert("RGB"), size))
 
 
 def printable(name: str) -> str:
@@ -285,7 +288,6 @@ PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2}
 
 def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
     """Samples of a list of (key, part, file, at, size): rows, keys, and how many keys were used twice.
-
     Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Of a key used
     twice only the first picture and what stands with it is kept: none ever gets another one's caption.
     """
@@ -308,7 +310,6 @@ def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
 
 def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Rows, keys and warnings of a shard. Names are only keys: nothing is extracted, no link is followed.
-
     tarfile takes a damaged header for the end without a word; a whole shard ends in at least two zero blocks.
     """
     parts, end, name = [], 0, printable(os.path.basename(path))
@@ -441,7 +442,6 @@ def parse_source(entry: str) -> tuple[str, Fraction | None]:
 
 class Pictures:
     """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys alone.
-
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
     Sources are interleaved by weight, by default their numbers of pictures. The "val" split, fixed and
     centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training.
@@ -451,8 +451,8 @@ class Pictures:
         patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
         if set(weights) != {None} and not all(weights):
             raise ValueError(f"--data {printable(' '.join(config.data))}: give all a weight above 0, or none")
-        if not 0 < config.min_crop <= 1:
-            raise ValueError(f"--min-crop {config.min_crop} is not above 0 and at most 1")
+        if not (len(config.blur) == 3 and 0 <= config.blur[0] <= 1 and 0 <= config.blur[1] <= config.blur[2]):
+            raise ValueError(f"--blur {config.blur} is not a share from 0 to 1 and two rising sigmas")
         self.sources = [Files(pattern) for pattern in patterns] or [BuiltIn()]
         self.warnings = [line for source in self.sources for line in source.warned]
         self.rows = [self.choose(source) for source in self.sources]
@@ -485,8 +485,7 @@ class Pictures:
             yield from (caption for row in rows for caption in source.captions(row))
 
     def __getitem__(self, position: int) -> dict:
-        """{"picture" uint8 (3, size, size), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.
-
+        """{"picture", "lowres" (see views), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.
         A picture that cannot be read is replaced by another one of its source, by keys again: no other
         position changes. Raises ValueError after MAX_TRIES.
         """
@@ -498,23 +497,42 @@ class Pictures:
         rng, replaced = keyed(self.seed if training else 0, self.split, position), []
         keep, right, down, which = rng.random(4).tolist()
         free = training and self.config.min_crop < 1
-        crop = (1 - keep * (1 - self.config.min_crop), right, down) if free else ()
+        crop = (1 - keep * (1 - self.config.min_crop), right, down) if free else (1.0, 0.5, 0.5)
         for _ in range(MAX_TRIES):
             row = int(rows[index])
             try:
-                shown, texts = source.show(row, self.size, *crop)
-                return {"picture": shown, "caption": texts[int(which * len(texts))] if texts else "",
-                        "key": source.key(row), "position": position, "replaced": replaced}
+                shown, texts = source.show(row, self.size, *crop, self.config.min_size)
+                return {**self.views(shown, position), "key": source.key(row), "position": position,
+                        "caption": texts[int(which * len(texts))] if texts else "", "replaced": replaced}
             except Exception as error:                      # decoders raise nearly anything on garbage
                 replaced.append(f"{source.key(row)}: {' '.join(str(error).split()) or type(error).__name__}")
                 index = int(rng.integers(len(rows)))
         raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, last {replaced[-1]}")
 
 
+    def views(self, shown: np.ndarray, position: int) -> dict[str, np.ndarray]:
+        """{"picture", "lowres" with --lowres}: made of the whole picture, cut at matching places, by keys."""
+        config, training = self.config, self.split == "train"
+        rng = keyed(self.seed if training else 0, f"{self.split} view", position)
+        right, down, blurred, sigma = rng.random(4).tolist()
+        image = Image.fromarray(shown.transpose(1, 2, 0))
+        views, cells = {"picture": image.convert(MODES[config.mode])}, config.lowres or self.size
+        if config.lowres:
+            small = shrink(image, config.lowres).convert(MODES[config.lowres_mode])
+            share, *sigmas = config.blur
+            blur = ImageFilter.GaussianBlur(float(np.interp(sigma, (0, 1), sigmas)))
+            views["lowres"] = small.filter(blur) if training and blurred < share else small
+        side = (config.crop or self.size) * cells // self.size
+        left, top = (int(x * (cells - side + 1)) for x in (right, down))
+        cut = left, top, left + side, top + side
+        return {key: array(view.crop([view.width // cells * x for x in cut])) for key, view in views.items()}
+
+
 def collect(dataset: Pictures, first: int, last: int) -> dict:
-    """The batch of the positions first..last-1, as loader() describes it, with numpy pictures."""
+    """Of positions first..last-1 {"picture", maybe "lowres", "captions", "positions", "keys", "replaced"}."""
     items = [dataset[position] for position in range(first, last)]
-    return {"picture": np.stack([item["picture"] for item in items]), "positions": list(range(first, last)),
+    views = {name: np.stack([item[name] for item in items]) for name in VIEWS if name in items[0]}
+    return {**views, "positions": list(range(first, last)),
             "captions": [item["caption"] for item in items], "keys": [item["key"] for item in items],
             "replaced": [line for item in items for line in item["replaced"]]}
 
@@ -532,8 +550,7 @@ def work(ours, pipe, dataset: Pictures, firsts: range, share: int, stop: int) ->
 
 def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
            workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
-    """Batches {"picture" uint8 (b, 3, H, W), "captions", "positions", "keys", "replaced"} of start..stop-1.
-
+    """Batches of start..stop-1: collect()'s, with the pictures, uint8 (b, channels, H, W), as tensors.
     Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Workers have a pipe
     each, read in turn: the same for any number. They are forked, safe as they touch neither torch nor CUDA,
     and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures. close() it.
@@ -576,25 +593,8 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
             if bad > dataset.config.max_bad * max(seen, 1000):
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {batch['replaced'][-1]}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
-            batch["picture"] = torch.from_numpy(batch["picture"])
-            yield batch | {"picture": batch["picture"].pin_memory()} if pin else batch
+            views = {name: torch.from_numpy(batch[name]) for name in VIEWS if name in batch}
+            yield batch | {name: view.pin_memory() if pin else view for name, view in views.items()}
     finally:
         end()
         atexit.unregister(end)
-
-
-# ---------------------------------------------------------------------------------------------- pictures out
-def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
-    """One picture of many, uint8 (N, 3, H, W), each with its caption wrapped below it."""
-    n, _, height, width = pictures.shape
-    scale = max(1, 128 // height)                               # small pictures are shown larger
-    columns, gap, text = min(columns, n), 8, font(11)
-    lines = [textwrap.wrap(c, max(8, width * scale // 6))[:3] or ["(no caption)"] for c in captions]
-    wide, high = width * scale + gap, height * scale + gap + 14 * max(map(len, lines))
-    sheet = Image.new("RGB", (gap + columns * wide, gap + -(-n // columns) * high), "white")
-    for i, tile in enumerate(np.asarray(pictures).transpose(0, 2, 3, 1)):
-        at = gap + i % columns * wide, gap + i // columns * high
-        sheet.paste(Image.fromarray(np.repeat(np.repeat(tile, scale, 0), scale, 1)), at)
-        below = at[0], at[1] + height * scale + 1
-        ImageDraw.Draw(sheet).text(below, "\n".join(lines[i]), "black", text, spacing=1)
-    return sheet

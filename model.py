@@ -1,7 +1,9 @@
 """The U-Net that predicts, its presets, and the files that hold its weights.
 
-    net = UNet(PRESETS["tiny"], size=64, text_dim=128, pooled_dim=128)
+    net = UNet(PRESETS[64, "tiny"], size=64, text_dim=128, pooled_dim=128)
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
+
+A super-resolution stage is the same network; it sees a low-resolution picture beside the noisy one.
 
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
@@ -17,16 +19,23 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import socket
 import sys
+import textwrap
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,31 +48,52 @@ from torch.utils.flop_counter import FlopCounterMode
 class ModelConfig:
     channels: int = 32  # width of the first level, a multiple of 32 [channels]
     channel_mult: tuple[int, ...] = (1, 2, 4)  # width of each level, one number a level [times --channels]
-    num_res_blocks: int = 1  # residual blocks of a level on the way down; up has one more
+    num_res_blocks: tuple[int, ...] = (1,)  # residual blocks of each level, or one number for all of them
     attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps that have attention [pixels]
     head_dim: int = 32  # width of one attention head [channels]
     patch: int = 2  # side of the squares that are folded into channels at the border [pixels]
     emb_dim: int = 512  # width of the embedding of time and text [channels]
+    efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
+    local: bool = False  # no place, norms of one position, attention to text alone: for training on crops
 
 
-# Of the U-Net alone, at 64 pixels with 128 text tokens of width 128; a test counts them again.
-PRESETS = {
-    #                 channels  levels    blocks  attention at  head patch  emb     parameters    forward
-    "tiny":  ModelConfig(32,  (1, 2, 4),    1, (),              32,  2,   512),  #    4.4 M     0.747 GFLOPs
-    "small": ModelConfig(128, (1, 2, 2, 3), 2, (16, 8),         64,  1,   512),  #   62.8 M        50 GFLOPs
-    "base":  ModelConfig(192, (1, 2, 3, 4), 3, (32, 16, 8),     64,  1,   768),  #    306 M       202 GFLOPs
-    "large": ModelConfig(384, (1, 2, 3, 4), 3, (32, 16, 8),     64,  1,  1536),  #   1221 M       779 GFLOPs
-}
+# Stage (base, up to 256 pixels, above), --model. Of the U-Net alone, for one whole picture of 64, 256 or 1024
+# pixels, of 64 or 256 below it, with 128 text tokens of width 128; a test counts them again.
+PRESETS = {stage: ModelConfig(*row) for stage, row in {
+    #                channels, levels, blocks, attention, head, patch, emb, efficient, local  weights, FLOPs
+    (64, "tiny"):    (32,  (1, 2, 4),    (1,),         (),          32, 2, 512),             #   4.4 M 0.747 G
+    (64, "small"):   (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1, 512),             #  62.8 M    50 G
+    (64, "base"):    (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 768),             #   306 M   202 G
+    (64, "large"):   (384, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 1536),            #  1221 M   779 G
+    (256, "tiny"):   (64,  (1, 2),       (1, 2),       (),          32, 4, 256, True, True), #   4.1 M  8.82 G
+    (256, "small"):  (64,  (1, 2, 4, 8), (2, 4, 4, 4), (16,),       64, 2, 256, True),       #   104 M   119 G
+    (256, "base"):   (128, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, 512, True),       #   718 M   694 G
+    (256, "large"):  (192, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, 768, True),       #  1616 M  1555 G
+    (1024, "tiny"):  (64,  (1, 2),       (1, 2),       (),          32, 8, 256, True, True), #   4.3 M  43.3 G
+    (1024, "small"): (64,  (1, 2, 4, 8), (2, 4, 4, 4), (),          64, 2, 256, True, True), #  92.0 M  1774 G
+    (1024, "base"):  (128, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 512, True, True), #   627 M 10300 G
+    (1024, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 768, True, True), #  1410 M 23157 G
+}.items()}
 
 
 # ----------------------------------------------------------------------------------------------- the U-Net
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside."""
+    """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside.
+
+    local: over the channels of one position instead, so that a crop and its whole picture are treated alike.
+    """
+    local = False
 
     def __init__(self, channels: int):
         super().__init__(min(32, max(1, channels // 16)), channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.local:
+            return super().forward(x)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (self.num_channels,), self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -77,7 +107,8 @@ class ResBlock(nn.Module):
     """Residual block with scale-shift normalisation and resampling inside.
 
     Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides
-    before the first convolution, on both branches. It takes `text` as Attention does, and does not use it.
+    before the first convolution, on both branches; "late" doubles them after the last. It takes `text` as
+    Attention does, and does not use it.
     """
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, resample: str = ""):
@@ -97,7 +128,8 @@ class ResBlock(nn.Module):
         h = self.conv1(self._resampled(F.silu(self.norm1(x))))                        # (B, c_out, H', W')
         scale, shift = self.emb(emb)[:, :, None, None].to(h.dtype).chunk(2, 1)        # (B, c_out, 1, 1)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.skip(self._resampled(x)) + self.conv2(F.silu(h))
+        h = self.skip(self._resampled(x)) + self.conv2(F.silu(h))
+        return F.interpolate(h, scale_factor=2.0, mode="nearest") if self.resample == "late" else h
 
 
 class Attention(nn.Module):
@@ -105,29 +137,33 @@ class Attention(nn.Module):
 
     The text joins the keys as in Saharia et al. 2022, arXiv:2205.11487, section 2.3. Queries and keys are
     RMS-normalised per head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the
-    logits in bfloat16.
+    logits in bfloat16. local: no keys of the picture, and no places.
     """
 
-    def __init__(self, channels: int, context_dim: int, head_dim: int):
+    def __init__(self, channels: int, context_dim: int, head_dim: int, local: bool = False):
         super().__init__()
         self.head_dim = head_dim
         self.norm = GroupNorm(channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
+        self.qkv = nn.Linear(channels, channels if local else 3 * channels)
         self.text_kv = nn.Linear(context_dim, 2 * channels)
-        self.q_norm, self.k_norm, self.text_k_norm = (RMSNorm(head_dim) for _ in range(3))
-        self.place, self.out = nn.Linear(12, channels), nn.Linear(channels, channels)
+        self.q_norm, self.text_k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
+        self.k_norm, self.place = (None, None) if local else (RMSNorm(head_dim), nn.Linear(12, channels))
+        self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
         context, hidden = text                                                        # (B, L+1, E), (B, L+1)
         B, C, H, W = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)                # (B, N, C)
-        tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
-        q, k, v = self.qkv(tokens).view(B, H * W, 3, -1, self.head_dim).unbind(2)     # (B, N, K, head_dim)
-        text_k, text_v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
-        k = torch.cat([self.k_norm(k), self.text_k_norm(text_k)], 1)                  # (B, N+L+1, K, ...)
-        v = torch.cat([v, text_v], 1)
+        k, v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
+        k = self.text_k_norm(k)                                                       # (B, L+1, K, head_dim)
+        if self.place:
+            tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
+        q, *own = self.qkv(tokens).view(B, H * W, -1, C // self.head_dim, self.head_dim).unbind(2)
+        if own:
+            k, v = torch.cat([self.k_norm(own[0]), k], 1), torch.cat([own[1], v], 1)  # (B, N+L+1, K, ...)
+            hidden = F.pad(hidden, (H * W, 0))
         q, k, v = (a.transpose(1, 2) for a in (self.q_norm(q), k, v))
-        bias = F.pad(hidden, (H * W, 0))[:, None, None].to(v.dtype)                   # (B, 1, 1, N+L+1)
+        bias = hidden[:, None, None].to(v.dtype)                                      # (B, 1, 1, N+L+1)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, head_dim)
         h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
@@ -136,27 +172,37 @@ class Attention(nn.Module):
 class UNet(nn.Module):
     """Text-conditioned U-Net: the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, text as extra keys.
 
-    size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; out_channels: 3, or 6 to predict a
-    variance too. Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to
-    recompute activations in the backward pass.
+    With config.efficient that of the Efficient U-Net (Saharia et al. 2022, arXiv:2205.11487, appendix B and
+    figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2).
+    size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
+    of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
+    Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
+    activations in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, out_channels: int = 3):
+    def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
+                 lowres: int = 0, learn_sigma: bool = False):
         super().__init__()
         check_shape(config, size)
         self.config, self.checkpointing = config, False
-        ch, emb = config.channels, config.emb_dim
+        ch, emb, local = config.channels, config.emb_dim, config.local
         self.time = nn.Sequential(nn.Linear(emb // 4, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.pooled = nn.Sequential(
             nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, emb))
         self.null = nn.Parameter(torch.zeros(1, 1, emb))                 # the key that is always visible
-        self.conv_in = nn.Conv2d(3 * config.patch**2 + 12, ch, 3, padding=1)          # 12: where it is
+        if lowres:
+            self.lowres_time = nn.Sequential(nn.Linear(emb // 4, emb), nn.SiLU(), nn.Linear(emb, emb))
+            self.gains = nn.Linear(emb, 2)                     # of x_t and lowres, in the output
+        inside = (planes + lowres) * config.patch**2 + (0 if local else 12)           # 12: where it is
+        self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
 
         def stage(c_in: int, c_out: int) -> nn.ModuleList:
-            attention = [Attention(c_out, emb, config.head_dim)] if side in config.attn_resolutions else []
+            attends = side in config.attn_resolutions
+            attention = [Attention(c_out, emb, config.head_dim, local)] if attends else []
             return nn.ModuleList([ResBlock(c_in, c_out, emb), *attention])
 
+        blocks = np.broadcast_to(config.num_res_blocks, len(config.channel_mult)).tolist()
         c, side, skips = ch, size // config.patch, [ch]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for level, mult in enumerate(config.channel_mult):
@@ -164,22 +210,26 @@ class UNet(nn.Module):
                 side //= 2
                 self.down.append(nn.ModuleList([ResBlock(c, c, emb, "down")]))
                 skips.append(c)
-            for _ in range(config.num_res_blocks):
+            for _ in range(blocks[level]):
                 self.down.append(stage(c, mult * ch))
                 c = mult * ch
                 skips.append(c)
-        middle = Attention(c, emb, config.head_dim)
+        middle = Attention(c, emb, config.head_dim, local)
         self.mid = nn.ModuleList([ResBlock(c, c, emb), middle, ResBlock(c, c, emb)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
-            for _ in range(config.num_res_blocks + 1):
+            for _ in range(blocks[level] + 1):
                 self.up.append(stage(c + skips.pop(), mult * ch))
                 c = mult * ch
             if level:                                          # to the next level's width, then its side
                 side *= 2
-                self.up[-1].append(ResBlock(c, config.channel_mult[level - 1] * ch, emb, "up"))
-                c = config.channel_mult[level - 1] * ch
+                above = config.channel_mult[level - 1] * ch
+                self.up[-1].append(ResBlock(c, above, emb, "late" if config.efficient else "up"))
+                c = above
         self.norm_out = GroupNorm(c)
-        self.conv_out = nn.Conv2d(c, out_channels * config.patch**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
+        for m in self.modules():
+            if isinstance(m, GroupNorm):
+                m.local = local
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -191,6 +241,8 @@ class UNet(nn.Module):
         for m in self.modules():                               # blocks start as the identity, the output as 0
             if type(m) in last:
                 nn.init.zeros_(getattr(m, last[type(m)]).weight)
+        if hasattr(self, "gains"):
+            nn.init.zeros_(self.gains.weight)
         nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
 
@@ -200,35 +252,50 @@ class UNet(nn.Module):
             h = checkpoint(block, h, emb, text, use_reentrant=False) if recompute else block(h, emb, text)
         return h
 
-    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
+                lowres: Tensor | None = None, lowres_t: Tensor | None = None) -> Tensor:
         """Predict the target of the diffusion at each pixel.
 
-        x_t (B, 3, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context
+        x_t (B, planes, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context
         (B, L, D); mask (B, L) bool, True = a token; pooled (B, P). A row of the mask without any True is the
-        unconditional branch: its tokens and its pooled vector are not seen. Returns (B, out_channels, H, W)
-        float32.
+        unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
+        lowres (B, c, h, w) float32, the low-resolution picture, noised, at its own size (upsampled here);
+        lowres_t (B,) float32 in [0, 1], how noisy it is. Returns (B, planes, H, W) float32, with learn_sigma
+        twice the planes.
         """
         patch, B = self.config.patch, x_t.shape[0]
         pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)                    # only the biases speak
-        time = timestep_embedding(t, self.config.emb_dim // 4)
-        emb = F.silu(self.time(time) + self.pooled(pooled))                           # (B, E)
+        time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
+        if lowres is not None:
+            time = time + self.lowres_time(timestep_embedding(lowres_t, self.config.emb_dim // 4))
+        emb = F.silu(time + self.pooled(pooled))                                      # (B, E)
         context = self.context(context)
         context = torch.cat([context, self.null.expand(B, -1, -1).to(context.dtype)], 1)  # (B, L+1, E)
         hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
         text = context, F.pad(hidden, (0, 1))                                         # (B, L+1), 0 = visible
 
-        h = F.pixel_unshuffle(x_t, patch)
-        h = torch.cat([h, places(*h.shape[-2:], h.device).expand(B, -1, -1, -1)], 1)
+        x = x_t
+        if lowres is not None:
+            lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")            # (B, c, H, W)
+            x = torch.cat([x_t, lowres], 1)
+        h = F.pixel_unshuffle(x, patch)
+        if not self.config.local:
+            h = torch.cat([h, places(*h.shape[-2:], h.device).expand(B, -1, -1, -1)], 1)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))             # (B, C, H', W')
-        skips = [h]
+        skips, scale = [h], math.sqrt(0.5) if self.config.efficient else 1.0
         for blocks in self.down:
             h = self._run(blocks, h, emb, text)
             skips.append(h)
         h = self._run(self.mid, h, emb, text)
         for blocks in self.up:
-            h = self._run(blocks, torch.cat([h, skips.pop()], 1), emb, text)
+            h = self._run(blocks, torch.cat([h, scale * skips.pop()], 1), emb, text)
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
+        out = F.pixel_shuffle(h, patch).float()                                       # (B, out, H, W)
+        if lowres is None:
+            return out
+        of_x_t, of_lowres = self.gains(emb).float()[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
+        known = of_x_t * x_t + of_lowres * lowres                                     # (B, planes, H, W)
+        return torch.cat([out[:, :x_t.shape[1]] + known, out[:, x_t.shape[1]:]], 1)
 
 
 def places(height: int, width: int, device: torch.device) -> Tensor:
@@ -253,16 +320,28 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def check_shape(config: ModelConfig, size: int) -> None:
+def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) -> None:
     """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built."""
     for name in ("patch", "channel_mult", "num_res_blocks"):
         if min(np.atleast_1d(getattr(config, name)), default=0) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    step = config.patch * 2 ** (len(config.channel_mult) - 1)
-    if size < step or size % step:
-        near = max(step, size // step * step)
-        raise ValueError(f"--size {size} must be a multiple of {step} for this model. "
-                         f"Try {near} or {near + step}")
+    levels, blocks = len(config.channel_mult), np.atleast_1d(config.num_res_blocks)
+    if len(blocks) not in (1, levels):
+        raise ValueError(f"--num-res-blocks {config.num_res_blocks} must be one number, or {levels} as "
+                         "--channel-mult")
+    step = config.patch * 2 ** (levels - 1)
+    for flag, side in (("size", size), ("crop", crop or size)):
+        if side < step or side % step:
+            near = max(step, side // step * step)
+            raise ValueError(f"--{flag} {side} must be a multiple of {step} for this model. "
+                             f"Try {near} or {near + step}")
+    if lowres and (lowres >= size or size % lowres):
+        raise ValueError(f"--size {size} is not a multiple of --lowres {lowres}. Try --lowres {size // 4}")
+    if crop and not config.local:
+        raise ValueError(f"--crop {crop} is for a network that sees no whole picture. Add --local")
+    if crop > size or crop % (size // (lowres or size)):
+        raise ValueError(f"--crop {crop} is not a multiple of {size // (lowres or size)} up to {size}. "
+                         f"Try {size // 4}")
     for name in ("channels", "emb_dim"):
         if (width := getattr(config, name)) < 32 or width % 32:
             flag, near = f"--{name.replace('_', '-')}", max(32, width // 32 * 32)
@@ -270,7 +349,7 @@ def check_shape(config: ModelConfig, size: int) -> None:
     if config.head_dim < 8 or config.channels % config.head_dim:
         raise ValueError(f"--head-dim {config.head_dim} must be 8 or more and divide --channels "
                          f"{config.channels}. Try 32")
-    sides = [size // config.patch // 2**i for i in range(len(config.channel_mult))]
+    sides = [size // config.patch // 2**i for i in range(levels)]
     if wrong := [a for a in config.attn_resolutions if a not in sides]:
         raise ValueError(f"--attn-resolutions {wrong[0]} is not a side of a feature map here. "
                          f"Choose from {sides}")
@@ -329,13 +408,84 @@ def memory_peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def compile_error(device: torch.device) -> str:
-    """Why torch.compile does not work here, tried on one number; empty where it does."""
+def compiled(net: nn.Module, device: torch.device, wanted: bool | None, warn: Callable) -> nn.Module:
+    """torch.compile(net), where that is wanted (on CUDA it is) and works, which is tried on one number."""
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return net
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(1, device=device))
     except Exception as e:                                     # of whatever compiler is or is not there
-        return f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
-    return ""
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        warn(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
+        return net
+    return torch.compile(net)
+
+
+def join_ranks(device: torch.device, timeout: float) -> None:
+    """Start the process group of a run of several ranks; `timeout`: for a rank that is late [seconds]."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)             # torchrun leaves no orphans
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+
+def agreed(value: float, world: int) -> float:
+    """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
+    tensor = torch.tensor([value], dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def equal(value: float, world: int) -> bool:
+    """Whether a number is finite, and the same on all ranks."""
+    return agreed(value, world) == -agreed(-value, world) < math.inf
+
+
+def leave() -> None:
+    """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
+    that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
+    error = sys.exc_info()[1]
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exc()
+    os._exit(getattr(error, "code", 1) if error else 0)
+
+
+def side_by_side(*views: Tensor, lowres: Tensor | None = None, **_) -> Tensor:
+    """Pictures (B, C, H, W) in a row, behind the low-resolution ones; grey beside colours is repeated."""
+    if lowres is not None:
+        views = F.interpolate(lowres, views[0].shape[-2:]), *views
+    planes = max(view.shape[1] for view in views)
+    return torch.cat([view.expand(-1, planes, -1, -1) for view in views], 3)
+
+
+def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
+    """Append a line to a log, or write a picture. Training can do without: a full disk is a warning."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, dict):
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(content) + "\n")
+        else:
+            content.save(path)
+    except OSError as e:
+        warn(f"warning: {path} not written ({e.strerror}); training continues")
+
+
+def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
+    """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it."""
+    n, _, height, width = pictures.shape
+    scale = max(1, 128 // height)                               # small pictures are shown larger
+    columns, gap, text = min(columns, n), 8, ImageFont.load_default(11)
+    lines = [textwrap.wrap(c, max(8, width * scale // 6))[:3] or ["(no caption)"] for c in captions]
+    wide, high = width * scale + gap, height * scale + gap + 14 * max(map(len, lines))
+    sheet = Image.new("RGB", (gap + columns * wide, gap + -(-n // columns) * high), "white")
+    for i, tile in enumerate(np.broadcast_to(pictures, (n, 3, height, width)).transpose(0, 2, 3, 1)):
+        at = gap + i % columns * wide, gap + i // columns * high
+        sheet.paste(Image.fromarray(np.repeat(np.repeat(tile, scale, 0), scale, 1)), at)
+        below = at[0], at[1] + height * scale + 1
+        ImageDraw.Draw(sheet).text(below, "\n".join(lines[i]), "black", text, spacing=1)
+    return sheet
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -357,6 +507,7 @@ class State:
         self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
         self.weights = list(net.parameters())
+        self.counted = next(p for p in self.weights if p.requires_grad)       # --train-only freezes some
         self.profiles = {w: [p.detach().clone() for p in self.weights] for w in PROFILES if snapshots}
         self.averages = [(0.0, ema_decay, list(self.ema.parameters())),       # exponent, cap of the decay
                          *((exponent(width), 1.0, average) for width, average in self.profiles.items())]
@@ -384,7 +535,7 @@ class State:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        n = self.optimizer.state[self.weights[0]]["step"].clamp(min=1)        # without skipped ones
+        n = self.optimizer.state[self.counted]["step"].clamp(min=1)           # without skipped ones
         for power, cap, average in self.averages:
             weight = -torch.expm1((power + 1) * torch.log1p(-1 / n))          # 1 - decay, with all its digits
             weight = (1 - bad) * weight.clamp(min=1 - cap)
@@ -437,6 +588,39 @@ class State:
                 self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
+
+
+def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """Path, weights and meta of a run (its newest checkpoint that verifies), a checkpoint or a file."""
+    if path.is_dir() and not (path / "ema.safetensors").exists():
+        found = load_checkpoint(path, warn=warn)
+        if found is None:
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
+                             "Name a run directory")
+        folder, (tensors,), meta = found
+        return folder, tensors, meta
+    return path, *load_tensors(path / "ema.safetensors" if path.is_dir() else path)
+
+
+@torch.no_grad()
+def warm_start(net: nn.Module, tensors: dict[str, Tensor], reinit: str = "") -> str:
+    """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
+
+    Returns a report: how many were copied, which were sliced, which are new, which had no place.
+    """
+    found = {"copied": [], "sliced": [], "new": []}
+    for name, p in net.state_dict().items():
+        old = tensors.get(name)
+        if old is None or old.ndim != p.ndim or (reinit and re.search(reinit, name)):
+            found["new"].append(name)
+            continue
+        part = tuple(slice(min(sides)) for sides in zip(old.shape, p.shape))
+        p[part] = old[part].to(p)                              # a state_dict holds the weights themselves
+        found["copied" if old.shape == p.shape else "sliced"].append(name)
+    found["unused"] = sorted(tensors.keys() - net.state_dict().keys())
+    names = {kind: " ".join(["", *(found[kind] if kind != "copied" else [])][:9]) for kind in found}
+    return ", ".join(f"{len(found[kind])} {kind}{':' * bool(names[kind])}{names[kind]}" for kind in found)
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,8 @@ import model
 import text_encoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LISTS = {"guidance_scale": float, "steps": int, "sampler": str, "threshold": str, "seed": int}  # one a stage
+FILES = ("autoguide", "init", "mask")
 
 
 def die(message: object) -> typing.NoReturn:
@@ -42,8 +44,6 @@ def warn(message: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- checkpoint to stage
-
-
 @dataclass
 class Stage:
     """What a checkpoint holds, ready to draw."""
@@ -51,18 +51,30 @@ class Stage:
     text: nn.Module
     schedule: diffusion.Schedule
     config: diffusion.DiffusionConfig
+    data: data.DataConfig
     size: int  # side of the pictures [pixels]
     device: torch.device
     step: int  # of training [steps]
     digest: str  # checksum of the checkpoint
 
 
-def newest_run(root: Path) -> Path:
-    """The run under `root` whose checkpoint was written last."""
-    runs = [p.parent for p in root.glob("*/checkpoints") if model.checkpoint_folders(p.parent)]
-    if not runs:
-        raise ValueError(f"no checkpoint in {root}/. Train one first: python train.py --size 64")
-    return max(runs, key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime)
+def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
+    """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
+    pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
+    runs, ways = [p.parent for p in root.glob("*/checkpoints") if model.checkpoint_folders(p.parent)], {}
+    for run in sorted(runs, key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime):
+        recipe = json.loads((run / "config.json").read_text("utf-8"))
+        ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]     # the newest wins
+    path, at = [], min((below for below in ways if bool(below) == lowres), default=-1)
+    while at in ways and (at != stop_at or not path):
+        run, at = ways[at]
+        path.append(run)
+    if not path:
+        raise ValueError(f"no checkpoint in {root}/{' that enlarges pictures' * lowres}. Train one first: "
+                         f"python train.py --size {256 if lowres else 64}")
+    if stop_at not in (0, at):
+        raise ValueError(f"--stop-at {stop_at}: the stages in {root}/ end at {at}")
+    return path
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
@@ -71,15 +83,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
     ema: width of another average of the weights, see model.reconstruct; 0 = the one in the checkpoint.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code.
     """
-    if path.is_dir() and not (path / "ema.safetensors").exists():
-        found = model.load_checkpoint(path, warn=warn)
-        if found is None:
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
-                             "Name a run directory")
-        path, (tensors,), meta = found
-    else:
-        tensors, meta = model.load_tensors(path / "ema.safetensors" if path.is_dir() else path)
+    path, tensors, meta = model.read(path, warn)
     if ema:
         run = (path if path.is_dir() else path.parent).resolve().parents[1]
         tensors |= model.reconstruct(run / "profiles", int(meta["step"]), ema, warn)
@@ -88,10 +92,12 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         shape = {name: tuple(v) if isinstance(v, list) else v for name, v in stored["ModelConfig"].items()}
         config = diffusion.DiffusionConfig(**stored["DiffusionConfig"])
         text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]))
+        pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
         schedule = diffusion.make_schedule(config, size)
-        unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim,
-                          out_channels=6 if config.learn_sigma else 3)
+        planes, small = (len(data.MODES[mode]) for mode in (pictures.mode, pictures.lowres_mode))
+        unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
+                          small if pictures.lowres else 0, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
         parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -100,21 +106,20 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         raise ValueError(f"the text encoder is {text.fingerprint}, {path} was trained with {meta['text']}. "
                          "Put that one in its place")
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    return Stage(unet, text, schedule, config, size, device, step, digest=meta["sha256"])
+    return Stage(unet, text, schedule, config, pictures, size, device, step, digest=meta["sha256"])
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
-
-
 @dataclass
 class Settings:
     """How pictures are drawn: a field is a keyword of `generate`, a flag, and a note in the PNG."""
-    guidance_scale: float = 3.0  # guidance scale, 1 = none
+    guidance_scale: float = 3.0  # guidance scale, 1 = none; 5,2 = of the base and the next stage, 1 above
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which there is guidance [0..1]
     guidance_rescale: float = 0.0  # share of the contrast it adds that is taken back [0..1]
     apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain guidance
     autoguide: str = ""  # a weaker checkpoint to move away from
     negative: str = ""  # a prompt to move away from
+    aug: float = 0.1  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
     steps: int = 25  # of the sampler [steps]
@@ -127,12 +132,12 @@ class Settings:
 
 
 def read_pictures(paths: list[str], size: int) -> list[Tensor]:
-    """Pictures that lie on one another, float32 (3, size, size) in [-1, 1]. ValueError where they cannot."""
+    """Pictures that lie on one another, uint8 (3, size, size). ValueError where they cannot."""
     try:
         shapes = ["{}x{}".format(*Image.open(path).size) for path in paths]
-        found = [torch.from_numpy(data.decode(Path(path).read_bytes(), size)) / 127.5 - 1 for path in paths]
+        found = [torch.from_numpy(data.decode(Path(path).read_bytes(), size)) for path in paths]
     except Exception as e:                                     # of whichever decoder of Pillow
-        raise ValueError(f"--init or --mask is no picture: {e}") from e
+        raise ValueError(f"--init, --mask or --lowres is no picture: {e}") from e
     if len(set(shapes)) > 1:
         raise ValueError("--init is {} pixels, --mask {}. Give both the same size".format(*shapes))
     return found
@@ -144,17 +149,18 @@ def encode(stage: Stage, prompts: list[str]) -> dict[str, Tensor]:
     return dict(zip(("context", "mask", "pooled"), stage.text(ids.to(stage.device), mask.to(stage.device))))
 
 
-def denoiser(stage: Stage, net: Callable, weak: Stage | None, prompts: list[str], s: Settings) -> Callable:
+def denoiser(stage: Stage, net: Callable, weak: Stage | None, prompts: list[str], s: Settings,
+             small: dict[str, Tensor]) -> Callable:
     """denoise(x_t, t) -> x0 for these prompts: the network with guidance and a threshold."""
     combine = diffusion.rescaled(s.guidance_rescale, diffusion.projected(s.apg) if s.apg else torch.lerp)
     how = {"guidance_scale": s.guidance_scale, "interval": s.guidance_interval, "combine": combine}
     if weak:
-        pair = [diffusion.denoiser(network, stage.schedule, of.config, encode(of, prompts))
+        pair = [diffusion.denoiser(network, stage.schedule, of.config, encode(of, prompts) | small)
                 for network, of in ((net, stage), (weak.unet, weak))]
         denoise = diffusion.guidance(lambda x_t, t: [one(x_t, t) for one in pair], **how)
     else:
-        denoise = diffusion.guided(net, stage.schedule, stage.config, encode(stage, prompts),
-                                   negative=encode(stage, [s.negative] * len(prompts)), **how)
+        denoise = diffusion.guided(net, stage.schedule, stage.config, encode(stage, prompts) | small,
+                                   negative=encode(stage, [s.negative] * len(prompts)) | small, **how)
     if s.threshold == "none":
         return denoise
     return diffusion.threshold(denoise, None if s.threshold == "static" else float(s.threshold))
@@ -162,13 +168,16 @@ def denoiser(stage: Stage, net: Callable, weak: Stage | None, prompts: list[str]
 
 @torch.no_grad()
 def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
-             dtype: torch.dtype = torch.float32, **settings) -> Tensor:
-    """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3, H, W) on the CPU.
+             dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, **settings) -> Tensor:
+    """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
 
-    dtype: of the matrix products; settings: fields of Settings. Raises ValueError where these do not fit
-    together, and when the network's output is not finite.
+    dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of
+    Settings. Raises ValueError where these do not fit together, and when the network's output is not finite.
     """
-    s, shape, done = Settings(**settings), (3, stage.size, stage.size), []
+    s, shape, done = Settings(**settings), (len(data.MODES[stage.data.mode]), stage.size, stage.size), []
+    if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
+        raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
+                         "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
     times = s.strength * (diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps))
     if (s.mask or s.strength != 1) and not s.init:
         raise ValueError("--mask and --strength need a picture to start from. Add --init PICTURE")
@@ -186,19 +195,25 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         options["variance"] = lambda: net.fraction[:len(batch)]               # the prompts' rows come first
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
-        keys = torch.tensor([int(data.keyed(seed, "sample", 0).integers(2**63))
-                             for seed in seeds[start:start + batch_size]])
-        x = diffusion.gaussian(keys, shape, stage.device)                                 # (B, 3, H, W)
+        keys, small_keys = (torch.tensor([int(data.keyed(seed, purpose, 0).integers(2**63))
+                                          for seed in seeds[start:start + batch_size]])
+                            for purpose in ("sample", "lowres"))
+        x, small = diffusion.gaussian(keys, shape, stage.device), {}                      # (B, 3, H, W)
+        if found:
+            clean, t = lowres[start:start + batch_size].to(x) / 127.5 - 1, x.new_full((len(x),), s.aug)
+            eps = diffusion.gaussian(small_keys, clean.shape[1:], stage.device)
+            its = diffusion.make_schedule(stage.config, found)
+            small = {"lowres": diffusion.noised(clean, eps, t, its), "lowres_t": t}
         noise = diffusion.noise_source(keys, shape, stage.device)
         run = partial(sampler, **options)
         if s.init:
-            known = given[0].to(x).expand_as(x)
+            known = (given[0].to(x) / 127.5 - 1).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            keep = (given[1].mean(0) < 0).to(x.device).expand(len(x), 1, -1, -1)
+            keep = (given[1].float().mean(0) < 127.5).to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
-            x = run(denoiser(stage, net, weak, batch, s), x, times, noise, stage.schedule)
+            x = run(denoiser(stage, net, weak, batch, s, small), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
@@ -207,6 +222,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
 
 
 # --------------------------------------------------------------------------------------- pictures to files
+def to_image(picture: Tensor) -> Image.Image:
+    """uint8 (3 or 1, H, W) -> RGB."""
+    return Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 def file_name(prompt: str) -> str:
@@ -245,8 +263,6 @@ def save_png(image: Image.Image, path: Path, notes: dict) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- the command line
-
-
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked; a mistake in it ends the program in one line."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -255,17 +271,20 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add = p.add_argument
     add("prompt", nargs="?", help="what to draw")
     add("--prompts", metavar="FILE", help="a file of prompts, one a line")
-    add("--ckpt", default="", help="run directory, checkpoint or its ema.safetensors; empty: newest in runs")
+    add("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
+    add("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [pixels]")
+    add("--lowres", default="", metavar="PICTURE", help="enlarge this one instead of drawing the first")
+    add("--keep-stages", action=argparse.BooleanOptionalAction, default=False, help="write those below, too")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = the run's own")
     add("--n", type=int, default=1, help="pictures of each prompt, seeds SEED, SEED + 1, ... [images]")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
         flag = {"guidance_scale": "guidance", "steps": "sample_steps"}.get(f.name, f.name)
-        kind = {"nargs": 2, "type": float} if isinstance(f.default, tuple) else {"type": type(f.default)}
-        choices = diffusion.SAMPLERS if flag == "sampler" else None
-        add(f"--{flag.replace('_', '-')}", dest=f.name, default=f.default, help=helps[f.name],
-            choices=choices, **kind)
-    add("--seed", type=int, default=0, help="of the noise")
+        two = {"nargs": 2} if isinstance(f.default, tuple) else {}
+        kind = float if two else str if f.name in LISTS else type(f.default)
+        flag = flag.replace("_", "-")
+        add(f"--{flag}", dest=f.name, type=kind, default=f.default, help=helps[f.name], **two)
+    add("--seed", default=0, help="of the noise")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", action=argparse.BooleanOptionalAction, default=False, help="one sheet with captions")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [images]")
@@ -276,13 +295,24 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     limits = {"guidance_scale": (0, 100), "guidance_rescale": (0, 1), "apg": (0, 1e6), "steps": (1, 1000),
               "ema": (0, 0.28), "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000),
-              "seed": (0, 2**63 - 1), "n": (1, 10000), "batch_size": (1, 4096)}
-    if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", args.threshold):
-        die(f"--threshold {args.threshold} is not static, none or a percentile such as 0.995")
+              "aug": (0, 1), "stop_at": (0, 4096), "seed": (0, 2**63 - 1), "n": (1, 10000),
+              "batch_size": (1, 4096)}
     flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
+    for name, kind in LISTS.items():
+        try:
+            setattr(args, name, tuple(map(kind, str(getattr(args, name)).split(","))))
+        except ValueError:
+            die(f"{flags[name]} {getattr(args, name)} is not a number, or a number a stage such as 5,2")
+    args.guidance_scale += (1.0,)                              # above the stages that it is given for
+    if wrong := set(args.sampler) - set(diffusion.SAMPLERS):
+        die(f"--sampler {wrong.pop()} is not one of {', '.join(diffusion.SAMPLERS)}")
+    for word in args.threshold:
+        if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word):
+            die(f"--threshold {word} is not static, none or a percentile such as 0.995")
     for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:           # a nan is outside, too
-            die(f"{flags[name]} {getattr(args, name)} is outside {least} to {most}")
+        for value in getattr(args, name) if name in LISTS else [getattr(args, name)]:
+            if not least <= value <= most:                     # a nan is outside, too
+                die(f"{flags[name]} {value} is outside {least} to {most}")
     return args
 
 
@@ -296,41 +326,65 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     raise ValueError(f"--prompts {args.prompts} has no prompt in it. Write one a line")
 
 
+def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device, prompts: list[str],
+              below: Tensor | None) -> tuple[Tensor, list[int], dict]:
+    """The pictures of the i-th stage, their seeds, and notes; `below`: the pictures of the stage before."""
+    stage = load_stage(path, device, args.ema)
+    at = {name: values[min(i, len(values) - 1)] for name in LISTS for values in [getattr(args, name)]}
+    settings = {f.name: at.get(f.name, getattr(args, f.name)) for f in fields(Settings)}
+    if i > bool(args.lowres):                                  # these are of the first stage
+        settings |= {f.name: f.default for f in fields(Settings) if f.name in (*FILES, "strength")}
+    if settings["guidance_scale"] > 30:
+        warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
+    if args.lowres and below is None:
+        below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
+    if below is not None:
+        images = [to_image(picture).convert(data.MODES[stage.data.lowres_mode]) for picture in below]
+        below = torch.stack([torch.from_numpy(data.array(image)) for image in images])
+    seeds = [at["seed"] + k % args.n for k in range(len(prompts))]
+    pictures = generate(stage, prompts, seeds, args.batch_size, DTYPES[args.dtype], below, **settings)
+    if stage.text.counts["cut"] and not i:
+        warn(f"a prompt was cut at {stage.text.length} tokens")
+    for k, picture in enumerate(pictures, 1):
+        if picture.float().std() < 1:
+            warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
+    settings |= {name: Path(settings[name]).name for name in FILES}           # no local path
+    return pictures, seeds, settings | {"ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
+
+
+def write(pictures: Tensor, prompts: list[str], seeds: list[int], args: argparse.Namespace, notes: dict):
+    """Pictures, or one sheet of them, into the folder or under the name of --out."""
+    file = Path(args.out) if args.out.lower().endswith(".png") else None
+    if args.grid:
+        columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
+        sheet = model.contact_sheet(pictures, prompts, columns)
+        notes = notes | {"prompts": prompts, "seeds": seeds}
+        print(save_png(sheet, file or Path(args.out, "grid.png"), notes))
+        return
+    for picture, prompt, seed in zip(pictures, prompts, seeds):
+        name = file or Path(args.out, f"{file_name(prompt)}.png")
+        print(save_png(to_image(picture), name, notes | {"prompt": prompt, "seed": seed}))
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     device, wanted, out = model.choose_device(args.device), read_prompts(args), Path(args.out)
-    file = out if out.suffix.lower() == ".png" else None
-    folder = out.parent if file else out
+    folder = out.parent if out.suffix.lower() == ".png" else out
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"cannot write to --out {folder}. Name a folder that can be written")
     folder.mkdir(parents=True, exist_ok=True)                  # before the work, so that none is lost
 
-    stage = load_stage(Path(args.ckpt) if args.ckpt else newest_run(Path("runs")), device, args.ema)
+    paths = [Path(path) for path in args.ckpt.split(",") if path]
+    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
     if not all(prompt.strip() for prompt in wanted):
         print("note: empty prompt, drawing without one")
-    if args.guidance_scale > 30:
-        warn(f"--guidance {args.guidance_scale} is very high; 2 to 8 is usual")
-    seeds = [args.seed + i for _ in wanted for i in range(args.n)]
-    prompts = [prompt for prompt in wanted for _ in range(args.n)]
-    settings = {f.name: getattr(args, f.name) for f in fields(Settings)}
-    pictures = generate(stage, prompts, seeds, args.batch_size, DTYPES[args.dtype], **settings)
-    if stage.text.counts["cut"]:
-        warn(f"a prompt was cut at {stage.text.length} tokens")
-    for i, picture in enumerate(pictures, 1):
-        if picture.float().std() < 1:
-            warn(f"picture {i} is constant; the network is probably untrained, or --guidance is too high")
-
-    notes = {**settings, **{name: Path(settings[name]).name for name in ("autoguide", "init", "mask")},
-             "ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
-    if args.grid:
-        columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
-        sheet = data.contact_sheet(pictures, prompts, columns)
-        print(save_png(sheet, file or folder / "grid.png", notes | {"prompts": prompts, "seeds": seeds}))
-        return
-    for picture, prompt, seed in zip(pictures, prompts, seeds):
-        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        name = file or folder / f"{file_name(prompt)}.png"
-        print(save_png(image, name, notes | {"prompt": prompt, "seed": seed}))
+    prompts, pictures, notes = [prompt for prompt in wanted for _ in range(args.n)], None, {}
+    for i, path in enumerate(paths, start=bool(args.lowres)):
+        below = {"below": notes} if notes else {}
+        pictures, seeds, notes = run_stage(path, i, args, device, prompts, pictures)
+        if args.keep_stages or path == paths[-1]:
+            write(pictures, prompts, seeds, args, notes | below)
+        notes |= {"seeds": seeds, **below}
 
 
 if __name__ == "__main__":

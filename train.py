@@ -4,7 +4,6 @@ Pictures seen so far are the only state beside the weights: every random choice 
 position), so the same command run again continues exactly where the last checkpoint stands.
 """
 import argparse
-import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -15,15 +14,14 @@ import re
 import signal
 import sys
 import time
-import traceback
 import typing
 import zlib
 from collections.abc import Iterable
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,6 +41,9 @@ class TrainConfig:
     size: int = 64                # side of the pictures [pixels]
     model: Literal["tiny", "small", "base", "large"] = "tiny"  # row of presets; small where there is a GPU
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
+    init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
+    reinit: str = ""              # but not these: a regular expression of names
+    train_only: str = ""          # train these weights alone: a regular expression of names
     steps: int = 5000             # updates of the whole run [steps]
     batch_size: int = 32          # pictures of one update, all ranks together [images]
     micro_batch: int = 0          # pictures of one forward pass on one rank, 0 = no accumulation [images]
@@ -54,6 +55,7 @@ class TrainConfig:
     ema_decay: float = 0.999      # of the averaged weights, after 1 / (1 - decay) updates averaged plainly
     profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
+    max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this
     seed: int = 0                 # of every random choice
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the matrix products; all else is float32
     compile: bool | None = None   # torch.compile; on for CUDA when not given
@@ -70,23 +72,35 @@ class TrainConfig:
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
 
-# What --model moves beside the shape of the network; tiny is for ten minutes on two CPU cores (NOTES.md).
-MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base",
+# What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
+LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
+MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
          "byte_layers"]
-PRESETS = {name: dict(zip(MOVED, row)) for name, row in {
-    "tiny":  (6000,      16, 1e-3,     50,     4000, 0.998,  "x0", 32, 1),
-    "small": (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64, 2),
-    "base":  (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64, 2),
-    "large": (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64, 2),
+PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
+    (64, "tiny"):    (6000,      16, 1e-3,     50,     4000, 0.998,  "x0", 32,   0, 1),
+    (64, "small"):   (50000,    256, 3e-4,   1000,     5000, 0.999,  "v",  64,   0, 2),
+    (64, "base"):    (200000,   512, 1e-4,   1000,    20000, 0.9999, "v",  64,   0, 2),
+    (64, "large"):   (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64,   0, 2),
+    (256, "tiny"):   (5000,      16, 2e-3,     50,     3000, 0.99,   "v",  64,  64, 1),
+    (256, "small"):  (100000,   256, 3e-4,   1000,    10000, 0.999,  "v",  64,   0, 2),
+    (256, "base"):   (300000,   512, 1e-4,   1000,    30000, 0.9999, "v",  64,   0, 2),
+    (256, "large"):  (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64,   0, 2),
+    (1024, "tiny"):  (5000,      16, 2e-3,     50,     3000, 0.99,   "v",  64, 128, 1),
+    (1024, "small"): (100000,   256, 3e-4,   1000,    10000, 0.999,  "v",  64, 256, 2),
+    (1024, "base"):  (300000,   512, 1e-4,   1000,    30000, 0.9999, "v",  64, 256, 2),
+    (1024, "large"): (500000,  1024, 1e-4,   5000,    50000, 0.9999, "v",  64, 256, 2),
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
-SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma"}
+SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma",
+         "mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
-          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99)}
+          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
+          "max_aug": (0, 1), "lowres": (0, 4096), "crop": (0, 4096), "min_size": (1, 2**16),
+          "min_crop": (0.01, 1)}
 BUCKETS = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -147,12 +161,15 @@ def parse(argv: list[str]) -> Configs:
             group.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
     early = Parser(add_help=False, allow_abbrev=False)
-    early.add_argument("--model")
-    early.add_argument("--device", default="")
+    for flag, default in {"model": "", "device": "", "size": 64, "lowres": -1}.items():
+        early.add_argument(f"--{flag}", type=type(default), default=default)
     known, _ = early.parse_known_args(argv)                                   # they move the defaults
-    row = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
+    name = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
+    lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
+    row = (64 if not lowres else 256 if known.size <= 256 else 1024), name
     if row in PRESETS:                                                        # else the parser will complain
-        parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=row)
+        parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
+                            min_size=known.size if lowres else 8)
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
         die(f"{twice[0]} is given twice. Give all of its values once")
     values = vars(parser.parse_args(argv))
@@ -165,11 +182,11 @@ def parse(argv: list[str]) -> Configs:
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for name, value in vars(cfg).items():
+    for name, value in [*vars(cfg).items(), *vars(data_cfg).items()]:
         least, most = LIMITS.get(name, (0, 10**9))
         if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
             raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
-    for name, value in [*vars(data_cfg).items(), *vars(diff_cfg).items()]:
+    for name, value in vars(diff_cfg).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} {value} is not a finite number")
     if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
@@ -180,9 +197,12 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
         near = max(1, cfg.batch_size // unit) * unit
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide over {world} ranks x micro-batch "
                          f"{cfg.micro_batch or 1}. Try {near} or {near + unit}")
+    for flag, pattern in {"reinit": cfg.reinit, "train-only": cfg.train_only}.items():
+        try: re.compile(pattern)
+        except re.error as e: raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
-    model.check_shape(model_cfg, cfg.size)
+    model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
     diffusion.make_schedule(diff_cfg, cfg.size)
 
 
@@ -203,9 +223,11 @@ def differences(stored: dict, configs: Configs) -> None:
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
 
-    def __init__(self, unet: nn.Module, text: nn.Module, schedule: diffusion.Schedule, config):
+    def __init__(self, unet: nn.Module, text: nn.Module, config, size: int, lowres: int, max_aug: float):
         super().__init__()
-        self.unet, self.schedule, self.config = unet, schedule, config
+        self.unet, self.config, self.max_aug = unet, config, max_aug
+        sizes = size, lowres or size
+        self.schedule, self.small_schedule = (diffusion.make_schedule(config, side) for side in sizes)
         if text.trainable:
             self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
@@ -224,9 +246,15 @@ class Net(nn.Module):
 
     def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
         """The condition of the U-Net, from token ids where the text encoder trains along."""
-        if ids is None:
-            return condition
-        return dict(zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"])))
+        if ids is not None:
+            condition |= zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"]))
+        return condition
+
+    def augment(self, small: Tensor, u: Tensor, _, keys: Tensor) -> dict[str, Tensor]:
+        """The low-resolution condition: pictures (B, c, h, w) noised at t = max_aug u by the schedule of
+        their size (Ho et al. 2021, arXiv:2106.15282, section 4.2). u, keys: see `draws`."""
+        t, eps = self.max_aug * u.to(small.device), diffusion.gaussian(keys, small.shape[1:], small.device)
+        return {"lowres": diffusion.noised(small, eps, t, self.small_schedule), "lowres_t": t}
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
@@ -260,19 +288,6 @@ def publish(out: Path, step: int, state: model.State, meta: dict[str, str], keep
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def agreed(value: float, world: int) -> float:
-    """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
-    tensor = torch.tensor([value], dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def equal(value: float, world: int) -> bool:
-    """Whether a number is finite, and the same on all ranks."""
-    return agreed(value, world) == -agreed(-value, world) < math.inf
-
-
 def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) -> tuple[Tensor, ...]:
     """Of each position: uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64."""
     generators = [data.keyed(seed, purpose, p) for p in positions]
@@ -281,9 +296,9 @@ def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) ->
     return torch.tensor(u), torch.tensor(kept), torch.tensor(keys)
 
 
-def scaled(pictures: Tensor, device: torch.device) -> Tensor:
+def scaled(pictures: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) on the CPU -> float32 in [-1, 1] on the device."""
-    return pictures.to(device, non_blocking=True).float() / 127.5 - 1
+    return torch.as_tensor(pictures).to(device, non_blocking=True).float() / 127.5 - 1
 
 
 def pictures(x: Tensor) -> Tensor:
@@ -292,17 +307,21 @@ def pictures(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def condition_of(text: nn.Module, captions: list[str], device, kept: Tensor | bool = True) -> dict:
-    """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token."""
-    ids, mask = text.tokenize(captions)
+def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: Tensor | bool = True) -> dict:
+    """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token. Of a
+    super-resolution stage also the low-resolution pictures, noised by seed and positions."""
+    ids, mask = text.tokenize(batch["captions"])
+    lowres = {}
+    if "lowres" in batch:
+        lowres = net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
     if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
         longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
         ids, mask = ids[:, :longest], mask[:, :longest]
     mask = mask & torch.as_tensor(kept).view(-1, 1)
     ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask))
     if text.trainable:
-        return {"ids": ids, "mask": mask}
-    return dict(zip(("context", "mask", "pooled"), text(ids, mask)))
+        return {"ids": ids, "mask": mask, **lowres}
+    return dict(zip(("context", "mask", "pooled"), text(ids, mask)), **lowres)
 
 
 # --------------------------------------------------------------------------------------- what a user looks at
@@ -314,13 +333,13 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
     """
     n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(rank * batch, n, world * batch):
-        positions = range(start, min(start + batch, n))
-        items = [fixed[p] for p in positions]
-        right, wrong = [i["caption"] for i in items], [fixed[(p + 1) % n]["caption"] for p in positions]
-        x0 = scaled(torch.stack([torch.from_numpy(i["picture"]) for i in items]), device)
+        right = data.collect(fixed, start, min(start + batch, n))
+        positions, captions = right["positions"], right["captions"]
+        wrong = right | {"captions": [*captions[1:], fixed[(positions[-1] + 1) % n]["caption"]]}
+        x0 = scaled(right["picture"], device)
         eps = diffusion.gaussian(draws(0, "validation", positions)[2], x0.shape[1:], device)
         t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)    # even for any n
-        loss, other = (net(x0, eps, t, **condition_of(text, c, device))[1] for c in (right, wrong))
+        loss, other = (net(x0, eps, t, **condition_of(net, text, b, device))[1] for b in (right, wrong))
         buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(t), BUCKETS)
         sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
     if world > 1:
@@ -331,33 +350,25 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
 
 
 @torch.no_grad()
-def sample_grid(net: Net, text: nn.Module, prompts: list[str], size: int, device: torch.device) -> Tensor:
-    """Pictures of fixed prompts with fixed noise, uint8 (N, 3, H, W)."""
-    condition = net.encode(**condition_of(text, prompts, device))
-    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition, 3.0))
-    keys, shape = draws(0, "samples", range(len(prompts)))[2], (3, size, size)
+def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Image.Image:
+    """Pictures of fixed prompts with fixed noise; beside an enlarged one what it was, and the truth."""
+    condition = net.encode(**condition_of(net, text, shown, device))
+    upsampling = "lowres" in condition
+    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition,
+                                                 1.0 if upsampling else 3.0))
+    keys, shape = draws(0, "samples", shown["positions"])[2], shown["picture"].shape[1:]
     x, noise = diffusion.gaussian(keys, shape, device), diffusion.noise_source(keys, shape, device)
-    return pictures(diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule))
+    drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
+    views = model.side_by_side(drawn, *[scaled(shown["picture"], device)] * upsampling, **condition)
+    return model.contact_sheet(pictures(views), shown["captions"])
 
 
-def put(path: Path, content: dict | Image.Image) -> None:
-    """Append a line to a log, or write a picture. Training can do without: a full disk is a warning."""
-    try:
-        path.parent.mkdir(exist_ok=True)
-        if isinstance(content, dict):
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(content) + "\n")
-        else:
-            content.save(path)
-    except OSError as e:
-        say(f"warning: {path} not written ({e.strerror}); training continues")
-
-
-def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor) -> Image.Image:
-    """Exactly what the network sees: each picture beside its noisy version, below them t and the caption."""
+def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
+    """Exactly what the network sees: the low-resolution picture, if there is one, the picture and its noisy
+    version; below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
              for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    return data.contact_sheet(pictures(torch.cat([x0, x_t], 3)[:16]), notes[:16])
+    return model.contact_sheet(pictures(model.side_by_side(x0, x_t, lowres=lowres)[:16]), notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -372,8 +383,7 @@ def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, w
 
 
 def number(x: Tensor | float) -> float:
-    """Six digits are enough for a log."""
-    return float(f"{float(x):.6g}")
+    return float(f"{float(x):.6g}")                                           # enough digits for a log
 
 
 def report(configs: Configs, parameters: int, flops: float, speed: float, peak: float, device) -> None:
@@ -395,10 +405,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
         model.lock(Path(cfg.out))
     device = model.choose_device(cfg.device)
     if world > 1:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+        model.join_ranks(device, cfg.timeout)
     stop: list[int] = []                                                      # until here, they kill
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
@@ -413,33 +420,21 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     return device, stop
 
 
-def leave() -> None:
-    """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
-    that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
-    error = sys.exc_info()[1]
-    if error and not isinstance(error, SystemExit):
-        traceback.print_exc()
-    os._exit(getattr(error, "code", 1) if error else 0)
-
-
-def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Module:
-    """The network by way of torch.compile, where that is wanted (on CUDA it is) and works."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return net
-    if reason := model.compile_error(device):
-        say(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
-        return net
-    return torch.compile(net)
-
-
 def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
     """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
-    cfg, _, model_cfg, diff_cfg, text_cfg = configs
+    cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
     captions = (caption for pictures in sets for caption in pictures.captions())
     text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
-    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
+    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.mode, data_cfg.lowres_mode))
+    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
+                      diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
-    return text, Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
+    net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    for name, p in net.named_parameters():
+        p.requires_grad_(bool(re.search(cfg.train_only, name)))
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"--train-only {cfg.train_only} is none of the weights, such as {name}")
+    return text, net
 
 
 def main(argv: list[str]) -> None:
@@ -452,10 +447,13 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
+    uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
+    if cfg.init and not (cfg.dry_run or model.checkpoint_folders(out)):
+        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
-    if not equal(zlib.crc32(f"{first} {configs}".encode()), world):
+    if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
     if first >= cfg.steps:
         return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
@@ -471,13 +469,14 @@ def main(argv: list[str]) -> None:
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
     autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
-    prompts = [val_set[p]["caption"] for p in range(16)]
+    shown = data.collect(uncut, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
     with autocast:
-        one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(text, prompts[:1], device))
+        example = data.collect(val_set, 0, 1)
+        one = scaled(example["picture"], device)
+        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(net, text, example, device))
     peak = model.matmul_peak(device, DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    run = compiled(parallel, device, cfg.compile)
+    run = model.compiled(parallel, device, cfg.compile, say)
     recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()
     meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,
             "versions": json.dumps(software)}
@@ -490,7 +489,7 @@ def main(argv: list[str]) -> None:
     bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
     try:
         for step in range(first, cfg.steps + 1):
-            leaving = agreed(bool(stop), world) > 0
+            leaving = model.agreed(bool(stop), world) > 0
             last = leaving or step == cfg.steps
             log, save, val, sample = (
                 step > first and every > 0 and (step % every == 0 or step == cfg.steps)
@@ -513,14 +512,14 @@ def main(argv: list[str]) -> None:
                 if bar.disable:
                     say("  ".join(f"{k} {line[k]}" for k in ("step", "loss", "grad_norm", "pictures/s")))
                 if writes:
-                    put(out / "metrics.jsonl", line)
+                    model.put(out / "metrics.jsonl", line, say)
                 if cfg.dry_run and (last or step == 6):
                     return report(configs, parameters, flops, line["pictures/s"], peak, device)
 
             # Save: only what is finite and the same on every rank.
             began = model.clock(device) if save or val or sample else since
             if step > first and (save or last) and not cfg.dry_run:
-                if not equal(state.size(), world):
+                if not model.equal(state.size(), world):
                     die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
                         "The same command goes on from the last checkpoint", status=1)
                 if writes:
@@ -534,11 +533,11 @@ def main(argv: list[str]) -> None:
                     line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 if writes:
-                    put(out / "metrics.jsonl", line)
+                    model.put(out / "metrics.jsonl", line, say)
             if sample and writes:
                 with autocast:
-                    grid = sample_grid(state.ema, text, prompts, cfg.size, device)
-                put(out / "samples" / f"{step:06d}.png", data.contact_sheet(grid, prompts))
+                    grid = sample_grid(state.ema, text, shown, device)
+                model.put(out / "samples" / f"{step:06d}.png", grid, say)
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -550,17 +549,18 @@ def main(argv: list[str]) -> None:
                 if replaced <= 10 or replaced % 1000 == 0:
                     say(f"warning: {note}; replaced")
             for start in range(0, per_rank, micro):
-                rows = slice(start, start + micro)
-                positions, captions = batch["positions"][rows], batch["captions"][rows]
+                part = {name: value[start:start + micro] for name, value in batch.items()}
+                positions = part["positions"]
                 u, kept, keys = draws(cfg.seed, "noise", positions, cfg.uncond_prob)
-                x0 = scaled(batch["picture"][rows], device)
+                x0 = scaled(part["picture"], device)
                 eps = diffusion.gaussian(keys, x0.shape[1:], device)
                 u = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size).to(device)
                 t, weight = net.draw_t(u)
-                condition = condition_of(text, captions, device, kept)
+                condition = condition_of(net, text, part, device, cfg.seed, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    put(out / "first_batch.png", first_batch(x0, x_t, t, captions, kept))
+                    sheet = first_batch(x0, x_t, t, part["captions"], kept, condition.get("lowres"))
+                    model.put(out / "first_batch.png", sheet, say)
                 with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)
@@ -591,7 +591,7 @@ def main(argv: list[str]) -> None:
         bar.close()
         batches.close()
         if world > 1:
-            leave()
+            model.leave()
 
 
 if __name__ == "__main__":

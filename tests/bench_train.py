@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     text, net = train.build(configs, device)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
     autocast = torch.autocast(device.type, dtype, enabled=cfg.dtype != "fp32")
-    run, batch, step = train.compiled(net, device, cfg.compile), cfg.micro_batch or cfg.batch_size, 0
+    run, batch, step = model.compiled(net, device, cfg.compile, print), cfg.micro_batch or cfg.batch_size, 0
     with autocast:
-        one = torch.zeros(1, 3, cfg.size, cfg.size, device=device)
-        condition = train.condition_of(text, [pictures[0]["caption"]], device)
+        one = train.scaled(data.collect(pictures, 0, 1)["picture"], device)
+        condition = train.condition_of(net, text, data.collect(pictures, 0, 1), device)
         flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition)
 
     def update() -> float:
@@ -52,11 +52,11 @@ def main(argv: list[str]) -> None:
         start = model.clock(device)
         found = data.collect(pictures, step * batch, (step + 1) * batch)
         u, kept, keys = train.draws(cfg.seed, "noise", found["positions"], cfg.uncond_prob)
-        x0 = train.scaled(torch.from_numpy(found["picture"]), device)
+        x0 = train.scaled(found["picture"], device)
         eps = diffusion.gaussian(keys, x0.shape[1:], device)
         t, weight = net.draw_t(u.to(device))
         with autocast:
-            loss, _ = run(x0, eps, t, **train.condition_of(text, found["captions"], device, kept))
+            loss, _ = run(x0, eps, t, **train.condition_of(net, text, found, device, 0, kept))
         (weight * loss).mean().backward()
         state.update(1e-4)
         step += 1
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
     for _ in range(3):
         update()
-    sides = [cfg.size // model_cfg.patch // 2**i for i in range(len(model_cfg.channel_mult))]
+    sides = [one.shape[-1] // model_cfg.patch // 2**i for i in range(len(model_cfg.channel_mult))]
     widths = [model_cfg.channels * mult for mult in model_cfg.channel_mult]
     best, rates = float("inf"), dict.fromkeys(zip(widths, sides), 0.0)
     for _ in range(ROUNDS):

@@ -342,7 +342,7 @@ def test_crops_lie_where_they_are_told(width, height, keep, right, down):
     gradient = np.zeros((height, width, 3), np.uint8)
     gradient[..., 0] = np.linspace(0, 255, width)[None]
     gradient[..., 1] = np.linspace(0, 255, height)[:, None]
-    shown = decode(encoded(Image.fromarray(gradient)), 8, keep, right, down).astype(float)
+    shown = decode(encoded(Image.fromarray(gradient)), 8, keep, right, down, 1).astype(float)
     side = keep * min(width, height)
     for channel, (length, place) in enumerate([(width, right), (height, down)]):
         centre = (place * (length - side) + side / 2) / length * 255

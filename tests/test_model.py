@@ -18,7 +18,7 @@ import model
 from model import PRESETS, ModelConfig, UNet, load_checkpoint, load_tensors, save_checkpoint, save_tensors
 from text_encoder import TextConfig, load_text_encoder
 
-SMALL = ModelConfig(32, (1, 2), 1, (8,), head_dim=16, patch=2)
+SMALL = ModelConfig(32, (1, 2), (1,), (8,), head_dim=16, patch=2)
 SIZE, L, D, P = 16, 12, 32, 20
 
 
@@ -44,14 +44,17 @@ def make_batch(batch=3, size=SIZE, tokens=(5, 12, 1), seed=1) -> dict[str, torch
 # ----------------------------------------------------------------------------------------------- the U-Net
 
 
-@pytest.mark.parametrize("name", PRESETS)
-def test_parameters_and_flops_are_those_of_the_table(name):
+@pytest.mark.parametrize(("stage", "name"), PRESETS)
+def test_parameters_and_flops_are_those_of_the_table(stage, name):
     source = Path(model.__file__).read_text()
-    row = re.search(rf'^ *"{name}":.*#\s+([\d.]+) M\s+([\d.]+) GFLOPs$', source, re.M)
+    row = re.search(rf'^ *\({stage}, "{name}"\):.*#\s+([\d.]+) M\s+([\d.]+) G$', source, re.M)
+    small = {64: 0, 256: 64, 1024: 256}[stage]
     with torch.device("meta"):
-        unet = UNet(PRESETS[name], 64, 128, 128)
-        flops = model.count_flops(unet, torch.empty(1, 3, 64, 64), torch.empty(1), torch.empty(1, 128, 128),
-                                  torch.empty(1, 128, dtype=torch.bool), torch.empty(1, 128))
+        unet = UNet(PRESETS[stage, name], stage, 128, 128, lowres=3 if small else 0)
+        lowres = {"lowres": torch.empty(1, 3, small, small), "lowres_t": torch.empty(1)} if small else {}
+        flops = model.count_flops(unet, torch.empty(1, 3, stage, stage), torch.empty(1),
+                                  torch.empty(1, 128, 128), torch.empty(1, 128, dtype=torch.bool),
+                                  torch.empty(1, 128), **lowres)
     counted = sum(p.numel() for p in unet.parameters()) / 1e6, flops / 1e9
     for text, number in zip(row.groups(), counted):
         assert text == f"{number:.{len(text.partition('.')[2])}f}"
@@ -71,11 +74,11 @@ def test_flops_are_the_same_on_the_cpu_and_grow_with_the_batch():
 
 
 @pytest.mark.parametrize(("config", "size", "out"), [
-    (SMALL, 16, 3), (ModelConfig(32, (1, 2), 1, (16,), 16, 2), 32, 6),
-    (ModelConfig(32, (1,), 1, (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), 2, (16, 4), 8, 1), 16, 3),
-    (PRESETS["tiny"], 64, 3)])
+    (SMALL, 16, 3), (ModelConfig(32, (1, 2), (1,), (16,), 16, 2), 32, 6),
+    (ModelConfig(32, (1,), (1,), (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), (2,), (16, 4), 8, 1), 16, 3),
+    (PRESETS[64, "tiny"], 64, 3)])
 def test_shapes_are_those_of_the_docstring(config, size, out):
-    y = make_unet(config, size, out_channels=out)(**make_batch(2, size))
+    y = make_unet(config, size, learn_sigma=out == 6)(**make_batch(2, size))
     assert y.shape == (2, out, size, size)
     assert y.dtype == torch.float32
     assert y.isfinite().all()
@@ -116,7 +119,7 @@ def test_prompt_padded_to_32_or_128_tokens_gives_the_same_output_alone_or_in_a_b
     torch.manual_seed(0)
     encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D)) for n in (32, 128)]
     encoders[1].load_state_dict(encoders[0].state_dict())
-    unet, noisy = make_unet(ModelConfig(32, (1, 2), 1, (8,), 16, 2)), make_batch()
+    unet, noisy = make_unet(SMALL), make_batch()
     unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
     prompts = ["a red house", "ein grünes Haus am Meer", ""]
 
@@ -239,7 +242,9 @@ def test_any_height_and_width_that_divide_are_legal():
     ({"patch": 0}, 64, "--patch 0 must be at least 1"),
     ({"channel_mult": ()}, 64, "--channel-mult () must be at least 1"),
     ({"channel_mult": (1, 0)}, 64, "--channel-mult (1, 0) must be at least 1"),
-    ({"num_res_blocks": -1}, 64, "--num-res-blocks -1 must be at least 1"),
+    ({"num_res_blocks": (-1,)}, 64, "--num-res-blocks (-1,) must be at least 1"),
+    ({"num_res_blocks": (1, 2, 3)}, 64, "--num-res-blocks (1, 2, 3) must be one number, or 2 as "
+                                         "--channel-mult"),
     ({}, 65, "--size 65 must be a multiple of 8 for this model. Try 64 or 72"),
     ({}, 4, "--size 4 must be a multiple of 8 for this model. Try 8 or 16"),
     ({"channels": 16}, 64, "--channels 16 must be a multiple of 32. Try 32"),
@@ -252,6 +257,94 @@ def test_a_shape_that_cannot_be_built_is_named(options, size, message):
     with pytest.raises(ValueError) as e:
         UNet(ModelConfig(**{"channels": 64, "channel_mult": (1, 2), "patch": 4, **options}), size, D, P)
     assert str(e.value) == message
+
+
+# ------------------------------------------------------------------------------------------ super-resolution
+
+LOCAL = ModelConfig(32, (1, 2), (1, 2), (), head_dim=16, patch=2, efficient=True, local=True)
+
+
+def make_lowres(batch=3, side=4, seed=2) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"lowres": torch.randn(batch, 3, side, side, generator=g),
+            "lowres_t": torch.rand(batch, generator=g)}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [SMALL, LOCAL])
+def test_text_and_low_resolution_picture_and_its_level_reach_the_output(config):
+    unet, batch = make_unet(config, lowres=3), make_batch() | make_lowres()
+    out = unet(**batch)
+    assert out.shape == batch["x_t"].shape
+    for key in ("context", "pooled", "t", "x_t", "lowres", "lowres_t"):
+        moved = batch | {key: batch[key] + 0.5 * torch.randn(batch[key].shape)}
+        assert ((unet(**moved) - out).flatten(1).abs().amax(1) > 1e-3).all(), key
+
+
+def test_a_grey_picture_can_be_made_of_colours_and_colours_of_grey():
+    for planes, small in ((1, 3), (3, 1), (1, 1)):
+        unet = make_unet(LOCAL, planes=planes, lowres=small)
+        batch = make_batch() | make_lowres()
+        batch["x_t"], batch["lowres"] = batch["x_t"][:, :planes], batch["lowres"][:, :small]
+        if small <= planes:
+            assert unet(**batch).shape == batch["x_t"].shape
+
+
+@torch.no_grad()
+def test_a_local_network_draws_a_crop_as_it_draws_the_whole():
+    """No grid: away from the border of a crop, what is outside it does not count."""
+    config = ModelConfig(32, (1,), (1,), (), head_dim=16, patch=4, efficient=True, local=True)
+    unet = make_unet(config, 256, lowres=3)
+    batch = make_batch(1, 256) | make_lowres(1, 64)
+    whole = unet(**batch)
+    part = batch | {"x_t": batch["x_t"][..., 16:240, 16:240], "lowres": batch["lowres"][..., 4:60, 4:60]}
+    inside = (unet(**part)[..., 96:128, 96:128] - whole[..., 112:144, 112:144]).abs().max()
+    assert inside < 1e-4 < whole.std()
+    plain = make_unet(ModelConfig(32, (1,), (1,), (), 16, 4, True), 256, lowres=3)
+    far = (plain(**part)[..., 96:128, 96:128] - plain(**batch)[..., 112:144, 112:144]).abs().max()
+    assert far > 1e-3                                        # norms, places and attention see the whole
+
+
+def test_both_layouts_have_the_same_weights_and_the_efficient_one_less_work():
+    shapes, flops = [], []
+    for efficient in (False, True):
+        with torch.device("meta"):
+            unet = UNet(ModelConfig(32, (1, 2, 4), (1, 2, 3), (), 32, 2, efficient), 64, D, P, lowres=3)
+            batch = make_batch(1, 64) | make_lowres(1, 16)
+            flops.append(model.count_flops(unet, **{k: v.to("meta") for k, v in batch.items()}))
+        shapes.append({name: p.shape for name, p in unet.named_parameters()})
+    assert shapes[0] == shapes[1]
+    assert flops[1] < 0.9 * flops[0]
+
+
+@pytest.mark.parametrize(("crop", "lowres", "local", "message"), [
+    (0, 48, True, "--size 64 is not a multiple of --lowres 48. Try --lowres 16"),
+    (0, 64, True, "--size 64 is not a multiple of --lowres 64. Try --lowres 16"),
+    (32, 16, False, "--crop 32 is for a network that sees no whole picture. Add --local"),
+    (30, 16, True, "--crop 30 must be a multiple of 4 for this model. Try 28 or 32"),
+    (128, 16, True, "--crop 128 is not a multiple of 4 up to 64. Try 16"),
+    (36, 8, True, "--crop 36 is not a multiple of 8 up to 64. Try 16")])
+def test_a_stage_that_cannot_be_is_named(crop, lowres, local, message):
+    with pytest.raises(ValueError) as e:
+        model.check_shape(ModelConfig(32, (1, 2), (1,), (), 16, 2, True, local), 64, crop, lowres)
+    assert str(e.value) == message
+
+
+def test_a_warm_start_copies_slices_and_reports():
+    wider = ModelConfig(32, (1, 4), (1,), (8,), 16, 2)
+    old, new = make_unet(SMALL, seed=3), make_unet(wider, lowres=3, seed=4)
+    tensors = old.state_dict() | {"gone": torch.zeros(2)}
+    before = {name: p.clone() for name, p in new.state_dict().items()}
+    report = model.warm_start(new, tensors, reinit="^null$")
+    assert torch.equal(new.time[0].weight, old.time[0].weight)
+    assert torch.equal(new.conv_in.weight[:, :24], old.conv_in.weight[:, :24])
+    assert torch.equal(new.conv_in.weight[:, 24:], before["conv_in.weight"][:, 24:])
+    assert torch.equal(new.null, before["null"])
+    assert torch.equal(new.gains.weight, before["gains.weight"])
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (copied|sliced|new|unused)", report)}
+    assert counts["copied"] + counts["sliced"] + counts["new"] == len(before)
+    assert counts["unused"] == 1
+    assert "unused: gone" in report
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
@@ -398,7 +491,9 @@ def test_why_nothing_can_be_compiled_is_one_line(monkeypatch):
         raise RuntimeError("no compiler\nsecond line")
 
     monkeypatch.setattr(torch, "compile", broken)
-    assert model.compile_error(torch.device("cpu")) == "RuntimeError: no compiler"
+    lines, net = [], torch.nn.Linear(2, 2)
+    assert model.compiled(net, torch.device("cpu"), True, lines.append) is net
+    assert lines == ["warning: torch.compile is unavailable (RuntimeError: no compiler); running uncompiled"]
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

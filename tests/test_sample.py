@@ -188,7 +188,7 @@ def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(here):
     for age, run in ((100, "16"), (50, "other")):
         newest = model.checkpoint_folders(Path("runs") / run)[-1]
         os.utime(newest, (newest.stat().st_mtime - age,) * 2)
-    assert sample.newest_run(Path("runs")) == Path("runs/other")
+    assert sample.cascade(Path("runs"), False, 0) == [Path("runs/other")]
 
 
 def test_a_checkpoint_is_found_by_run_folder_or_file(here):
@@ -283,7 +283,7 @@ def test_every_setting_changes_the_picture(stage, trained, pictures):
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
     assert {name for change in changes for name in change} == {
-        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale"}
+        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug"}
 
 
 def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictures):
@@ -508,7 +508,7 @@ BAD = [
     (["a", "--respacing", "10,x"], "respacing '10,x' is not like 250"),
     (["a", "--init", "nowhere.png"], "No such file or directory: 'nowhere.png'"),
     (["a", "--init", "blank.txt"], "cannot identify image file 'blank.txt'"),
-    (["a", "--init", "half.webp"], "--init or --mask is no picture"),
+    (["a", "--init", "half.webp"], "--init, --mask or --lowres is no picture"),
     (["a", "--init", "small.webp", "--mask", "big.webp"], "--init is 20x30 pixels, --mask 30x20. Give both"),
     (["a", "--mask", "small.webp"], "need a picture to start from. Add --init PICTURE"),
     (["a", "--strength", "0.5"], "need a picture to start from. Add --init PICTURE"),

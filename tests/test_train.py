@@ -307,17 +307,20 @@ def test_help_shows_every_field_with_its_comment_and_default(capsys):
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large"])
-def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(name):
-    cfg, _, shape, *_ = configs = train.parse(["--model", name])
-    assert shape == model.PRESETS[name]
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(size, name):
+    cfg, _, shape, *_ = configs = train.parse(["--size", str(size), "--model", name])
+    assert shape == model.PRESETS[size, name]
     assert cfg.model == name
     found = {key: value for config in configs for key, value in vars(config).items()}
-    assert {key: found[key] for key in train.PRESETS[name]} == train.PRESETS[name]
-    assert cfg.out == "runs/64"
-    cfg, _, shape, *_ = train.parse(["--model", name, "--lr", "0.5", "--channels", "64", "--head-dim", "32"])
+    assert {key: found[key] for key in train.PRESETS[size, name]} == train.PRESETS[size, name]
+    assert (cfg.out, found["lowres"]) == (f"runs/{size}", {64: 0, 256: 64, 1024: 256}[size])
+    assert found["min_size"] == (size if size > 64 else 8)
+    cfg, _, shape, *_ = train.parse(["--size", str(size), "--model", name, "--lr", "0.5", "--channels", "96",
+                                     "--head-dim", "32"])
     assert cfg.lr == 0.5
-    assert shape.channels == 64
-    assert cfg.steps == train.PRESETS[name]["steps"]
+    assert shape.channels == 96
+    assert cfg.steps == train.PRESETS[size, name]["steps"]
 
 
 def test_flags_have_the_types_of_their_fields():
@@ -626,7 +629,7 @@ def test_a_wrapped_network_is_saved_under_plain_names(tmp_path, monkeypatch):
             super().__init__()
             self._orig_mod, self.forward = net, net.forward
 
-    monkeypatch.setattr(train, "compiled", lambda net, device, wanted: Wrapped(net))
+    monkeypatch.setattr(model, "compiled", lambda net, *rest: Wrapped(net))
     whole = digest(run(tmp_path / "run", "--steps 2"))
     monkeypatch.undo()
     assert digest(run(tmp_path / "plain", "--steps 2")) == whole
