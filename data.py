@@ -425,7 +425,7 @@ class Files:
 
 
 class BuiltIn:
-    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 1"])
+    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 2"])
     key = staticmethod("built-in/{}".format)
     captions = staticmethod(lambda row: captions(scene(row)))
     show = staticmethod(lambda row, size, *crop: picture(row, size))
