@@ -22,7 +22,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -554,6 +555,73 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if meta.get("sha256") != checksum(tensors, {k: v for k, v in meta.items() if k != "sha256"}):
         raise ValueError(f"{path} is damaged: checksum mismatch")
     return tensors, meta
+
+
+class Cache:
+    """What an encoder makes of texts, looked up: cache[text] -> its tensors, in bfloat16, as many as it has.
+
+    A folder of safetensors files, which are mapped. The hash of a text names its tensors, and in the metadata
+    their shapes and checksum. Raises ValueError for a file that is torn or of another encoder (fingerprint:
+    which weights, which settings), and for a text that is not there: none gets another one's tensors.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint, self.found = folder, fingerprint, {}     # hash -> file, mark
+        for path in sorted(folder.glob("*.safetensors")):
+            self.open(path)
+
+    def open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, "pt")
+            marks = file.metadata()
+            made_by = marks.pop("fingerprint")
+        except Exception as e:                                 # safetensors raises nearly anything
+            raise ValueError(f"{path} is damaged: {' '.join(str(e).split())[:200]}. Delete it") from None
+        if made_by != self.fingerprint:
+            raise ValueError(f"{self.folder} was made with {made_by}, this run uses {self.fingerprint}. "
+                             "Delete it or use another --text-cache")
+        self.found |= {key: (file, mark) for key, mark in marks.items()}
+
+    def key(self, text: str) -> str:
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def mark(self, entry: tuple[Tensor, ...]) -> str:
+        """The shapes of a text's tensors, and the checksum of their bytes."""
+        content = torch.cat([x.flatten() for x in entry]).view(torch.int16).numpy()
+        return " ".join([*("x".join(map(str, x.shape)) for x in entry), str(zlib.crc32(content))])
+
+    def fill(self, texts: Iterable[str], encode: Callable[[list[str]], Iterator[tuple]], part: int = 8192):
+        """Write what is missing, `part` texts to a file. encode(texts) yields (index, *tensors) in any order.
+
+        A file appears whole or not at all and is named by its texts: a stopped run goes on where it was, two
+        at once write the same.
+        """
+        missing = {self.key(text): text for text in texts}
+        missing = {key: missing[key] for key in sorted(missing) if key not in self.found}
+        for start in range(0, len(missing), part):
+            keys, tensors, meta = list(missing)[start:start + part], {}, {"fingerprint": self.fingerprint}
+            for index, *entry in encode([missing[key] for key in keys]):
+                tensors |= {f"{keys[index]}.{i}": x.clone() for i, x in enumerate(entry)}
+                meta[keys[index]] = self.mark(entry)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{self.key(''.join(keys))}.safetensors"
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_tensors(temporary, tensors, meta)
+            os.replace(temporary, path)
+            self.open(path)
+
+    def __getitem__(self, text: str) -> tuple[Tensor, ...]:
+        key = self.key(text)
+        if key not in self.found:
+            raise ValueError(f"{self.folder} has no embedding of {text[:80]!r}. Start again to add it")
+        file, mark = self.found[key]
+        try:
+            entry = tuple(file.get_tensor(f"{key}.{i}") for i in range(mark.count(" ")))
+            if self.mark(entry) != mark:
+                raise ValueError("it does not match its checksum")
+        except Exception as e:
+            raise ValueError(f"{self.folder} is damaged at {text[:80]!r}: {e}. Delete it") from None
+        return entry
 
 
 def checkpoint_folders(run: Path) -> list[Path]:

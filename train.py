@@ -16,7 +16,7 @@ import sys
 import time
 import typing
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -396,8 +396,16 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
     """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
     cfg, _, model_cfg, diff_cfg, text_cfg = configs
-    captions = (caption for pictures in sets for caption in pictures.captions())
-    text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
+
+    def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
+        cache = model.Cache(Path(text_cfg.text_cache) / str(number), encoder.fingerprint)
+        captions = {text_encoder.clean(caption) for pictures in sets for caption in pictures.captions()}
+        cache.fill(captions - {""},
+                   lambda texts: load() and text_encoder.encode_captions(encoder.to(device), texts))
+        return cache.__getitem__
+
+    wanted = cached if sets and text_cfg.text_cache else None
+    text = text_encoder.load_text_encoder(text_cfg, wanted).to(device)
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, 6 if diff_cfg.learn_sigma else 3)
     unet.checkpointing = cfg.checkpointing
     return text, Net(unet, text, diffusion.make_schedule(diff_cfg, cfg.size), diff_cfg).to(device)
