@@ -255,8 +255,8 @@ class CLIPTextEncoder(nn.Module):
         self.pooled_dim = shape.projection_dim if has_projection else self.dim
         self.text_model = ClipTower(shape, length, ("final_layer_norm",),
                                     token_embedding=nn.Embedding(shape.vocab_size, self.dim))
-        if has_projection:
-            self.text_projection = nn.Linear(self.dim, self.pooled_dim, bias=False)
+        projection = nn.Linear(self.dim, self.pooled_dim, bias=False)
+        self.text_projection = projection if has_projection else nn.Identity()
 
     def forward(self, ids, mask):
         model = self.text_model
@@ -266,8 +266,8 @@ class CLIPTextEncoder(nn.Module):
             before, x = x, layer(x, causal=True)            # no token sees the padding behind it
         x = model.final_layer_norm(x)
         pooled = x[torch.arange(len(x), device=x.device), (mask.sum(1) - 1).clamp(min=0)]
-        pooled = self.text_projection(pooled) if hasattr(self, "text_projection") else pooled
-        return before if self.layer == "penultimate" else x, pooled * mask.any(1, keepdim=True)
+        pooled = self.text_projection(pooled) * mask.any(1, keepdim=True)
+        return before if self.layer == "penultimate" else x, pooled
 
 
 def clip_pixels(pictures: torch.Tensor, size: int) -> torch.Tensor:
@@ -288,9 +288,8 @@ class CLIPImageEncoder(nn.Module):
     def __init__(self, shape: SimpleNamespace):
         super().__init__()
         self.size, width, patch = shape.image_size, shape.hidden_size, shape.patch_size
-        positions, norms = (self.size // patch) ** 2 + 1, ("pre_layrnorm", "post_layernorm")
-        patches = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.vision_model = ClipTower(shape, positions, norms, patch_embedding=patches)
+        norms, patches = ("pre_layrnorm", "post_layernorm"), nn.Conv2d(3, width, patch, patch, bias=False)
+        self.vision_model = ClipTower(shape, (self.size // patch) ** 2 + 1, norms, patch_embedding=patches)
         self.vision_model.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
         self.visual_projection = nn.Linear(width, shape.projection_dim, bias=False)
 
@@ -427,6 +426,7 @@ class TextEncoder(nn.Module):
         self.tower, self.tokenizer, self.length, self.fingerprint = tower, tokenizer, length, fingerprint
         self.dim, self.pooled_dim, self.trainable = tower.dim, tower.pooled_dim, trainable
         self.counts = Counter()
+        if not trainable: self.__deepcopy__ = lambda memo: self     # the average of a network shares it
 
     def tokenize(self, captions: list[str]):
         """Captions -> ids (B, L) int64 and mask (B, L) bool, True at tokens; an empty caption has none."""
@@ -581,6 +581,7 @@ class CachedEncoder(TextEncoder):
     def __init__(self, encoder: TextEncoder, lookup: Callable[[str], tuple[torch.Tensor, torch.Tensor]]):
         super().__init__(encoder.tower, encoder.tokenizer, encoder.length, encoder.fingerprint, False)
         self.tower, self.lookup, self.last, self.entries = None, lookup, 0, []
+        self.forward = torch.compiler.disable(self.forward)
 
     def tokenize(self, captions: list[str]):
         self.last, self.entries = self.last + len(self.entries), [
@@ -589,7 +590,6 @@ class CachedEncoder(TextEncoder):
         lengths = torch.tensor([len(entry[0]) if entry else 0 for entry in self.entries])
         return ids, torch.arange(self.length) < lengths[:, None]
 
-    @torch.compiler.disable
     def forward(self, ids, mask):
         context, pooled = torch.zeros(*ids.shape, self.dim), torch.zeros(len(ids), self.pooled_dim)
         for row, number in enumerate(ids[:, 0].tolist()):

@@ -1,5 +1,6 @@
 """text_encoder.py against the published implementations, and against what users and disks do to it."""
 
+import copy as copies
 import itertools
 import json
 import os
@@ -518,6 +519,9 @@ def test_encoders_stand_side_by_side(t5_folder, clip_folder):
     again = load_text_encoder(config)
     again.load_state_dict(both.state_dict())
     assert torch.equal(again(ids, mask)[0], context)
+    average = copies.deepcopy(both)
+    assert average.encoders[1] is both.encoders[1]  # a copy shares what is frozen, and no other
+    assert average.encoders[0] is average.trained[0] is not both.trained[0]
     both.to(torch.device("meta"))
     assert all(parameter.is_meta for encoder in both.encoders for parameter in encoder.parameters())
 
@@ -551,6 +555,7 @@ def test_the_cache_says_what_the_encoder_says(kind, t5_folder, clip_folder, tmp_
     for ours, theirs in zip(stored(*stored.tokenize(captions)), live(*live.tokenize(captions))):
         assert ours.shape == theirs.shape
         assert (ours.float() - theirs.float()).abs().max() <= 2e-2 * theirs.float().abs().max()
+    assert copies.deepcopy(stored) is stored
     assert not stored.trainable
     assert not list(stored.parameters())
     ids, mask = stored.tokenize(captions)
