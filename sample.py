@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, PngImagePlugin
 from torch import Tensor, nn
 
@@ -206,6 +207,24 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     return torch.cat(done)
 
 
+@torch.no_grad()
+def clip_scores(clip: tuple[nn.Module, nn.Module], pictures: Tensor, prompts: list[str],
+                batch_size: int = 16) -> Tensor:
+    """CLIP score of each picture, uint8 (N, 3, H, W), with its prompt: (N,), from 0 to 2.5, more fits better.
+
+    2.5 max(cosine, 0) (Hessel et al. 2021, arXiv:2104.08718, section 3), without its "A photo depicts". clip:
+    the encoders of pictures and of texts, of one checkpoint.
+    """
+    tower, words = clip
+    device, scores = tower.visual_projection.weight.device, []
+    for start in range(0, len(prompts), batch_size):
+        ids, mask = words.tokenize(prompts[start:start + batch_size])
+        _, _, pooled = words(ids.to(device), mask.to(device))
+        seen = tower(pictures[start:start + batch_size].to(device))                       # (B, P)
+        scores.append(2.5 * F.cosine_similarity(seen, pooled).clamp(min=0))
+    return torch.cat(scores).cpu()
+
+
 # --------------------------------------------------------------------------------------- pictures to files
 
 
@@ -258,6 +277,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--ckpt", default="", help="run directory, checkpoint or its ema.safetensors; empty: newest in runs")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = the run's own")
     add("--n", type=int, default=1, help="pictures of each prompt, seeds SEED, SEED + 1, ... [images]")
+    add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
+    add("--best", type=int, default=0, help="keep so many of --n by that score, best first, 0 = all [images]")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
         flag = {"guidance_scale": "guidance", "steps": "sample_steps"}.get(f.name, f.name)
@@ -276,13 +297,18 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     limits = {"guidance_scale": (0, 100), "guidance_rescale": (0, 1), "apg": (0, 1e6), "steps": (1, 1000),
               "ema": (0, 0.28), "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000),
-              "seed": (0, 2**63 - 1), "n": (1, 10000), "batch_size": (1, 4096)}
+              "seed": (0, 2**63 - 1), "n": (1, 10000), "batch_size": (1, 4096),
+              "best": (0, 10000)}
     if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", args.threshold):
         die(f"--threshold {args.threshold} is not static, none or a percentile such as 0.995")
     flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
     for name, (least, most) in limits.items():
         if not least <= getattr(args, name) <= most:           # a nan is outside, too
             die(f"{flags[name]} {getattr(args, name)} is outside {least} to {most}")
+    if args.best > args.n or (args.best and not args.rank):
+        die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
+    if args.rank and not Path(args.rank).is_dir():
+        die(f"--rank {args.rank} is not a folder. Name the folder of a CLIP, as published")
     return args
 
 
@@ -305,6 +331,9 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"cannot write to --out {folder}. Name a folder that can be written")
     folder.mkdir(parents=True, exist_ok=True)                  # before the work, so that none is lost
 
+    if args.rank:
+        config = text_encoder.TextConfig([args.rank], text_dtype="fp32")
+        clip = text_encoder.load_image_encoder(args.rank, config), text_encoder.load_text_encoder(config)
     stage = load_stage(Path(args.ckpt) if args.ckpt else newest_run(Path("runs")), device, args.ema)
     if not all(prompt.strip() for prompt in wanted):
         print("note: empty prompt, drawing without one")
@@ -320,17 +349,24 @@ def main(argv: list[str]) -> None:
         if picture.float().std() < 1:
             warn(f"picture {i} is constant; the network is probably untrained, or --guidance is too high")
 
+    found, n = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)], args.n
+    if args.rank:
+        clip, n = [part.to(device) for part in clip], args.best or n
+        scores = clip_scores(clip, pictures, prompts, args.batch_size)
+        best = scores.view(-1, args.n).topk(n).indices + torch.arange(0, len(scores), args.n)[:, None]
+        found = [found[i] | {"clip_score": round(scores[i].item(), 4)} for i in best.flatten().tolist()]
+        pictures = pictures[best.flatten()]
     notes = {**settings, **{name: Path(settings[name]).name for name in ("autoguide", "init", "mask")},
              "ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
     if args.grid:
-        columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
-        sheet = data.contact_sheet(pictures, prompts, columns)
-        print(save_png(sheet, file or folder / "grid.png", notes | {"prompts": prompts, "seeds": seeds}))
+        columns = min(8, max(2, n if n > 1 else math.isqrt(len(found) - 1) + 1))
+        sheet = data.contact_sheet(pictures, [one["prompt"] for one in found], columns)
+        print(save_png(sheet, file or folder / "grid.png",
+                       notes | {f"{name}s": [one[name] for one in found] for name in found[0]}))
         return
-    for picture, prompt, seed in zip(pictures, prompts, seeds):
+    for picture, one in zip(pictures, found):
         image = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        name = file or folder / f"{file_name(prompt)}.png"
-        print(save_png(image, name, notes | {"prompt": prompt, "seed": seed}))
+        print(save_png(image, file or folder / f"{file_name(one['prompt'])}.png", notes | one))
 
 
 if __name__ == "__main__":
