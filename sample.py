@@ -341,10 +341,14 @@ def main(argv: list[str]) -> None:
         warn(f"--guidance {args.guidance_scale} is very high; 2 to 8 is usual")
     seeds = [args.seed + i for _ in wanted for i in range(args.n)]
     prompts = [prompt for prompt in wanted for _ in range(args.n)]
+    counts = stage.text.counts
+    stage.text.tokenize(wanted)                                # counts what the text encoder cannot read
+    if counts["unknown"]:
+        warn(f"{counts['unknown']} of {counts['tokens']} tokens are unknown to the text encoder")
+    if counts["cut"]:
+        warn(f"a prompt was cut at {stage.text.length} tokens")
     settings = {f.name: getattr(args, f.name) for f in fields(Settings)}
     pictures = generate(stage, prompts, seeds, args.batch_size, DTYPES[args.dtype], **settings)
-    if stage.text.counts["cut"]:
-        warn(f"a prompt was cut at {stage.text.length} tokens")
     for i, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {i} is constant; the network is probably untrained, or --guidance is too high")

@@ -238,10 +238,9 @@ class ClipLayer(nn.Module):
 class ClipTower(nn.ModuleDict):
     """What both towers of CLIP have (Radford et al. 2021, arXiv:2103.00020): embeddings, layers, norms."""
     def __init__(self, shape: SimpleNamespace, positions: int, norms: tuple[str, ...], **embeddings):
-        width = shape.hidden_size
-        embeddings["position_embedding"] = nn.Embedding(positions, width)
+        embeddings["position_embedding"] = nn.Embedding(positions, shape.hidden_size)
         layers = nn.ModuleList(ClipLayer(shape) for _ in range(shape.num_hidden_layers))
-        super().__init__({name: nn.LayerNorm(width, shape.layer_norm_eps) for name in norms})
+        super().__init__({name: nn.LayerNorm(shape.hidden_size, shape.layer_norm_eps) for name in norms})
         self.embeddings, self.encoder = nn.ModuleDict(embeddings), nn.ModuleDict({"layers": layers})
 
 
@@ -283,8 +282,7 @@ def clip_pixels(pictures: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class CLIPImageEncoder(nn.Module):
-    """The picture tower of CLIP or OpenCLIP: uint8 (B, 3, H, W) -> (B, P) float32, in the space of its text
-    tower's pooled."""
+    """The picture tower: uint8 (B, 3, H, W) -> (B, P) float32, in the space of its text tower's pooled."""
     def __init__(self, shape: SimpleNamespace):
         super().__init__()
         self.size, width, patch = shape.image_size, shape.hidden_size, shape.patch_size
@@ -397,13 +395,16 @@ class Weights:
             raise ValueError(f"{self.folder}: {wrong[0]} ({len(wrong)} tensors do not fit). Another model?")
 
     def fill(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        """Give `model` (checked, on the meta device) its weights, frozen; peaks one tensor above them."""
+        """Give `model` (checked, on the meta device) its weights, frozen; peaks one tensor above them. A
+        number that is not finite is an error; other flipped bits are not seen: there is no checksum."""
         state = {}
         for name in model.state_dict():
             tensor = self.read[name](slice(None))
             if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 raise ValueError(f"{self.folder}: {name} is {tensor.dtype}. Quantised weights are not read")
             state[name] = tensor.to(dtype)
+            if not torch.stack(state[name].aminmax()).isfinite().all():
+                raise ValueError(f"{self.folder}: {name} is not finite in {dtype}. Download it again")
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
@@ -493,8 +494,8 @@ def open_folder(name: str, config: TextConfig, tower: str) -> tuple[Path, dict, 
     content = read_json(path)
     if content.get("model_type") == "clip":
         half = (content.get(f"{tower}_config") or {}) | (content.get(f"{tower}_config_dict") or {})
-        width = content.get("projection_dim", 512)
-        content = half | {"projection_dim": width, "model_type": f"clip_{tower}_model"}
+        width, kind = content.get("projection_dim", 512), f"clip_{tower}_model"
+        content = half | {"projection_dim": width, "model_type": kind}
     return path, content, Weights(path.parent, config.allow_bin)
 
 
@@ -512,9 +513,9 @@ def frozen_encoder(name: str, config: TextConfig) -> tuple[TextEncoder, Callable
             usual = {"model_type": None, "feed_forward_proj": "relu" if kind == "t5" else "gated-gelu"}
             shape = read_shape(T5_SHAPE, usual | content, path)
             tower, others = T5Encoder(shape), ("decoder.", "lm_head.")
-            bytewise = shape.vocab_size == 384 and not (folder / "spiece.model").exists()     # ByT5
-            tokenizer = (ByteTokenizer() if bytewise else
-                         SentencePieceTokenizer(folder / "spiece.model", shape.vocab_size))
+            pieces, vocabulary = folder / "spiece.model", shape.vocab_size
+            byt5 = vocabulary == 384 and not pieces.exists()
+            tokenizer = ByteTokenizer() if byt5 else SentencePieceTokenizer(pieces, vocabulary)
     weights.check(tower, others)
     words = [folder / file for file in ("spiece.model", "vocab.json", "merges.txt")]
     words = [hashlib.sha256(file.read_bytes()).hexdigest() for file in words if file.exists()]
@@ -544,9 +545,8 @@ def byte_encoder(config: TextConfig) -> TextEncoder:
 
 
 def load_text_encoder(config: TextConfig, cached: Callable | None = None) -> nn.Module:
-    """The text encoder, or several side by side, of `config.text_encoder`; ValueError if unreadable. With
-    `cached`, a frozen one is replaced by a CachedEncoder: cached(number, encoder, load) gives its lookup, and
-    calls load() before it uses the encoder."""
+    """The text encoder of a configuration, or several side by side; ValueError if unreadable. `cached`: look
+    up what a frozen one says in what cached(number, encoder, load) returns; load() reads its weights."""
     encoders = []
     for number, name in enumerate(config.text_encoder):
         encoder, load = (byte_encoder(config), None) if name == "bytes" else frozen_encoder(name, config)

@@ -421,6 +421,12 @@ def test_a_long_prompt_and_a_high_guidance_are_warned_of(here, cli):
                                 "sample.py: warning: a prompt was cut at 32 tokens"]
 
 
+def test_what_the_text_encoder_cannot_read_is_warned_of(here, cli, monkeypatch):
+    monkeypatch.setattr(text_encoder.ByteTokenizer, "unknown", 3 + ord("h"))
+    status, _, err = cli("a house", "--n", 2)
+    assert (status, err) == (0, "sample.py: warning: 1 of 7 tokens are unknown to the text encoder\n")
+
+
 @pytest.mark.parametrize("grid", [[], ["--grid"]])
 def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, grid):
     monkeypatch.setattr(sample, "generate", lambda *a, **b: torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))

@@ -736,6 +736,8 @@ BAD_FOLDERS = {
         "encoder.extra.lora is not known",
     ),
     "quantised": (edit_tensors(lambda t: t | {Q: t[Q].char()}), "is torch.int8. Quantised weights"),
+    "not a number": (edit_tensors(lambda t: t | {Q: t[Q] * torch.nan}), f"{Q} is not finite in torch.bf"),
+    "beyond bf16": (edit_tensors(lambda t: t | {Q: t[Q] * 0 + 3.4e38}), f"{Q} is not finite in torch.bf"),
     "spiece empty": (write("spiece.model", b""), "spiece.model is damaged|has 0 pieces"),
     "spiece garbage": (write("spiece.model", b"hello" * 99), "spiece.model is damaged"),
     "spiece cut": (write("spiece.model", lambda data: data[:999]), "spiece.model (is damaged|has .* pieces)"),
@@ -826,7 +828,8 @@ def test_t5_has_no_pictures(t5_folder):
 
 
 def test_flipped_bytes_of_weights_never_crash(t5_folder, tmp_path):
-    """A flip in the header is an error or changes nothing; one in the numbers changes one tensor alone."""
+    """A flip in the header is an error or changes nothing. One in the numbers is an error where they are not
+    finite any more; else it is not seen, as published weights carry no checksum, and one tensor differs."""
     folder = copy(t5_folder, tmp_path / "t5")
     path, rng, config = folder / "model.safetensors", random.Random(0), TextConfig([str(folder)])
     data, good = path.read_bytes(), load_text_encoder(config).state_dict()
@@ -840,6 +843,7 @@ def test_flipped_bytes_of_weights_never_crash(t5_folder, tmp_path):
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017
         else:
+            assert all(tensor.isfinite().all() for tensor in state.values())
             changed = sum(not torch.equal(state[name], good[name]) for name in good)
             assert changed <= (at >= header)
 
