@@ -25,7 +25,8 @@ import sys
 import textwrap
 import time
 import traceback
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -77,8 +78,6 @@ PRESETS = {stage: ModelConfig(*row) for stage, row in {
 
 
 # ----------------------------------------------------------------------------------------------- the U-Net
-
-
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside.
 
@@ -452,11 +451,12 @@ def leave() -> None:
 
 
 def side_by_side(*views: Tensor, lowres: Tensor | None = None, **_) -> Tensor:
-    """Pictures (B, C, H, W) in a row, behind the low-resolution ones; grey beside colours is repeated."""
+    """Pictures (B, C, H, W) in [-1, 1] in a row behind low-resolution ones, uint8; grey is repeated."""
     if lowres is not None:
         views = F.interpolate(lowres, views[0].shape[-2:]), *views
     planes = max(view.shape[1] for view in views)
-    return torch.cat([view.expand(-1, planes, -1, -1) for view in views], 3)
+    row = torch.cat([view.expand(-1, planes, -1, -1) for view in views], 3)
+    return ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
@@ -489,7 +489,6 @@ def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Imag
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
-
 FORMAT = "limn 1"
 PROFILES = 0.05, 0.1  # the widths of the averages that snapshots hold (Karras et al. 2023, section 3.2)
 
@@ -554,14 +553,12 @@ class State:
         for name, p in self.net.named_parameters():
             parts = self.optimizer.state.get(p, {})
             train |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
-        train |= self.snapshot()
-        return {"ema": self.ema.state_dict(), "train": train}
+        return {"ema": self.ema.state_dict(), "train": train | self.snapshot()}
 
     def snapshot(self) -> dict[str, Tensor]:
         """The profiles under names "profile.WIDTH.NAME"."""
-        names = [name for name, _ in self.net.named_parameters()]
         return {f"profile.{width}.{name}": value for width, values in self.profiles.items()
-                for name, value in zip(names, values)}
+                for (name, _), value in zip(self.net.named_parameters(), values)}
 
     def save(self, run: Path, step: int, meta: dict[str, str], keep: int) -> Path:
         """Publish a checkpoint, then a snapshot of the profiles; the most even `snapshots` of them stay."""
@@ -588,19 +585,6 @@ class State:
                 self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
-
-
-def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """Path, weights and meta of a run (its newest checkpoint that verifies), a checkpoint or a file."""
-    if path.is_dir() and not (path / "ema.safetensors").exists():
-        found = load_checkpoint(path, warn=warn)
-        if found is None:
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-            raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
-                             "Name a run directory")
-        folder, (tensors,), meta = found
-        return folder, tensors, meta
-    return path, *load_tensors(path / "ema.safetensors" if path.is_dir() else path)
 
 
 @torch.no_grad()
@@ -688,8 +672,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as f:
             meta, names = f.metadata() or {}, list(f.keys())
             if not meta.get("format", "").startswith("limn "):
-                first = names[0] if names else "none"
-                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {first}). "
+                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {[*names, 'none'][0]}). "
                                  "Name a file of runs/")
             if meta["format"] != FORMAT:
                 raise ValueError(f"{path} has format {meta['format']}, this code reads {FORMAT}. "
@@ -702,6 +685,72 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if meta.get("sha256") != checksum(tensors, {k: v for k, v in meta.items() if k != "sha256"}):
         raise ValueError(f"{path} is damaged: checksum mismatch")
     return tensors, meta
+
+
+class Cache:
+    """What an encoder makes of texts, looked up: cache[text] -> its tensors, in bfloat16, as many as it has.
+
+    A folder of safetensors files, which are mapped. The hash of a text names its tensors, and in the metadata
+    their shapes and checksum. Raises ValueError for a file that is torn or of another encoder (fingerprint:
+    which weights, which settings), and for a text that is not there: none gets another one's tensors.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        self.folder, self.fingerprint, self.found = folder, fingerprint, {}     # hash -> file, mark
+        for path in sorted(folder.glob("*.safetensors")):
+            self.open(path)
+
+    def open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, "pt")
+            marks = file.metadata()
+            made_by = marks.pop("fingerprint")
+        except Exception as e:                                 # safetensors raises nearly anything
+            raise ValueError(f"{path} is damaged: {' '.join(str(e).split())[:200]}. Delete it") from None
+        if made_by != self.fingerprint:
+            raise ValueError(f"{self.folder} was made with {made_by}, this run uses {self.fingerprint}. "
+                             "Delete it or use another --text-cache")
+        self.found |= {key: (file, mark) for key, mark in marks.items()}
+
+    def key(self, text: str) -> str:
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def mark(self, entry: tuple[Tensor, ...]) -> str:
+        """The shapes of a text's tensors, and the checksum of their bytes."""
+        content = torch.cat([x.flatten() for x in entry]).view(torch.int16).numpy()
+        return " ".join([*("x".join(map(str, x.shape)) for x in entry), str(zlib.crc32(content))])
+
+    def fill(self, texts: Iterable[str], encode: Callable[[list[str]], Iterator[tuple]], part: int = 8192):
+        """Write what is missing, `part` texts to a file. encode(texts) yields (index, *tensors) in any order.
+
+        A file appears whole or not at all and is named by its texts: a stopped run goes on where it was, two
+        at once write the same.
+        """
+        missing = {key: text for text in texts if (key := self.key(text)) not in self.found}
+        for start in range(0, len(missing), part):
+            keys, tensors, meta = sorted(missing)[start:start + part], {}, {"fingerprint": self.fingerprint}
+            for index, *entry in encode([missing[key] for key in keys]):
+                tensors |= {f"{keys[index]}.{i}": x.clone() for i, x in enumerate(entry)}
+                meta[keys[index]] = self.mark(entry)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{self.key(''.join(keys))}.safetensors"
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_tensors(temporary, tensors, meta)
+            os.replace(temporary, path)
+            self.open(path)
+
+    def __getitem__(self, text: str) -> tuple[Tensor, ...]:
+        key = self.key(text)
+        if key not in self.found:
+            raise ValueError(f"{self.folder} has no embedding of {text[:80]!r}. Start again to add it")
+        file, mark = self.found[key]
+        try:
+            entry = tuple(file.get_tensor(f"{key}.{i}") for i in range(mark.count(" ")))
+            if self.mark(entry) != mark:
+                raise ValueError("it does not match its checksum")
+        except Exception as e:
+            raise ValueError(f"{self.folder} is damaged at {text[:80]!r}: {e}. Delete it") from None
+        return entry
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -757,9 +806,38 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
     return None
 
 
+def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
+    """Path, weights and meta of a run (its newest checkpoint that verifies), a checkpoint or a file."""
+    file = path / "ema.safetensors" if path.is_dir() else path
+    if file.exists() or not path.is_dir():
+        return path, *load_tensors(file)
+    if found := load_checkpoint(path, warn=warn):
+        return found[0], found[1][0], found[2]
+    inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
+                     "Name a run directory")
+
+
+def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
+    """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
+    pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
+    runs, ways = [p.parent for p in root.glob("*/checkpoints") if checkpoint_folders(p.parent)], {}
+    for run in sorted(runs, key=lambda run: checkpoint_folders(run)[-1].stat().st_mtime):
+        recipe = json.loads((run / "config.json").read_text("utf-8"))
+        ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]     # the newest wins
+    path, at = [], min((below for below in ways if bool(below) == lowres), default=-1)
+    while at in ways and (at != stop_at or not path):
+        run, at = ways[at]
+        path.append(run)
+    if not path:
+        raise ValueError(f"no checkpoint in {root}/{' that enlarges pictures' * lowres}. Train one first: "
+                         f"python train.py --size {256 if lowres else 64}")
+    if stop_at not in (0, at):
+        raise ValueError(f"--stop-at {stop_at}: the stages in {root}/ end at {at}")
+    return path
+
+
 # ------------------------------------------------------------------------- averages, chosen after training
-
-
 def exponent(width: float) -> float:
     """The exponent gamma of the power function whose standard deviation is `width` of its length.
 

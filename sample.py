@@ -7,6 +7,7 @@ Letters: B pictures of a batch, N pictures in all, H W their height and width.
 """
 import argparse
 import inspect
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,6 @@ import diffusion
 import model
 import text_encoder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LISTS = {"guidance_scale": float, "steps": int, "sampler": str, "threshold": str, "seed": int}  # one a stage
 FILES = ("autoguide", "init", "mask")
 
@@ -56,25 +56,6 @@ class Stage:
     device: torch.device
     step: int  # of training [steps]
     digest: str  # checksum of the checkpoint
-
-
-def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
-    """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
-    pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
-    runs, ways = [p.parent for p in root.glob("*/checkpoints") if model.checkpoint_folders(p.parent)], {}
-    for run in sorted(runs, key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime):
-        recipe = json.loads((run / "config.json").read_text("utf-8"))
-        ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]     # the newest wins
-    path, at = [], min((below for below in ways if bool(below) == lowres), default=-1)
-    while at in ways and (at != stop_at or not path):
-        run, at = ways[at]
-        path.append(run)
-    if not path:
-        raise ValueError(f"no checkpoint in {root}/{' that enlarges pictures' * lowres}. Train one first: "
-                         f"python train.py --size {256 if lowres else 64}")
-    if stop_at not in (0, at):
-        raise ValueError(f"--stop-at {stop_at}: the stages in {root}/ end at {at}")
-    return path
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
@@ -193,18 +174,17 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if stage.config.learn_sigma and "variance" in takes:
         net = diffusion.LearnedVariance(net)
         options["variance"] = lambda: net.fraction[:len(batch)]               # the prompts' rows come first
+    keys, small_keys = (torch.tensor([int(data.keyed(seed, purpose, 0).integers(2**63)) for seed in seeds])
+                        for purpose in ("sample", "lowres"))
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start:start + batch_size]
-        keys, small_keys = (torch.tensor([int(data.keyed(seed, purpose, 0).integers(2**63))
-                                          for seed in seeds[start:start + batch_size]])
-                            for purpose in ("sample", "lowres"))
-        x, small = diffusion.gaussian(keys, shape, stage.device), {}                      # (B, 3, H, W)
+        part = slice(start, start + batch_size)
+        batch, x, small = prompts[part], diffusion.gaussian(keys[part], shape, stage.device), {}
         if found:
-            clean, t = lowres[start:start + batch_size].to(x) / 127.5 - 1, x.new_full((len(x),), s.aug)
-            eps = diffusion.gaussian(small_keys, clean.shape[1:], stage.device)
+            clean, t = lowres[part].to(x) / 127.5 - 1, x.new_full((len(x),), s.aug)
+            eps = diffusion.gaussian(small_keys[part], clean.shape[1:], stage.device)
             its = diffusion.make_schedule(stage.config, found)
             small = {"lowres": diffusion.noised(clean, eps, t, its), "lowres_t": t}
-        noise = diffusion.noise_source(keys, shape, stage.device)
+        noise = diffusion.noise_source(keys[part], shape, stage.device)
         run = partial(sampler, **options)
         if s.init:
             known = (given[0].to(x) / 127.5 - 1).expand_as(x)
@@ -221,6 +201,24 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     return torch.cat(done)
 
 
+@torch.no_grad()
+def clip_scores(clip: tuple[nn.Module, nn.Module], pictures: Tensor, prompts: list[str],
+                device: torch.device, batch_size: int = 16) -> Tensor:
+    """CLIP score of each picture, uint8 (N, 3 or 1, H, W), with its prompt: (N,), from 0 to 2.5, the better.
+
+    2.5 max(cosine, 0) (Hessel et al. 2021, arXiv:2104.08718, section 3), without its "A photo depicts".
+    clip: the encoders of pictures and of texts, of one checkpoint.
+    """
+    (tower, words), scores = (part.to(device) for part in clip), []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        ids, mask = words.tokenize(prompts[part])
+        _, _, pooled = words(ids.to(device), mask.to(device))
+        seen = tower(pictures[part].expand(-1, 3, -1, -1).to(device))                     # (B, P)
+        scores.append(2.5 * torch.cosine_similarity(seen, pooled).clamp(min=0))
+    return torch.cat(scores).cpu()
+
+
 # --------------------------------------------------------------------------------------- pictures to files
 def to_image(picture: Tensor) -> Image.Image:
     """uint8 (3 or 1, H, W) -> RGB."""
@@ -232,34 +230,24 @@ def file_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:80].strip("-") or "picture"
 
 
-def free(path: Path) -> Path:
-    """`path`, or the first of NAME-2, NAME-3, ... that does not exist: nothing is overwritten."""
-    n, name = 1, path
-    while name.exists():
-        n += 1
-        name = path.with_stem(f"{path.stem}-{n}")
-    return name
-
-
 def save_png(image: Image.Image, path: Path, notes: dict) -> Path:
-    """Write a picture with its notes inside, whole or not at all; to the temporary folder if `path` fails."""
-    info = PngImagePlugin.PngInfo()
+    """Write a picture with its notes inside, whole or not at all; to the temporary folder if `path` fails.
+    As NAME, NAME-2, NAME-3, ..., the first that does not exist: nothing is overwritten."""
+    info, spare = PngImagePlugin.PngInfo(), Path(tempfile.gettempdir(), path.name)
     info.add_itxt("limn", json.dumps(notes))
-
-    def write(target: Path) -> Path:
-        part = target.with_name(f".{target.stem}.{os.getpid()}.part")
-        try:
-            image.save(part, "PNG", pnginfo=info)
-            return part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2)))
+    target = next(name for name in names if not name.exists())
+    part = target.with_name(f".{target.stem}.{os.getpid()}.part")
     try:
-        return write(free(path))
+        image.save(part, "PNG", pnginfo=info)
+        return part.replace(target)
     except OSError as e:
-        spare = free(Path(tempfile.gettempdir()) / path.name)
+        if path == spare:
+            raise
         warn(f"cannot write {path} ({e.strerror or e}); writing {spare} instead")
-        return write(spare)
+    finally:
+        part.unlink(missing_ok=True)
+    return save_png(image, spare, notes)
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -277,26 +265,27 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--keep-stages", action=argparse.BooleanOptionalAction, default=False, help="write those below, too")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = the run's own")
     add("--n", type=int, default=1, help="pictures of each prompt, seeds SEED, SEED + 1, ... [images]")
+    add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
+    add("--best", type=int, default=0, help="keep so many of --n by that score, best first, 0 = all [images]")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     for f in fields(Settings):
-        flag = {"guidance_scale": "guidance", "steps": "sample_steps"}.get(f.name, f.name)
+        flag = {"guidance_scale": "guidance", "steps": "sample-steps"}.get(f.name, f.name.replace("_", "-"))
         two = {"nargs": 2} if isinstance(f.default, tuple) else {}
         kind = float if two else str if f.name in LISTS else type(f.default)
-        flag = flag.replace("_", "-")
         add(f"--{flag}", dest=f.name, type=kind, default=f.default, help=helps[f.name], **two)
     add("--seed", default=0, help="of the noise")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", action=argparse.BooleanOptionalAction, default=False, help="one sheet with captions")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [images]")
     add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
-    add("--dtype", choices=list(DTYPES), default="fp32", help="of the matrix products")
+    add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     limits = {"guidance_scale": (0, 100), "guidance_rescale": (0, 1), "apg": (0, 1e6), "steps": (1, 1000),
               "ema": (0, 0.28), "eta": (-1, 1), "strength": (1e-3, 1), "resample": (1, 1000),
               "aug": (0, 1), "stop_at": (0, 4096), "seed": (0, 2**63 - 1), "n": (1, 10000),
-              "batch_size": (1, 4096)}
+              "best": (0, 10000), "batch_size": (1, 4096)}
     flags = {action.dest: flag for flag, action in p._option_string_actions.items()}
     for name, kind in LISTS.items():
         try:
@@ -306,45 +295,50 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.guidance_scale += (1.0,)                              # above the stages that it is given for
     if wrong := set(args.sampler) - set(diffusion.SAMPLERS):
         die(f"--sampler {wrong.pop()} is not one of {', '.join(diffusion.SAMPLERS)}")
-    for word in args.threshold:
-        if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word):
-            die(f"--threshold {word} is not static, none or a percentile such as 0.995")
+    if wrong := [word for word in args.threshold if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word)]:
+        die(f"--threshold {wrong[0]} is not static, none or a percentile such as 0.995")
     for name, (least, most) in limits.items():
         for value in getattr(args, name) if name in LISTS else [getattr(args, name)]:
             if not least <= value <= most:                     # a nan is outside, too
                 die(f"{flags[name]} {value} is outside {least} to {most}")
+    if args.best > args.n or (args.best and not args.rank):
+        die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
+    if args.rank and not Path(args.rank).is_dir():
+        die(f"--rank {args.rank} is not a folder. Name the folder of a CLIP, as published")
+    args.wanted = [args.prompt]
+    if args.prompts is not None:
+        lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+        args.wanted = [line.strip() for line in lines if line.strip()]
+        if not args.wanted:
+            die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
-
-
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompt of the command line, or the lines of its file that are not blank."""
-    if args.prompts is None:
-        return [args.prompt]
-    lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-    if prompts := [line.strip() for line in lines if line.strip()]:
-        return prompts
-    raise ValueError(f"--prompts {args.prompts} has no prompt in it. Write one a line")
 
 
 def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device, prompts: list[str],
               below: Tensor | None) -> tuple[Tensor, list[int], dict]:
     """The pictures of the i-th stage, their seeds, and notes; `below`: the pictures of the stage before."""
-    stage = load_stage(path, device, args.ema)
+    stage, first = load_stage(path, device, args.ema), i == bool(args.lowres)
     at = {name: values[min(i, len(values) - 1)] for name in LISTS for values in [getattr(args, name)]}
     settings = {f.name: at.get(f.name, getattr(args, f.name)) for f in fields(Settings)}
-    if i > bool(args.lowres):                                  # these are of the first stage
+    if not first:                                              # these are of the first stage
         settings |= {f.name: f.default for f in fields(Settings) if f.name in (*FILES, "strength")}
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
-    if args.lowres and below is None:
+    if first:
+        stage.text.tokenize(prompts[::args.n])                 # counts what the text encoder cannot read
+        counts = stage.text.counts
+        if counts["unknown"]:
+            warn(f"{counts['unknown']} of {counts['tokens']} tokens are unknown to the text encoder")
+        if counts["cut"]:
+            warn(f"a prompt was cut at {stage.text.length} tokens")
+    if first and args.lowres:
         below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
     if below is not None:
         images = [to_image(picture).convert(data.MODES[stage.data.lowres_mode]) for picture in below]
         below = torch.stack([torch.from_numpy(data.array(image)) for image in images])
     seeds = [at["seed"] + k % args.n for k in range(len(prompts))]
-    pictures = generate(stage, prompts, seeds, args.batch_size, DTYPES[args.dtype], below, **settings)
-    if stage.text.counts["cut"] and not i:
-        warn(f"a prompt was cut at {stage.text.length} tokens")
+    pictures = generate(stage, prompts, seeds, args.batch_size, text_encoder.DTYPES[args.dtype], below,
+                        **settings)
     for k, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
@@ -352,38 +346,48 @@ def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device
     return pictures, seeds, settings | {"ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
 
 
-def write(pictures: Tensor, prompts: list[str], seeds: list[int], args: argparse.Namespace, notes: dict):
-    """Pictures, or one sheet of them, into the folder or under the name of --out."""
+def write(pictures: Tensor, found: list[dict], n: int, args: argparse.Namespace, notes: dict) -> None:
+    """Pictures, or one sheet of them, into the folder or under the name of --out. found: the prompt and seed
+    of each, noted beside `notes`; n: how many there are of a prompt."""
     file = Path(args.out) if args.out.lower().endswith(".png") else None
     if args.grid:
-        columns = min(8, max(2, args.n if args.n > 1 else math.isqrt(len(prompts) - 1) + 1))
-        sheet = model.contact_sheet(pictures, prompts, columns)
-        notes = notes | {"prompts": prompts, "seeds": seeds}
+        columns = min(8, max(2, n if n > 1 else math.isqrt(len(found) - 1) + 1))
+        sheet = model.contact_sheet(pictures, [one["prompt"] for one in found], columns)
+        notes = notes | {f"{name}s": [one[name] for one in found] for name in found[0]}
         print(save_png(sheet, file or Path(args.out, "grid.png"), notes))
         return
-    for picture, prompt, seed in zip(pictures, prompts, seeds):
-        name = file or Path(args.out, f"{file_name(prompt)}.png")
-        print(save_png(to_image(picture), name, notes | {"prompt": prompt, "seed": seed}))
+    for picture, one in zip(pictures, found):
+        name = file or Path(args.out, f"{file_name(one['prompt'])}.png")
+        print(save_png(to_image(picture), name, notes | one))
 
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    device, wanted, out = model.choose_device(args.device), read_prompts(args), Path(args.out)
+    device, out = model.choose_device(args.device), Path(args.out)
     folder = out.parent if out.suffix.lower() == ".png" else out
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"cannot write to --out {folder}. Name a folder that can be written")
     folder.mkdir(parents=True, exist_ok=True)                  # before the work, so that none is lost
 
+    if args.rank:                                              # read before the work, too
+        config = text_encoder.TextConfig([args.rank], text_dtype="fp32")
+        clip = text_encoder.load_image_encoder(args.rank, config), text_encoder.load_text_encoder(config)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
-    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    if not all(prompt.strip() for prompt in wanted):
+    paths = paths or model.cascade(Path("runs"), bool(args.lowres), args.stop_at)
+    if not all(prompt.strip() for prompt in args.wanted):
         print("note: empty prompt, drawing without one")
-    prompts, pictures, notes = [prompt for prompt in wanted for _ in range(args.n)], None, {}
+    prompts, pictures, notes = [prompt for prompt in args.wanted for _ in range(args.n)], None, {}
     for i, path in enumerate(paths, start=bool(args.lowres)):
         below = {"below": notes} if notes else {}
         pictures, seeds, notes = run_stage(path, i, args, device, prompts, pictures)
+        found, n = [{"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)], args.n
+        if args.rank and path == paths[-1]:
+            n, scores = args.best or n, clip_scores(clip, pictures, prompts, device, args.batch_size)
+            best = scores.view(-1, args.n).topk(n).indices + torch.arange(0, len(scores), args.n)[:, None]
+            found = [found[k] | {"clip_score": round(scores[k].item(), 4)} for k in best.flatten().tolist()]
+            pictures = pictures[best.flatten()]
         if args.keep_stages or path == paths[-1]:
-            write(pictures, prompts, seeds, args, notes | below)
+            write(pictures, found, n, args, notes | below)
         notes |= {"seeds": seeds, **below}
 
 

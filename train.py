@@ -16,7 +16,7 @@ import sys
 import time
 import typing
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -102,7 +102,6 @@ LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr"
           "max_aug": (0, 1), "lowres": (0, 4096), "crop": (0, 4096), "min_size": (1, 2**16),
           "min_crop": (0.01, 1)}
 BUCKETS = 8
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
                 text_encoder.TextConfig]
 
@@ -292,18 +291,12 @@ def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) ->
     """Of each position: uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64."""
     generators = [data.keyed(seed, purpose, p) for p in positions]
     rows = [(g.random(), g.random() >= uncond_prob, int(g.integers(2**63))) for g in generators]
-    u, kept, keys = zip(*rows)
-    return torch.tensor(u), torch.tensor(kept), torch.tensor(keys)
+    return tuple(map(torch.tensor, zip(*rows)))
 
 
 def scaled(pictures: Tensor | np.ndarray, device: torch.device) -> Tensor:
     """uint8 (B, 3, H, W) on the CPU -> float32 in [-1, 1] on the device."""
     return torch.as_tensor(pictures).to(device, non_blocking=True).float() / 127.5 - 1
-
-
-def pictures(x: Tensor) -> Tensor:
-    """float in [-1, 1] (B, 3, H, W) -> uint8 on the CPU, clamped."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 @torch.no_grad()
@@ -353,14 +346,12 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
 def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Image.Image:
     """Pictures of fixed prompts with fixed noise; beside an enlarged one what it was, and the truth."""
     condition = net.encode(**condition_of(net, text, shown, device))
-    upsampling = "lowres" in condition
-    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition,
-                                                 1.0 if upsampling else 3.0))
+    guidance, truth = (1.0, [scaled(shown["picture"], device)]) if "lowres" in condition else (3.0, [])
+    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition, guidance))
     keys, shape = draws(0, "samples", shown["positions"])[2], shown["picture"].shape[1:]
     x, noise = diffusion.gaussian(keys, shape, device), diffusion.noise_source(keys, shape, device)
     drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
-    views = model.side_by_side(drawn, *[scaled(shown["picture"], device)] * upsampling, **condition)
-    return model.contact_sheet(pictures(views), shown["captions"])
+    return model.contact_sheet(model.side_by_side(drawn, *truth, **condition), shown["captions"])
 
 
 def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
@@ -368,7 +359,7 @@ def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: T
     version; below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
              for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    return model.contact_sheet(pictures(model.side_by_side(x0, x_t, lowres=lowres)[:16]), notes[:16])
+    return model.contact_sheet(model.side_by_side(x0, x_t, lowres=lowres)[:16], notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -423,8 +414,15 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
     """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
     cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
-    captions = (caption for pictures in sets for caption in pictures.captions())
-    text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
+
+    def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
+        cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
+        captions = (text_encoder.clean(caption) for pictures in sets for caption in pictures.captions())
+        cache.fill(filter(None, captions),
+                   lambda texts: load() and text_encoder.encode_captions(encoder.to(device), texts))
+        return cache.__getitem__
+
+    text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
     planes, small = (len(data.MODES[mode]) for mode in (data_cfg.mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
@@ -468,13 +466,13 @@ def main(argv: list[str]) -> None:
     workers = cfg.workers if cfg.workers >= 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
-    autocast = torch.autocast(device.type, DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
+    autocast = torch.autocast(device.type, text_encoder.DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
     shown = data.collect(uncut, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
     with autocast:
         example = data.collect(val_set, 0, 1)
         one = scaled(example["picture"], device)
         flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(net, text, example, device))
-    peak = model.matmul_peak(device, DTYPES[cfg.dtype])
+    peak = model.matmul_peak(device, text_encoder.DTYPES[cfg.dtype])
     parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = model.compiled(parallel, device, cfg.compile, say)
     recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()

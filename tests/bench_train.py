@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import diffusion
 import model
+import text_encoder
 import train
 
 ROUNDS, STEPS = 3, 6
@@ -36,7 +37,7 @@ def convolution(device: torch.device, dtype: torch.dtype, batch: int, channels: 
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, model_cfg, *_ = train.parse(argv)
-    device, dtype = model.choose_device(cfg.device), train.DTYPES[cfg.dtype]
+    device, dtype = model.choose_device(cfg.device), text_encoder.DTYPES[cfg.dtype]
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
     text, net = train.build(configs, device)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")

@@ -1,6 +1,7 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
 import dataclasses
 import errno
+import io
 import json
 import os
 import runpy
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 import diffusion
 import model
 import sample
+import text_encoder
 import train
 
 PROGRAM = Path(sample.__file__)
@@ -188,7 +190,7 @@ def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(here):
     for age, run in ((100, "16"), (50, "other")):
         newest = model.checkpoint_folders(Path("runs") / run)[-1]
         os.utime(newest, (newest.stat().st_mtime - age,) * 2)
-    assert sample.cascade(Path("runs"), False, 0) == [Path("runs/other")]
+    assert model.cascade(Path("runs"), False, 0) == [Path("runs/other")]
 
 
 def test_a_checkpoint_is_found_by_run_folder_or_file(here):
@@ -419,6 +421,12 @@ def test_a_long_prompt_and_a_high_guidance_are_warned_of(here, cli):
                                 "sample.py: warning: a prompt was cut at 32 tokens"]
 
 
+def test_what_the_text_encoder_cannot_read_is_warned_of(here, cli, monkeypatch):
+    monkeypatch.setattr(text_encoder.ByteTokenizer, "unknown", 3 + ord("h"))
+    status, _, err = cli("a house", "--n", 2)
+    assert (status, err) == (0, "sample.py: warning: 1 of 7 tokens are unknown to the text encoder\n")
+
+
 @pytest.mark.parametrize("grid", [[], ["--grid"]])
 def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, grid):
     monkeypatch.setattr(sample, "generate", lambda *a, **b: torch.full((1, 3, 16, 16), 9, dtype=torch.uint8))
@@ -475,6 +483,57 @@ def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(here, capsys, m
 # ------------------------------------------------------------------------------------------------- bad input
 
 
+@pytest.fixture
+def clip(here):
+    """A small CLIP with random weights by the published implementation, and in the folder `clip`."""
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tower = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    ends = {"vocab_size": len(words), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
+    torch.manual_seed(1)
+    published = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=tower | ends, vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=16)).eval()
+    for p in published.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    published.save_pretrained(here / "clip")
+    (here / "clip" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (here / "clip" / "merges.txt").write_text("#version: 0.2\n")
+    return published
+
+
+def test_the_best_by_clip_score_are_kept(here, cli, clip):
+    status, out, err = cli("a house", "--n", "8", "--seed", "5", "--out", "all")
+    assert status == 0
+    drawn = {notes_of(path)["seed"]: path.read_bytes() for path in Path("all").iterdir()}
+    pixels = {seed: torch.from_numpy(np.array(Image.open(io.BytesIO(png)))).permute(2, 0, 1)
+              for seed, png in drawn.items()}
+    scores = {}
+    for seed, picture in pixels.items():
+        x = text_encoder.clip_pixels(picture[None], 32)
+        ids, mask = text_encoder.load_text_encoder(text_encoder.TextConfig(["clip"])).tokenize(["a house"])
+        with torch.no_grad():
+            cosine = clip(input_ids=ids, attention_mask=mask.long(), pixel_values=x).logits_per_image
+        scores[seed] = 2.5 * max(0.0, cosine.item() / clip.logit_scale.exp().item())
+    best = sorted(scores, key=scores.get, reverse=True)[:3]
+    assert scores[best[0]] > 0, scores
+    ranked = ["--best", "3", "--rank", "clip", "--out", "best"]
+    status, out, err = cli("a house", "--n", "8", "--seed", "5", *ranked)
+    assert (status, len(out.splitlines()), err) == (0, 3, "")
+    for seed, path in zip(best, out.splitlines()):
+        assert notes_of(path)["seed"] == seed
+        assert notes_of(path)["clip_score"] == pytest.approx(scores[seed], abs=2e-4)
+        assert np.array_equal(np.asarray(Image.open(path)).transpose(2, 0, 1), pixels[seed])
+    Path("two.txt").write_text("a house\na car\n")
+    status, out, err = cli("--prompts", "two.txt", "--n", "3", "--best", "2", "--rank", "clip", "--grid")
+    assert (status, out) == (0, "grid.png\n"), err
+    notes = notes_of(here / "grid.png")
+    assert notes["prompts"] == ["a house"] * 2 + ["a car"] * 2
+    assert [a >= b for a, b in zip(notes["clip_scores"], notes["clip_scores"][1:])][::2] == [True, True]
+    assert set(notes["seeds"]) <= {0, 1, 2}
+
+
 BAD = [
     ([], "give a prompt"),
     (["a", "b"], "unrecognized arguments: b"),
@@ -526,6 +585,11 @@ BAD = [
     (["a", "--out", "blank.txt"], "cannot write to --out blank.txt"),
     (["a", "--out", "blank.txt/x.png"], "cannot write to --out blank.txt"),
     (["a", "--out", "blank.txt/folder"], "Not a directory"),
+    (["a", "--n", "8", "--best", "9", "--rank", "runs"], "--best 9 needs as many pictures, --n 8,"),
+    (["a", "--n", "8", "--best", "2"], "--best 2 needs as many pictures, --n 8, and scores, --rank DIR"),
+    (["a", "--best", "-1"], "--best -1 is outside 0 to 10000"),
+    (["a", "--rank", "nowhere"], "--rank nowhere is not a folder"),
+    (["a", "--rank", "runs"], "runs has no config.json (found 16)"),
     (["a", "--ckpt", "nowhere"], "nowhere is missing"),
     (["a", "--ckpt", "temporary"], "temporary has no checkpoints/STEP/ema.safetensors (found: nothing)"),
     (["a", "--ckpt", "runs"], "(found: 16). Name a run directory"),

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import typing
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from torch import nn
 
 import diffusion
 import model
+import sample
+import text_encoder
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -1015,3 +1018,42 @@ def test_no_rank_outlives_a_killed_torchrun(tmp_path):
     else:
         raise AssertionError("orphans")
     assert digest(tmp_path / "run")[0] >= 2                                   # and what they had was saved
+
+
+# ------------------------------------------------------------------------------------ frozen encoders, cached
+
+
+@pytest.fixture
+def byt5(tmp_path) -> Path:
+    """A folder as ByT5 is published, small, with random weights."""
+    folder, shape = tmp_path / "byt5", {
+        "vocab_size": 384, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 3,
+        "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    torch.manual_seed(0)
+    tower = text_encoder.T5Encoder(types.SimpleNamespace(**text_encoder.T5_SHAPE | shape))
+    save_file(tower.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("beside", ["", "bytes "])
+def test_training_from_the_text_cache_never_reads_the_encoder(byt5, tmp_path, monkeypatch, beside):
+    same = [f"--text-encoder {beside}{byt5}", "--limit 16", "--steps 2"]
+    live = run(tmp_path / "live", *same)
+    cached = [*same, f"--text-cache {tmp_path / 'cache'}"]
+    run(tmp_path / "first", *cached)
+    reads = []
+    monkeypatch.setattr(text_encoder.Weights, "fill", lambda *a: reads.append(a))
+    again = run(tmp_path / "again", *cached)
+    assert not reads
+    first, again, live = (model.load_checkpoint(tmp_path / name)[1][0] for name in ("first", "again", "live"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], live[name]) for name in live)       # bf16 in the cache
+    assert all((first[name] - live[name]).abs().max() < 5e-3 for name in live)
+    assert not any("layer.0.SelfAttention" in name and "trained" not in name for name in first)
+    monkeypatch.undo()
+    assert sample.load_stage(tmp_path / "again", torch.device("cpu")).text.dim == (32 if beside else 24)
+    (byt5 / "config.json").write_text((byt5 / "config.json").read_text().replace("t5", "mt5"))
+    with pytest.raises(ValueError, match=r"was made with byt5 d=24 .*, this run uses byt5 d=24 .*Delete it"):
+        run(tmp_path / "other", *cached)
