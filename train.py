@@ -362,12 +362,12 @@ def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) ->
     return model.contact_sheet(pictures(views), shown["captions"])
 
 
-def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
+def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, batch: dict, kept: Tensor, condition) -> Image.Image:
     """Exactly what the network sees: the low-resolution picture, if there is one, the picture and its noisy
     version; below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
-             for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    return model.contact_sheet(pictures(model.side_by_side(x0, x_t, lowres=lowres)[:16]), notes[:16])
+             for time, caption, keep in zip(t.tolist(), batch["captions"], kept.tolist())]
+    return model.contact_sheet(pictures(model.side_by_side(x0, x_t, **condition)[:16]), notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -429,6 +429,8 @@ def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...
                       diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
     net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
+        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
     for name, p in net.named_parameters():
         p.requires_grad_(bool(re.search(cfg.train_only, name)))
     if not any(p.requires_grad for p in net.parameters()):
@@ -448,8 +450,6 @@ def main(argv: list[str]) -> None:
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
-    if cfg.init and not (cfg.dry_run or model.checkpoint_folders(out)):
-        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
@@ -462,8 +462,7 @@ def main(argv: list[str]) -> None:
         f"pictures, {out}")
 
     # How it runs: data workers, compiled or not, ranks side by side.
-    per_rank = cfg.batch_size // world
-    micro = cfg.micro_batch or per_rank
+    per_rank, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
     workers = cfg.workers if cfg.workers >= 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
@@ -536,7 +535,7 @@ def main(argv: list[str]) -> None:
             if sample and writes:
                 with autocast:
                     grid = sample_grid(state.ema, text, shown, device)
-                model.put(out / "samples" / f"{step:06d}.png", grid, say)
+                model.put(out / f"samples/{step:06d}.png", grid, say)
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -549,17 +548,15 @@ def main(argv: list[str]) -> None:
                     say(f"warning: {note}; replaced")
             for start in range(0, per_rank, micro):
                 part = {name: value[start:start + micro] for name, value in batch.items()}
-                positions = part["positions"]
-                u, kept, keys = draws(cfg.seed, "noise", positions, cfg.uncond_prob)
+                u, kept, keys = draws(cfg.seed, "noise", part["positions"], cfg.uncond_prob)
                 x0 = scaled(part["picture"], device)
                 eps = diffusion.gaussian(keys, x0.shape[1:], device)
-                u = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size).to(device)
+                u = diffusion.stratify(u, torch.tensor(part["positions"]) - images, cfg.batch_size).to(device)
                 t, weight = net.draw_t(u)
                 condition = condition_of(net, text, part, device, cfg.seed, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    sheet = first_batch(x0, x_t, t, part["captions"], kept, condition.get("lowres"))
-                    model.put(out / "first_batch.png", sheet, say)
+                    model.put(out / "first_batch.png", first_batch(x0, x_t, t, part, kept, condition), say)
                 with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)
