@@ -95,7 +95,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
         schedule = diffusion.make_schedule(config, size)
-        planes, small = (len(data.MODES[mode]) for mode in (pictures.mode, pictures.lowres_mode))
+        planes, small = (len(data.MODES[mode]) for mode in (pictures.picture_mode, pictures.lowres_mode))
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
                           small if pictures.lowres else 0, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
@@ -174,7 +174,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of
     Settings. Raises ValueError where these do not fit together, and when the network's output is not finite.
     """
-    s, shape, done = Settings(**settings), (len(data.MODES[stage.data.mode]), stage.size, stage.size), []
+    planes = len(data.MODES[stage.data.picture_mode])
+    s, shape, done = Settings(**settings), (planes, stage.size, stage.size), []
     if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")

@@ -94,7 +94,7 @@ MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers"
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
 SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma",
-         "mode", "lowres", "lowres_mode"}
+         "picture_mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
@@ -424,17 +424,13 @@ def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...
     cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
     captions = (caption for pictures in sets for caption in pictures.captions())
     text = text_encoder.load_text_encoder(text_cfg, captions, device).to(device)
-    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.mode, data_cfg.lowres_mode))
+    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
     net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
-    for name, p in net.named_parameters():
-        p.requires_grad_(bool(re.search(cfg.train_only, name)))
-    if not any(p.requires_grad for p in net.parameters()):
-        raise ValueError(f"--train-only {cfg.train_only} is none of the weights, such as {name}")
     return text, net
 
 
@@ -450,7 +446,8 @@ def main(argv: list[str]) -> None:
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
+    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
+                        cfg.train_only)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")

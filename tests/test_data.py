@@ -877,7 +877,7 @@ def test_blur_and_grey_are_of_the_small_picture_in_training_only():
     half = data.Pictures(data.DataConfig(lowres=16, blur=(0.5, 0.6, 0.9)), 64, 0)
     share = np.mean([not np.array_equal(half[p]["lowres"], plain[p]["lowres"]) for p in range(60)])
     assert 0.25 < share < 0.75
-    grey = data.Pictures(data.DataConfig(lowres=16, lowres_mode="grey", mode="grey"), 64, 0)[0]
+    grey = data.Pictures(data.DataConfig(lowres=16, lowres_mode="grey", picture_mode="grey"), 64, 0)[0]
     assert (grey["picture"].shape, grey["lowres"].shape) == ((1, 64, 64), (1, 16, 16))
 
 

@@ -438,10 +438,10 @@ def ladder(trained, tmp_path_factory) -> Path:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     shutil.copytree(trained / "runs", folder / "runs")
     os.chdir(folder)
-    recipe = [flag for flag in RECIPE if not flag.startswith(("--size", "--attn", "--channel-mult"))
-              and flag not in ("1", "2")]
+    moved = ("--size", "--attn", "--channel-mult", "1", "2")
+    recipe = [flag for flag in RECIPE if not flag.startswith(moved)]
     try:
-        up = ["--crop=16", "--local", "--efficient", "--channel-mult", "1"]
+        up = ["--crop=16", "--conv-only", "--efficient", "--channel-mult", "1"]
         train.main([*recipe, *up, "--size=32", "--lowres=16"])
         train.main([*recipe, *up, "--size=64", "--lowres=32", "--lowres-mode=grey"])
     finally:

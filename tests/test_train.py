@@ -153,8 +153,8 @@ def own_process(monkeypatch, tmp_path):
 
 
 # TINY as a super-resolution stage, on crops, with blur.
-UP = ("--lowres 8", "--crop 12", "--local", "--efficient", "--patch 2", "--channel-mult 1", "--num-res-blocks 1",
-      "--attn-resolutions", "--blur 0.5 0.4 0.6")
+UP = ("--lowres 8", "--crop 12", "--conv-only", "--efficient", "--patch 2", "--channel-mult 1",
+      "--num-res-blocks 1", "--attn-resolutions", "--blur 0.5 0.4 0.6")
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +395,7 @@ BAD_TRAIN = {
     "--size 256 --lowres 60": "--size 256 is not a multiple of --lowres 60. Try --lowres 64",
     "--size 256 --crop 62": "--crop 62 must be a multiple of 8",
     "--size 256 --crop 512": "--crop 512 is not a multiple of 4 up to 256",
-    "--crop 32": "--crop 32 is for a network that sees no whole picture. Add --local",
+    "--crop 32": "--crop 32 is for a network that sees no whole picture. Add --conv-only",
     "--size 256 --blur 2 0 1": "--blur (2.0, 0.0, 1.0) is not a share",
     "--size 256 --max-aug 2": "--max-aug 2.0 is outside 0 to 1",
     "--lowres -3": "--lowres -3 is outside",
@@ -507,7 +507,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     ("--loss-weight learned", "--learn-sigma", "--dtype bf16", "--t-density logit_normal"),
     ("--prediction flow", "--schedule flow", "--dtype fp16"),
     ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4"),
-    (*UP, "--micro-batch 4"), (*UP, "--mode grey", "--train-only ^unet.(mid|up)"),
+    (*UP, "--micro-batch 4"), (*UP, "--picture-mode grey", "--train-only ^unet.(mid|up)"),
     (*UP, "--lowres-mode grey", "--checkpointing")])
 def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
@@ -566,7 +566,7 @@ def test_a_run_starts_from_the_weights_of_another_one(tmp_path, capsys):
     shown = capsys.readouterr().out
     found = re.search(r"base: (\d+) copied, (\d+) sliced: (.*), (\d+) new: (.*), (\d+) unused: ", shown)
     assert found, shown
-    assert "unet.conv_in.weight" in found[3]
+    assert "unet.mid.1.qkv.weight" in found[3]                                # queries alone
     assert "unet.null" in found[5]
     with pytest.raises(ValueError, match="nowhere is missing"):
         run(tmp_path / "other", "--steps 1", "--init nowhere")
