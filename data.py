@@ -45,7 +45,7 @@ class DataConfig:
     min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0..1]
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
     min_size: int = 8  # a picture that gives a smaller square is refused before decoding [pixels]
-    mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
+    picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
     lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [pixels]
     lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
     blur: tuple[float, ...] = (0.0, 0.4, 0.6)  # share of the small pictures that is blurred; sigmas [pixels]
@@ -516,7 +516,7 @@ class Pictures:
         rng = keyed(self.seed if training else 0, f"{self.split} view", position)
         right, down, blurred, sigma = rng.random(4).tolist()
         image = Image.fromarray(shown.transpose(1, 2, 0))
-        views, cells = {"picture": image.convert(MODES[config.mode])}, config.lowres or self.size
+        views, cells = {"picture": image.convert(MODES[config.picture_mode])}, config.lowres or self.size
         if config.lowres:
             small = shrink(image, config.lowres).convert(MODES[config.lowres_mode])
             share, *sigmas = config.blur

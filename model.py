@@ -19,7 +19,6 @@ import platform
 import re
 import resource
 import shutil
-import signal
 import socket
 import sys
 import textwrap
@@ -29,7 +28,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -55,13 +53,13 @@ class ModelConfig:
     patch: int = 2  # side of the squares that are folded into channels at the border [pixels]
     emb_dim: int = 512  # width of the embedding of time and text [channels]
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
-    local: bool = False  # no place, norms of one position, attention to text alone: for training on crops
+    conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
 
 
 # Stage (base, up to 256 pixels, above), --model. Of the U-Net alone, for one whole picture of 64, 256 or 1024
 # pixels, of 64 or 256 below it, with 128 text tokens of width 128; a test counts them again.
 PRESETS = {stage: ModelConfig(*row) for stage, row in {
-    #                channels, levels, blocks, attention, head, patch, emb, efficient, local  weights, FLOPs
+    #                channels, levels, blocks, attention, head, patch, emb, eff., conv only weights, FLOPs
     (64, "tiny"):    (32,  (1, 2, 4),    (1,),         (),          32, 2, 512),             #   4.4 M 0.747 G
     (64, "small"):   (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1, 512),             #  62.8 M    50 G
     (64, "base"):    (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 768),             #   306 M   202 G
@@ -184,7 +182,7 @@ class UNet(nn.Module):
         super().__init__()
         check_shape(config, size)
         self.config, self.checkpointing = config, False
-        ch, emb, local = config.channels, config.emb_dim, config.local
+        ch, emb, local = config.channels, config.emb_dim, config.conv_only
         self.time = nn.Sequential(nn.Linear(emb // 4, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.pooled = nn.Sequential(
             nn.LayerNorm(pooled_dim), nn.Linear(pooled_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
@@ -278,7 +276,7 @@ class UNet(nn.Module):
             lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")            # (B, c, H, W)
             x = torch.cat([x_t, lowres], 1)
         h = F.pixel_unshuffle(x, patch)
-        if not self.config.local:
+        if not self.config.conv_only:
             h = torch.cat([h, places(*h.shape[-2:], h.device).expand(B, -1, -1, -1)], 1)
         h = self.conv_in(h.contiguous(memory_format=torch.channels_last))             # (B, C, H', W')
         skips, scale = [h], math.sqrt(0.5) if self.config.efficient else 1.0
@@ -336,8 +334,8 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) 
                              f"Try {near} or {near + step}")
     if lowres and (lowres >= size or size % lowres):
         raise ValueError(f"--size {size} is not a multiple of --lowres {lowres}. Try --lowres {size // 4}")
-    if crop and not config.local:
-        raise ValueError(f"--crop {crop} is for a network that sees no whole picture. Add --local")
+    if crop and not config.conv_only:
+        raise ValueError(f"--crop {crop} is for a network that sees no whole picture. Add --conv-only")
     if crop > size or crop % (size // (lowres or size)):
         raise ValueError(f"--crop {crop} is not a multiple of {size // (lowres or size)} up to {size}. "
                          f"Try {size // 4}")
@@ -420,14 +418,6 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None, warn: Ca
     return torch.compile(net)
 
 
-def join_ranks(device: torch.device, timeout: float) -> None:
-    """Start the process group of a run of several ranks; `timeout`: for a rank that is late [seconds]."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)             # torchrun leaves no orphans
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
-
 def agreed(value: float, world: int) -> float:
     """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
     tensor = torch.tensor([value], dtype=torch.float64)
@@ -498,15 +488,20 @@ class State:
 
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. clip: largest norm of the
     gradient, 0 = any. fp16: scale the loss. snapshots: how many are kept of the averages of PROFILES, from
-    which `reconstruct` makes one of any width; 0 = none, which saves twice the weights.
+    which `reconstruct` makes one of any width; 0 = none, which saves twice the weights. train_only: a pattern
+    of names, the others never move; ValueError where there is none.
     """
 
     def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool,
-                 snapshots: int = 0):
+                 snapshots: int = 0, train_only: str = ""):
         self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
         self.weights = list(net.parameters())
-        self.counted = next(p for p in self.weights if p.requires_grad)       # --train-only freezes some
+        self.frozen = [p for name, p in net.named_parameters() if not re.search(train_only, name)]
+        if len(self.frozen) == len(self.weights):
+            example = next(iter(net.state_dict()))
+            raise ValueError(f"--train-only {train_only} is none of the weights, such as {example}")
+        self.counted = next(p for p in self.weights if all(p is not q for q in self.frozen))
         self.profiles = {w: [p.detach().clone() for p in self.weights] for w in PROFILES if snapshots}
         self.averages = [(0.0, ema_decay, list(self.ema.parameters())),       # exponent, cap of the decay
                          *((exponent(width), 1.0, average) for width, average in self.profiles.items())]
@@ -524,6 +519,8 @@ class State:
         is the plain average up to n = 1 / (1 - ema_decay), then the exponential one. Returns the gradient's
         norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device.
         """
+        for p in self.frozen:
+            p.grad = None
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
         bad = (~norm.isfinite()).float()

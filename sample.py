@@ -76,7 +76,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
         schedule = diffusion.make_schedule(config, size)
-        planes, small = (len(data.MODES[mode]) for mode in (pictures.mode, pictures.lowres_mode))
+        planes, small = (len(data.MODES[mode]) for mode in (pictures.picture_mode, pictures.lowres_mode))
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
                           small if pictures.lowres else 0, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
@@ -155,7 +155,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of
     Settings. Raises ValueError where these do not fit together, and when the network's output is not finite.
     """
-    s, shape, done = Settings(**settings), (len(data.MODES[stage.data.mode]), stage.size, stage.size), []
+    planes = len(data.MODES[stage.data.picture_mode])
+    s, shape, done = Settings(**settings), (planes, stage.size, stage.size), []
     if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
@@ -325,8 +326,8 @@ def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
     if first:
-        stage.text.tokenize(prompts[::args.n])                 # counts what the text encoder cannot read
         counts = stage.text.counts
+        stage.text.tokenize(prompts[::args.n])                 # counts what the text encoder cannot read
         if counts["unknown"]:
             warn(f"{counts['unknown']} of {counts['tokens']} tokens are unknown to the text encoder")
         if counts["cut"]:
@@ -368,7 +369,6 @@ def main(argv: list[str]) -> None:
     if folder.exists() and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise ValueError(f"cannot write to --out {folder}. Name a folder that can be written")
     folder.mkdir(parents=True, exist_ok=True)                  # before the work, so that none is lost
-
     if args.rank:                                              # read before the work, too
         config = text_encoder.TextConfig([args.rank], text_dtype="fp32")
         clip = text_encoder.load_image_encoder(args.rank, config), text_encoder.load_text_encoder(config)

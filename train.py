@@ -4,6 +4,7 @@ Pictures seen so far are the only state beside the weights: every random choice 
 position), so the same command run again continues exactly where the last checkpoint stands.
 """
 import argparse
+import ctypes
 import dataclasses
 import difflib
 import inspect
@@ -18,6 +19,7 @@ import typing
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -95,7 +97,7 @@ MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers"
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
 SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma",
-         "mode", "lowres", "lowres_mode"}
+         "picture_mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
@@ -354,12 +356,12 @@ def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) ->
     return model.contact_sheet(model.side_by_side(drawn, *truth, **condition), shown["captions"])
 
 
-def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, captions: list[str], kept: Tensor, lowres) -> Image.Image:
+def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, batch: dict, kept: Tensor, condition) -> Image.Image:
     """Exactly what the network sees: the low-resolution picture, if there is one, the picture and its noisy
     version; below them t and the caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
-             for time, caption, keep in zip(t.tolist(), captions, kept.tolist())]
-    return model.contact_sheet(model.side_by_side(x0, x_t, lowres=lowres)[:16], notes[:16])
+             for time, caption, keep in zip(t.tolist(), batch["captions"], kept.tolist())]
+    return model.contact_sheet(model.side_by_side(x0, x_t, **condition)[:16], notes[:16])
 
 
 def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
@@ -396,7 +398,10 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
         model.lock(Path(cfg.out))
     device = model.choose_device(cfg.device)
     if world > 1:
-        model.join_ranks(device, cfg.timeout)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
     stop: list[int] = []                                                      # until here, they kill
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
@@ -423,15 +428,13 @@ def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...
         return cache.__getitem__
 
     text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
-    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.mode, data_cfg.lowres_mode))
+    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
     net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
-    for name, p in net.named_parameters():
-        p.requires_grad_(bool(re.search(cfg.train_only, name)))
-    if not any(p.requires_grad for p in net.parameters()):
-        raise ValueError(f"--train-only {cfg.train_only} is none of the weights, such as {name}")
+    if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
+        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
     return text, net
 
 
@@ -447,9 +450,8 @@ def main(argv: list[str]) -> None:
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))
-    if cfg.init and not (cfg.dry_run or model.checkpoint_folders(out)):
-        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles)
+    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
+                        cfg.train_only)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
@@ -461,8 +463,7 @@ def main(argv: list[str]) -> None:
         f"pictures, {out}")
 
     # How it runs: data workers, compiled or not, ranks side by side.
-    per_rank = cfg.batch_size // world
-    micro = cfg.micro_batch or per_rank
+    per_rank, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
     workers = cfg.workers if cfg.workers >= 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
     batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
                           rank, world, workers, cfg.timeout, device.type == "cuda")
@@ -535,7 +536,7 @@ def main(argv: list[str]) -> None:
             if sample and writes:
                 with autocast:
                     grid = sample_grid(state.ema, text, shown, device)
-                model.put(out / "samples" / f"{step:06d}.png", grid, say)
+                model.put(out / f"samples/{step:06d}.png", grid, say)
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -548,17 +549,15 @@ def main(argv: list[str]) -> None:
                     say(f"warning: {note}; replaced")
             for start in range(0, per_rank, micro):
                 part = {name: value[start:start + micro] for name, value in batch.items()}
-                positions = part["positions"]
-                u, kept, keys = draws(cfg.seed, "noise", positions, cfg.uncond_prob)
+                u, kept, keys = draws(cfg.seed, "noise", part["positions"], cfg.uncond_prob)
                 x0 = scaled(part["picture"], device)
                 eps = diffusion.gaussian(keys, x0.shape[1:], device)
-                u = diffusion.stratify(u, torch.tensor(positions) - images, cfg.batch_size).to(device)
+                u = diffusion.stratify(u, torch.tensor(part["positions"]) - images, cfg.batch_size).to(device)
                 t, weight = net.draw_t(u)
                 condition = condition_of(net, text, part, device, cfg.seed, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    sheet = first_batch(x0, x_t, t, part["captions"], kept, condition.get("lowres"))
-                    model.put(out / "first_batch.png", sheet, say)
+                    model.put(out / "first_batch.png", first_batch(x0, x_t, t, part, kept, condition), say)
                 with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)

@@ -830,3 +830,63 @@ def test_shared_memory_is_not_used():
     now = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     batches.close()
     assert not [name for name in now - before if "torch" in name]
+
+
+# ------------------------------------------------------------------------------------ pictures to be enlarged
+
+
+def test_the_low_resolution_picture_is_that_of_a_real_file_to_the_bit(tmp_path):
+    """The kernel of training, on a picture of the stage's size, is the one that reads a file for sampling."""
+    for i in range(3):
+        Image.fromarray(data.picture(i, 64)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    source = data.Pictures(data.DataConfig(data=[str(tmp_path)], lowres=16, held_out=0), 64, 0)
+    for position in range(3):
+        item = source[position]
+        stored = (tmp_path / f"{item['key']}.png").read_bytes()
+        assert np.array_equal(item["picture"], decode(stored, 64))
+        assert np.array_equal(item["lowres"], decode(stored, 16))
+
+
+def test_crops_lie_on_matching_places_and_depend_on_the_position_alone():
+    whole = data.Pictures(data.DataConfig(lowres=16), 64, 5)
+    cut = data.Pictures(data.DataConfig(lowres=16, crop=24), 64, 5)
+    places = set()
+    for position in range(40):
+        full, part = whole[position], cut[position]
+        assert (part["picture"].shape, part["lowres"].shape) == ((3, 24, 24), (3, 6, 6))
+        found = [(y, x) for y in range(11) for x in range(11)
+                 if np.array_equal(full["lowres"][:, y:y + 6, x:x + 6], part["lowres"])
+                 and np.array_equal(full["picture"][:, 4 * y:4 * y + 24, 4 * x:4 * x + 24], part["picture"])]
+        assert found, position
+        places.add(found[0])
+        assert np.array_equal(cut[position]["picture"], part["picture"])
+    assert len(places) > 20
+    other = data.Pictures(data.DataConfig(lowres=16, crop=24), 64, 6)
+    assert not np.array_equal(other[0]["picture"], cut[0]["picture"])
+
+
+def test_blur_and_grey_are_of_the_small_picture_in_training_only():
+    plain = data.Pictures(data.DataConfig(lowres=16), 64, 0)
+    always = {split: data.Pictures(data.DataConfig(lowres=16, blur=(1.0, 0.6, 0.9)), 64, 0, split)
+              for split in ("train", "val")}
+    assert np.array_equal(always["train"][0]["picture"], plain[0]["picture"])
+    steps = [np.abs(np.diff(item["lowres"].astype(float))).max() for item in (always["train"][0], plain[0])]
+    assert steps[0] < steps[1]
+    same = data.Pictures(data.DataConfig(lowres=16), 64, 0, "val")
+    assert np.array_equal(always["val"][0]["lowres"], same[0]["lowres"])
+    half = data.Pictures(data.DataConfig(lowres=16, blur=(0.5, 0.6, 0.9)), 64, 0)
+    share = np.mean([not np.array_equal(half[p]["lowres"], plain[p]["lowres"]) for p in range(60)])
+    assert 0.25 < share < 0.75
+    grey = data.Pictures(data.DataConfig(lowres=16, lowres_mode="grey", picture_mode="grey"), 64, 0)[0]
+    assert (grey["picture"].shape, grey["lowres"].shape) == ((1, 64, 64), (1, 16, 16))
+
+
+def test_small_pictures_are_refused_and_counted_never_enlarged(tmp_path):
+    for i, side in enumerate((20, 64, 64, 64, 63)):
+        Image.new("RGB", (side, side + 3), (i, i, i)).save(tmp_path / f"{i}.png")
+    source = data.Pictures(data.DataConfig(data=[str(tmp_path)], held_out=0, min_size=64), 64, 0)
+    batch = data.collect(source, 0, 5)
+    assert sorted(line.partition(":")[0] for line in batch["replaced"])[-1] == "4"
+    assert {line.partition(":")[0] for line in batch["replaced"]} == {"0", "4"}
+    assert "20x23 is over 64 megapixels or under 64" in " ".join(batch["replaced"])
+    assert not {"0", "4"} & set(batch["keys"])

@@ -436,6 +436,75 @@ def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, gri
     assert Path(out.strip()).exists()
 
 
+# ----------------------------------------------------------------------------------------------- the cascade
+
+
+@pytest.fixture(scope="module")
+def ladder(trained, tmp_path_factory) -> Path:
+    """runs/16, runs/32 and runs/64, each enlarging the one before."""
+    folder, before = tmp_path_factory.mktemp("ladder"), Path.cwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    shutil.copytree(trained / "runs", folder / "runs")
+    os.chdir(folder)
+    moved = ("--size", "--attn", "--channel-mult", "1", "2")
+    recipe = [flag for flag in RECIPE if not flag.startswith(moved)]
+    try:
+        up = ["--crop=16", "--conv-only", "--efficient", "--channel-mult", "1"]
+        train.main([*recipe, *up, "--size=32", "--lowres=16"])
+        train.main([*recipe, *up, "--size=64", "--lowres=32", "--lowres-mode=grey"])
+    finally:
+        os.chdir(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return folder
+
+
+@pytest.fixture
+def up(ladder, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(ladder / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_newest_run_of_each_size_is_joined(up, cli):
+    status, out, err = cli("a house", "--keep-stages", "--guidance", "5,2", "--seed", "7,8")
+    assert (status, err) == (0, "")
+    names = out.split()
+    assert [Image.open(name).size[0] for name in names] == [16, 32, 64]
+    notes = notes_of(Path(names[-1]))
+    assert (notes["guidance_scale"], notes["seed"], notes["steps"]) == (1.0, 8, 2)
+    assert (notes["below"]["guidance_scale"], notes["below"]["below"]["guidance_scale"]) == (2.0, 5.0)
+    assert notes["below"]["below"]["seeds"] == [7]
+    again = cli("a house", "--ckpt", "runs/16,runs/32,runs/64", "--guidance", "5,2",
+                "--seed", "7,8")[1].split()
+    assert np.array_equal(np.asarray(Image.open(again[0])), np.asarray(Image.open(names[-1])))
+
+
+def test_a_cascade_stops_where_it_is_told_and_starts_from_a_picture(up, cli):
+    assert Image.open(cli("a house", "--stop-at", 32)[1].strip()).size == (32, 32)
+    assert Image.open(cli("a house", "--stop-at", 16)[1].strip()).size == (16, 16)
+    Image.new("RGB", (40, 40), (200, 90, 30)).save("given.png")
+    drawn = [cli("a house", "--lowres", "given.png", "--aug", aug, "--out", f"{aug}.png")[1].strip()
+             for aug in (0, 0.1)]
+    assert [Image.open(name).size for name in drawn] == [(64, 64)] * 2
+    assert Path(drawn[0]).read_bytes() != Path(drawn[1]).read_bytes()
+    assert notes_of(Path(drawn[0]))["below"]["guidance_scale"] == 1.0
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["a", "--stop-at", "33"], "--stop-at 33: the stages in runs/ end at 64"),
+    (["a", "--ckpt", "runs/32"], "a stage from 16 to 32 pixels was given 0. Name all stages"),
+    (["a", "--ckpt", "runs/16,runs/64"], "a stage from 32 to 64 pixels was given 16"),
+    (["a", "--guidance", "5,x"], "--guidance 5,x is not a number"),
+    (["a", "--guidance", "5,-1"], "--guidance -1.0 is outside"),
+    (["a", "--lowres", "nowhere.png"], "--init, --mask or --lowres is no picture"),
+    (["a", "--aug", "2"], "--aug 2.0 is outside")])
+def test_bad_input_for_a_cascade_is_one_line(up, cli, argv, words):
+    status, out, err = cli(*argv)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert words in err
+
+
 # ------------------------------------------------------------------------------------------------- the files
 
 

@@ -155,6 +155,11 @@ def own_process(monkeypatch, tmp_path):
         signal.signal(number, handler)
 
 
+# TINY as a super-resolution stage, on crops, with blur.
+UP = ("--lowres 8", "--crop 12", "--conv-only", "--efficient", "--patch 2", "--channel-mult 1",
+      "--num-res-blocks 1", "--attn-resolutions", "--blur 0.5 0.4 0.6")
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The digest of twelve undisturbed steps, of two micro-batches each."""
@@ -390,6 +395,15 @@ BAD_TRAIN = {
     "--timeout 0": "--timeout 0.0 is outside",
     "--profiles -1": "--profiles -1 is outside",
     "--min-crop 0": "--min-crop 0",
+    "--size 256 --lowres 60": "--size 256 is not a multiple of --lowres 60. Try --lowres 64",
+    "--size 256 --crop 62": "--crop 62 must be a multiple of 8",
+    "--size 256 --crop 512": "--crop 512 is not a multiple of 4 up to 256",
+    "--crop 32": "--crop 32 is for a network that sees no whole picture. Add --conv-only",
+    "--size 256 --blur 2 0 1": "--blur (2.0, 0.0, 1.0) is not a share",
+    "--size 256 --max-aug 2": "--max-aug 2.0 is outside 0 to 1",
+    "--lowres -3": "--lowres -3 is outside",
+    "--train-only (": "--train-only ( is no regular expression",
+    "--train-only xyz": "--train-only xyz is none of the weights",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
     "--data notes": "no pictures in notes",
@@ -495,7 +509,9 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     ("--t-density importance", "--loss-weight min_snr", "--checkpointing"),
     ("--loss-weight learned", "--learn-sigma", "--dtype bf16", "--t-density logit_normal"),
     ("--prediction flow", "--schedule flow", "--dtype fp16"),
-    ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4")])
+    ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4"),
+    (*UP, "--micro-batch 4"), (*UP, "--picture-mode grey", "--train-only ^unet.(mid|up)"),
+    (*UP, "--lowres-mode grey", "--checkpointing")])
 def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
     during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
@@ -512,6 +528,62 @@ def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
 
 
 # --------------------------------------------------------------------------------------------------- resuming
+
+
+def test_an_enlarging_stage_is_the_same_on_two_ranks_with_workers_and_in_parts(tmp_path):
+    whole = digest(run(tmp_path / "whole", "--steps 4", "--micro-batch 4", *UP, "--val-every 4",
+                       "--val-images 8", "--sample-every 4", "--log-every 4"))
+    status, _, err = finish(start(tmp_path / "two", "--steps 4", "--workers 1", *UP, ranks=2))
+    assert status == 0, err
+    assert digest(tmp_path / "two") == whole
+    for name in ("first_batch.png", "samples/000004.png"):
+        Image.open(tmp_path / "whole" / name).load()
+    assert metrics(tmp_path / "whole")[-1]["val_loss"] < 2
+
+
+def test_the_low_resolution_picture_is_noised_at_levels_up_to_the_limit(tmp_path, monkeypatch):
+    seen, real = [], diffusion.losses
+
+    def losses(net, *args, **condition):
+        seen.append(condition)
+        return real(net, *args, **condition)
+
+    monkeypatch.setattr(diffusion, "losses", losses)
+    for name, limit in (("a", 0.6), ("b", 0.6), ("c", 0.0)):
+        run(tmp_path / name, "--steps 2", *UP, f"--max-aug {limit}")
+    runs = [seen[k:k + len(seen) // 3] for k in range(0, len(seen), len(seen) // 3)]
+    first, second, clean = ([condition for condition in one if len(condition["lowres"]) == 8] for one in runs)
+    levels = torch.cat([condition["lowres_t"] for condition in first])
+    assert 0 <= levels.min() < 0.2
+    assert 0.4 < levels.max() <= 0.6
+    assert first[0]["lowres"].shape == (8, 3, 6, 6)
+    assert all(torch.equal(a["lowres"], b["lowres"]) for a, b in zip(first, second, strict=True))
+    assert not torch.cat([condition["lowres_t"] for condition in clean]).any()
+    assert clean[0]["lowres"].abs().max() < 1.001
+
+
+def test_a_run_starts_from_the_weights_of_another_one(tmp_path, capsys):
+    run(tmp_path / "base", "--steps 1", "--patch 2", "--channel-mult 1", "--num-res-blocks 1",
+        "--attn-resolutions")
+    run(tmp_path / "up", "--steps 1", *UP, f"--init {tmp_path / 'base'}", "--reinit ^unet.null$")
+    shown = capsys.readouterr().out
+    found = re.search(r"base: (\d+) copied, (\d+) sliced: (.*), (\d+) new: (.*), (\d+) unused: ", shown)
+    assert found, shown
+    assert "unet.mid.1.qkv.weight" in found[3]                                # queries alone
+    assert "unet.null" in found[5]
+    with pytest.raises(ValueError, match="nowhere is missing"):
+        run(tmp_path / "other", "--steps 1", "--init nowhere")
+
+
+def test_weights_that_are_not_named_stay_as_they_are(tmp_path):
+    run(tmp_path / "run", "--steps 1", "--train-only ^unet.mid")
+    before, _ = model.load_tensors(tmp_path / "run/checkpoints/000001/train.safetensors")
+    run(tmp_path / "run", "--steps 3", "--train-only ^unet.mid")
+    after, _ = model.load_tensors(tmp_path / "run/checkpoints/000003/train.safetensors")
+    moved = {name for name in before
+             if name.startswith("weights.") and not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(name.startswith("weights.unet.mid") for name in moved)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
