@@ -393,7 +393,7 @@ time        {steps * batch_size / speed / 3600:.2f} hours for {steps} steps of {
 
 # --------------------------------------------------------------------------------------------------- the loop
 def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, list[int]]:
-    """Take the run directory, start the process group. Returns the device, and a list of arriving signals."""
+    """Take the run directory, start the ranks, seed. Returns the device, and a list of arriving signals."""
     if writes:
         model.lock(Path(cfg.out))
     device = model.choose_device(cfg.device)
@@ -402,6 +402,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+    torch.manual_seed(cfg.seed)
     stop: list[int] = []                                                      # until here, they kill
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
@@ -446,7 +447,6 @@ def main(argv: list[str]) -> None:
     device, stop = launch(cfg, world, writes)
 
     # What is trained, on what; where it stands.
-    torch.manual_seed(cfg.seed)
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set))

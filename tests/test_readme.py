@@ -89,7 +89,12 @@ def test_a_training_command_parses(words, monkeypatch):
 
 
 @pytest.mark.parametrize("words", run_of("sample.py"), ids=" ".join)
-def test_a_sampling_command_parses(words):
+def test_a_sampling_command_parses(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in words[words.index("sample.py"):]:
+        if path.endswith(".txt"):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text("a house")
     args = sample.arguments(words[words.index("sample.py") + 1:])
     assert args.prompt or args.prompts
 
