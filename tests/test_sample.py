@@ -606,8 +606,8 @@ def test_the_best_by_clip_score_are_kept(here, cli, clip):
 def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     own = {"--size=16": "--size=32", "--attn-resolutions=4": "--attn-resolutions=8"}
-    train.main([*(own.get(flag, flag) for flag in RECIPE), "--lowres=16", "--mode=grey", "--no-efficient",
-                "--no-local", "--crop=0"])
+    train.main([*(own.get(flag, flag) for flag in RECIPE), "--lowres=16", "--picture-mode=grey",
+                "--no-efficient", "--no-conv-only", "--crop=0"])
     for number, handler in handlers.items():
         signal.signal(number, handler)
     Path("two.txt").write_text("a house\na car\n")
