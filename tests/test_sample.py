@@ -603,6 +603,33 @@ def test_the_best_by_clip_score_are_kept(here, cli, clip):
     assert set(notes["seeds"]) <= {0, 1, 2}
 
 
+def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    own = {"--size=16": "--size=32", "--attn-resolutions=4": "--attn-resolutions=8"}
+    train.main([*(own.get(flag, flag) for flag in RECIPE), "--lowres=16", "--picture-mode=grey",
+                "--no-efficient", "--no-conv-only", "--crop=0"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    Path("two.txt").write_text("a house\na car\n")
+    two = ["--prompts", "two.txt", "--n", "3", "--guidance", "3,2"]
+    status, out, err = cli(*two, "--out", "all", "--rank", "clip")
+    assert (status, len(out.splitlines()), err) == (0, 6, "")
+    every = [notes_of(Path(path)) | {"bytes": Image.open(path).tobytes()} for path in out.splitlines()]
+    status, out, err = cli(*two, "--out", "best", "--rank", "clip", "--best", "2", "--keep-stages")
+    below, best = out.splitlines()[:6], out.splitlines()[6:]
+    assert (status, len(best), err) == (0, 4, "")
+    assert {Image.open(path).size for path in below} == {(16, 16)}
+    assert not any("clip_score" in notes_of(Path(path)) for path in below)
+    for path, expected in zip(best, [*every[:2], *every[3:5]]):               # each prompt's, best first
+        notes = notes_of(Path(path))
+        assert (Image.open(path).size, notes["guidance_scale"], notes["below"]["seeds"]) == (
+            (32, 32), 2.0, [0, 1, 2] * 2)
+        assert notes | {"bytes": Image.open(path).tobytes()} == expected
+    scores = [notes["clip_score"] for notes in every]
+    assert scores == sorted(scores[:3], reverse=True) + sorted(scores[3:], reverse=True)
+    assert len(set(scores)) > 1
+
+
 BAD = [
     ([], "give a prompt"),
     (["a", "b"], "unrecognized arguments: b"),
