@@ -1,7 +1,7 @@
 """A stage that enlarges pictures, measured.
 
-    python tests/bench_cascade.py --ckpt runs/256 --base runs/64      # against bicubic, over --aug, the best aug
-    python tests/bench_cascade.py --layout                            # efficient against ordinary, side by side
+    python tests/bench_cascade.py --ckpt runs/256 --base runs/64    # against bicubic, the best --aug
+    python tests/bench_cascade.py --layout                          # efficient against ordinary layout
 
 PSNR [dB] and the error of a picture's mean colour [1/255], on whole pictures of the run's validation set. For
 pictures that --base draws there is no truth: what is made of them is made small again and compared with them.
