@@ -531,7 +531,8 @@ def main(argv: list[str]) -> None:
                 with autocast:
                     line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
-                if writes: model.put(out / "metrics.jsonl", line, say)
+                if writes:
+                    model.put(out / "metrics.jsonl", line, say)
             if sample and writes:
                 with autocast:
                     grid = sample_grid(state.ema, text, shown, device)
