@@ -79,7 +79,7 @@ def quality(args: argparse.Namespace, device: torch.device) -> None:
 
 def step(layout: str, args: argparse.Namespace, device: torch.device) -> None:
     """Milliseconds of a training step and the peak of the memory, in a process of its own."""
-    config = model.ModelConfig(64, (1, 2, 4), (2, 4, 6), head_dim=64, patch=2, efficient=layout == "efficient")
+    config = model.ModelConfig(64, (1, 2, 4), (2, 4, 6), patch=2, efficient=layout == "efficient")
     torch.manual_seed(0)
     unet = model.UNet(config, 128, 128, 128, lowres=3).to(device)
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
