@@ -82,6 +82,7 @@ def step(layout: str, args: argparse.Namespace, device: torch.device) -> None:
     config = model.ModelConfig(64, (1, 2, 4), (2, 4, 6), patch=2, efficient=layout == "efficient")
     torch.manual_seed(0)
     unet = model.UNet(config, 128, 128, 128, lowres=3).to(device)
+    unet.levels = [diffusion.make_schedule(diffusion.DiffusionConfig(), side) for side in (128, 32)]
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
     x, batch = torch.randn(args.batch_size, 3, 128, 128, device=device), args.batch_size
     condition = {"context": torch.randn(batch, 64, 128), "mask": torch.ones(batch, 64, dtype=torch.bool),
