@@ -56,6 +56,7 @@ class ModelConfig:
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
 
 
+PIXEL, DETAIL = 0.3, 0.0025  # variance of pictures in [-1, 1], and of what is lost in a quarter of their size
 # Stage (base, up to 256 pixels, above), --model. Of the U-Net alone, for one whole picture of 64, 256 or 1024
 # pixels, of 64 or 256 below it, with 128 text tokens of width 128; a test counts them again.
 PRESETS = {stage: ModelConfig(*row) for stage, row in {
@@ -78,7 +79,6 @@ PRESETS = {stage: ModelConfig(*row) for stage, row in {
 # ----------------------------------------------------------------------------------------------- the U-Net
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside.
-
     local: over the channels of one position instead, so that a crop and its whole picture are treated alike.
     """
     local = False
@@ -102,7 +102,6 @@ class RMSNorm(nn.RMSNorm):
 
 class ResBlock(nn.Module):
     """Residual block with scale-shift normalisation and resampling inside.
-
     Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides
     before the first convolution, on both branches; "late" doubles them after the last. It takes `text` as
     Attention does, and does not use it.
@@ -131,7 +130,6 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Self- and cross-attention in one call: keys of the picture, the text and the null token side by side.
-
     The text joins the keys as in Saharia et al. 2022, arXiv:2205.11487, section 2.3. Queries and keys are
     RMS-normalised per head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the
     logits in bfloat16. local: no keys of the picture, and no places.
@@ -168,20 +166,19 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """Text-conditioned U-Net: the layout of Dhariwal and Nichol 2021, arXiv:2105.05233, text as extra keys.
-
     With config.efficient that of the Efficient U-Net (Saharia et al. 2022, arXiv:2205.11487, appendix B and
     figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2).
     size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
     of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
-    activations in the backward pass.
+    activations in the backward pass; where there is lowres set `levels`, the schedules of x_t and of lowres.
     """
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
                  lowres: int = 0, learn_sigma: bool = False):
         super().__init__()
         check_shape(config, size)
-        self.config, self.checkpointing = config, False
+        self.config, self.checkpointing, self.levels = config, False, ()
         ch, emb, local = config.channels, config.emb_dim, config.conv_only
         self.time = nn.Sequential(nn.Linear(emb // 4, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.pooled = nn.Sequential(
@@ -190,7 +187,6 @@ class UNet(nn.Module):
         self.null = nn.Parameter(torch.zeros(1, 1, emb))                 # the key that is always visible
         if lowres:
             self.lowres_time = nn.Sequential(nn.Linear(emb // 4, emb), nn.SiLU(), nn.Linear(emb, emb))
-            self.gains = nn.Linear(emb, 2)                     # of x_t and lowres, in the output
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)           # 12: where it is
         self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
 
@@ -238,8 +234,6 @@ class UNet(nn.Module):
         for m in self.modules():                               # blocks start as the identity, the output as 0
             if type(m) in last:
                 nn.init.zeros_(getattr(m, last[type(m)]).weight)
-        if hasattr(self, "gains"):
-            nn.init.zeros_(self.gains.weight)
         nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
 
@@ -252,7 +246,6 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
                 lowres: Tensor | None = None, lowres_t: Tensor | None = None) -> Tensor:
         """Predict the target of the diffusion at each pixel.
-
         x_t (B, planes, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context
         (B, L, D); mask (B, L) bool, True = a token; pooled (B, P). A row of the mask without any True is the
         unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
@@ -274,7 +267,9 @@ class UNet(nn.Module):
         x = x_t
         if lowres is not None:
             lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")            # (B, c, H, W)
-            x = torch.cat([x_t, lowres], 1)
+            level, noise = (s.alpha_sigma(u) for s, u in zip(self.levels, (t, lowres_t)))
+            x, known, gain = around(x_t, lowres, level, noise)
+            x = torch.cat([x, lowres], 1)
         h = F.pixel_unshuffle(x, patch)
         if not self.config.conv_only:
             h = torch.cat([h, places(*h.shape[-2:], h.device).expand(B, -1, -1, -1)], 1)
@@ -290,14 +285,24 @@ class UNet(nn.Module):
         out = F.pixel_shuffle(h, patch).float()                                       # (B, out, H, W)
         if lowres is None:
             return out
-        of_x_t, of_lowres = self.gains(emb).float()[:, :, None, None, None].unbind(1)  # (B, 1, 1, 1)
-        known = of_x_t * x_t + of_lowres * lowres                                     # (B, planes, H, W)
-        return torch.cat([out[:, :x_t.shape[1]] + known, out[:, x_t.shape[1]:]], 1)
+        return torch.cat([known + gain * out[:, :x_t.shape[1]], out[:, x_t.shape[1]:]], 1)
+
+
+def around(x_t: Tensor, lowres: Tensor, level: tuple[Tensor, Tensor], noise: tuple[Tensor, Tensor]) -> tuple:
+    """(input of unit variance, known, gain) where an upsampled picture is known: v = known + gain * output.
+    As Karras et al. 2022, arXiv:2206.00364, section 5, for x0 normal around lowres instead of 0. An output of
+    0 is the best linear guess: lowres at t = 1. level, noise: (alpha, sigma) (B,) of x_t and of lowres.
+    """
+    (alpha, sigma), (a, s) = ([c[:, None, None, None] for c in pair] for pair in (level, noise))
+    plain = lowres if x_t.shape[1] >= lowres.shape[1] else lowres.mean(1, keepdim=True)
+    guess, left = (c / (a**2 * PIXEL + s**2) for c in (a * PIXEL * plain, PIXEL * s**2))  # without its noise
+    left, total = left + DETAIL, alpha**2 * (left + DETAIL) + sigma**2
+    known = sigma * (alpha * (1 - left) * x_t - guess) / total
+    return (x_t - alpha * guess) / total.sqrt(), known, (left / total).sqrt()
 
 
 def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
-
     Coordinates as channels (Liu et al. 2018, arXiv:1807.03247): text can then say where, at any size. The 4
     keeps them above the noise: the conditioning gap of tiny doubled.
     """
@@ -309,7 +314,6 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines and sines of 1000 t, t (B,) in [0, 1] -> (B, dim) float32.
-
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000.
     """
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
@@ -587,7 +591,6 @@ class State:
 @torch.no_grad()
 def warm_start(net: nn.Module, tensors: dict[str, Tensor], reinit: str = "") -> str:
     """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
-
     Returns a report: how many were copied, which were sliced, which are new, which had no place.
     """
     found = {"copied": [], "sliced": [], "new": []}

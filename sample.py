@@ -75,10 +75,11 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]))
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        schedule = diffusion.make_schedule(config, size)
+        levels = [diffusion.make_schedule(config, side) for side in (size, pictures.lowres or size)]
         planes, small = (len(data.MODES[mode]) for mode in (pictures.picture_mode, pictures.lowres_mode))
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
                           small if pictures.lowres else 0, config.learn_sigma)
+        unet.levels = levels
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
         parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -87,7 +88,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
         raise ValueError(f"the text encoder is {text.fingerprint}, {path} was trained with {meta['text']}. "
                          "Put that one in its place")
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    return Stage(unet, text, schedule, config, pictures, size, device, step, digest=meta["sha256"])
+    return Stage(unet, text, levels[0], config, pictures, size, device, step, digest=meta["sha256"])
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
@@ -183,8 +184,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         if found:
             clean, t = lowres[part].to(x) / 127.5 - 1, x.new_full((len(x),), s.aug)
             eps = diffusion.gaussian(small_keys[part], clean.shape[1:], stage.device)
-            its = diffusion.make_schedule(stage.config, found)
-            small = {"lowres": diffusion.noised(clean, eps, t, its), "lowres_t": t}
+            small = {"lowres": diffusion.noised(clean, eps, t, stage.unet.levels[1]), "lowres_t": t}
         noise = diffusion.noise_source(keys[part], shape, stage.device)
         run = partial(sampler, **options)
         if s.init:

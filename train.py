@@ -201,6 +201,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     for flag, pattern in {"reinit": cfg.reinit, "train-only": cfg.train_only}.items():
         try: re.compile(pattern)
         except re.error as e: raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
+    if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
+        raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
@@ -226,9 +228,8 @@ class Net(nn.Module):
 
     def __init__(self, unet: nn.Module, text: nn.Module, config, size: int, lowres: int, max_aug: float):
         super().__init__()
-        self.unet, self.config, self.max_aug = unet, config, max_aug
-        sizes = size, lowres or size
-        self.schedule, self.small_schedule = (diffusion.make_schedule(config, side) for side in sizes)
+        self.unet, self.config, self.max_aug, sizes = unet, config, max_aug, (size, lowres or size)
+        unet.levels = self.schedule, self.small_schedule = [diffusion.make_schedule(config, n) for n in sizes]
         if text.trainable:
             self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None

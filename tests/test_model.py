@@ -22,10 +22,15 @@ SMALL = ModelConfig(32, (1, 2), (1,), (8,), head_dim=16, patch=2)
 SIZE, L, D, P = 16, 12, 32, 20
 
 
+class Cosine:
+    alpha_sigma = staticmethod(lambda t: (torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2)))
+
+
 def make_unet(config=SMALL, size=SIZE, seed=0, **options) -> UNet:
     """A network whose zero-initialised layers have been moved away from zero, as training does."""
     torch.manual_seed(seed)
     unet = UNet(config, size, D, P, **options)
+    unet.levels = Cosine, Cosine
     with torch.no_grad():
         for p in unet.parameters():
             if not p.any():
@@ -51,6 +56,7 @@ def test_parameters_and_flops_are_those_of_the_table(stage, name):
     small = {64: 0, 256: 64, 1024: 256}[stage]
     with torch.device("meta"):
         unet = UNet(PRESETS[stage, name], stage, 128, 128, lowres=3 if small else 0)
+        unet.levels = Cosine, Cosine
         lowres = {"lowres": torch.empty(1, 3, small, small), "lowres_t": torch.empty(1)} if small else {}
         flops = model.count_flops(unet, torch.empty(1, 3, stage, stage), torch.empty(1),
                                   torch.empty(1, 128, 128), torch.empty(1, 128, dtype=torch.bool),
@@ -120,7 +126,7 @@ def test_prompt_padded_to_32_or_128_tokens_gives_the_same_output_alone_or_in_a_b
     encoders = [load_text_encoder(TextConfig(text_length=n, byte_width=D)) for n in (32, 128)]
     encoders[1].load_state_dict(encoders[0].state_dict())
     unet, noisy = make_unet(SMALL), make_batch()
-    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
+    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, unet.config.emb_dim))
     prompts = ["a red house", "ein grünes Haus am Meer", ""]
 
     def draw(encoder, rows):
@@ -172,7 +178,7 @@ def test_order_of_the_words_changes_the_output_through_the_encoder():
     torch.manual_seed(0)
     text = load_text_encoder(TextConfig(text_length=40, byte_width=D))
     unet = make_unet()
-    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, 128))
+    unet.pooled = torch.nn.Sequential(torch.nn.LayerNorm(D), torch.nn.Linear(D, unet.config.emb_dim))
     noisy = {k: v[:1].expand(2, *v.shape[1:]) for k, v in make_batch().items() if k in ("x_t", "t")}
     ids, mask = text.tokenize(["a red house left of a green tree", "a green tree left of a red house"])
     assert ids[0].sort().values.equal(ids[1].sort().values)           # the same letters
@@ -286,8 +292,28 @@ def test_a_grey_picture_can_be_made_of_colours_and_colours_of_grey():
         unet = make_unet(LOCAL, planes=planes, lowres=small)
         batch = make_batch() | make_lowres()
         batch["x_t"], batch["lowres"] = batch["x_t"][:, :planes], batch["lowres"][:, :small]
-        if small <= planes:
-            assert unet(**batch).shape == batch["x_t"].shape
+        assert unet(**batch).shape == batch["x_t"].shape
+
+
+@torch.no_grad()
+def test_an_untrained_stage_says_the_picture_it_was_given():
+    """Its guess is the linear one: for x0 normal around lowres, the error of v has the variance gain^2."""
+    unet = UNet(LOCAL, 64, D, P, lowres=3)
+    unet.levels = Cosine, Cosine
+    batch = make_batch(2, 64) | make_lowres(2, 16)
+    batch |= {"t": torch.ones(2), "lowres_t": torch.zeros(2), "lowres": batch["lowres"].clamp(-1, 1)}
+    bicubic = torch.nn.functional.interpolate(batch["lowres"], (64, 64), mode="bicubic")
+    assert (unet(**batch) + bicubic).abs().max() < 1e-5      # v = -x0 at t = 1
+    g = torch.Generator().manual_seed(0)
+    for t, level in ((0.02, 0.0), (0.3, 0.4), (0.7, 0.1), (0.98, 0.6)):
+        (alpha, sigma), (a, s) = ([c[None] for c in Cosine.alpha_sigma(torch.tensor(u))] for u in (t, level))
+        below = model.PIXEL**0.5 * torch.randn(1, 3, 200, 200, generator=g)
+        x0 = below + model.DETAIL**0.5 * torch.randn(1, 3, 200, 200, generator=g)
+        eps = torch.randn(1, 3, 200, 200, generator=g)
+        noisy = a * below + s * torch.randn(1, 3, 200, 200, generator=g)
+        x, known, gain = model.around(alpha * x0 + sigma * eps, noisy, (alpha, sigma), (a, s))
+        assert x.std() == pytest.approx(1, abs=0.02)
+        assert ((alpha * eps - sigma * x0 - known) / gain).std() == pytest.approx(1, abs=0.02)
 
 
 @torch.no_grad()
@@ -300,7 +326,7 @@ def test_a_local_network_draws_a_crop_as_it_draws_the_whole():
     part = batch | {"x_t": batch["x_t"][..., 16:240, 16:240], "lowres": batch["lowres"][..., 4:60, 4:60]}
     inside = (unet(**part)[..., 96:128, 96:128] - whole[..., 112:144, 112:144]).abs().max()
     assert inside < 1e-4 < whole.std()
-    plain = make_unet(ModelConfig(32, (1,), (1,), (), 16, 4, True), 256, lowres=3)
+    plain = make_unet(ModelConfig(32, (1,), (1,), (), 16, 4, efficient=True), 256, lowres=3)
     far = (plain(**part)[..., 96:128, 96:128] - plain(**batch)[..., 112:144, 112:144]).abs().max()
     assert far > 1e-3                                        # norms, places and attention see the whole
 
@@ -309,8 +335,9 @@ def test_both_layouts_have_the_same_weights_and_the_efficient_one_less_work():
     shapes, flops = [], []
     for efficient in (False, True):
         with torch.device("meta"):
-            unet = UNet(ModelConfig(32, (1, 2, 4), (1, 2, 3), (), 32, 2, efficient), 64, D, P, lowres=3)
-            batch = make_batch(1, 64) | make_lowres(1, 16)
+            config = ModelConfig(32, (1, 2, 4), (1, 2, 3), (), 32, 2, efficient=efficient)
+            unet = UNet(config, 64, D, P, lowres=3)
+            unet.levels, batch = (Cosine, Cosine), make_batch(1, 64) | make_lowres(1, 16)
             flops.append(model.count_flops(unet, **{k: v.to("meta") for k, v in batch.items()}))
         shapes.append({name: p.shape for name, p in unet.named_parameters()})
     assert shapes[0] == shapes[1]
@@ -326,7 +353,7 @@ def test_both_layouts_have_the_same_weights_and_the_efficient_one_less_work():
     (36, 8, True, "--crop 36 is not a multiple of 8 up to 64. Try 16")])
 def test_a_stage_that_cannot_be_is_named(crop, lowres, local, message):
     with pytest.raises(ValueError) as e:
-        model.check_shape(ModelConfig(32, (1, 2), (1,), (), 16, 2, True, local), 64, crop, lowres)
+        model.check_shape(ModelConfig(32, (1, 2), (1,), (), 16, 2, conv_only=local), 64, crop, lowres)
     assert str(e.value) == message
 
 
@@ -340,7 +367,7 @@ def test_a_warm_start_copies_slices_and_reports():
     assert torch.equal(new.conv_in.weight[:, :24], old.conv_in.weight[:, :24])
     assert torch.equal(new.conv_in.weight[:, 24:], before["conv_in.weight"][:, 24:])
     assert torch.equal(new.null, before["null"])
-    assert torch.equal(new.gains.weight, before["gains.weight"])
+    assert torch.equal(new.lowres_time[0].weight, before["lowres_time.0.weight"])
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (copied|sliced|new|unused)", report)}
     assert counts["copied"] + counts["sliced"] + counts["new"] == len(before)
     assert counts["unused"] == 1
