@@ -9,7 +9,6 @@ Letters: B batch, C channels of a feature map, H W its height and width, N = H*W
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
 import copy
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -65,11 +64,11 @@ PRESETS = {stage: ModelConfig(*row) for stage, row in {
     (64, "small"):   (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1, 512),             #  62.8 M    50 G
     (64, "base"):    (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 768),             #   306 M   202 G
     (64, "large"):   (384, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 1536),            #  1221 M   779 G
-    (256, "tiny"):   (64,  (1, 2),       (1, 2),       (),          32, 4, 256, True, True), #   4.1 M  8.82 G
+    (256, "tiny"):   (32,  (1, 2, 4),    (1,),         (),          32, 2, 256, True, True), #   3.3 M  9.54 G
     (256, "small"):  (64,  (1, 2, 4, 8), (2, 4, 4, 4), (16,),       64, 2, 256, True),       #   104 M   119 G
     (256, "base"):   (128, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, 512, True),       #   718 M   694 G
     (256, "large"):  (192, (1, 2, 4, 8), (2, 4, 8, 8), (16,),       64, 2, 768, True),       #  1616 M  1555 G
-    (1024, "tiny"):  (64,  (1, 2),       (1, 2),       (),          32, 8, 256, True, True), #   4.3 M  43.3 G
+    (1024, "tiny"):  (32,  (1, 2, 4),    (1,),         (),          32, 4, 256, True, True), #   3.3 M  42.2 G
     (1024, "small"): (64,  (1, 2, 4, 8), (2, 4, 4, 4), (),          64, 2, 256, True, True), #  92.0 M  1774 G
     (1024, "base"):  (128, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 512, True, True), #   627 M 10300 G
     (1024, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 768, True, True), #  1410 M 23157 G
@@ -373,8 +372,6 @@ def choose_device(name: str) -> torch.device:
     if not there.get(kind):
         choices = ", ".join(k for k, found in there.items() if found)
         raise ValueError(f"--device {name} is not here. Choose from {choices}")
-    if kind == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):       # glibc: keep what is freed,
-        libc.mallopt(-1, 2**31 - 1)                            # M_TRIM_THRESHOLD: 6% of a step is page faults
     if kind != "cuda":
         return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -566,7 +563,7 @@ class State:
         meta = {**meta, "step": str(step), "scaler": json.dumps(self.scaler.state_dict())}
         folder = save_checkpoint(run, step, self.tensors(), meta, keep)
         if self.profiles:
-            updates = int(self.optimizer.state[self.weights[0]]["step"])
+            updates = int(self.optimizer.state[self.counted]["step"])
             save_snapshot(run / "profiles", step, self.snapshot(), updates, self.snapshots)
         return folder
 
