@@ -375,8 +375,8 @@ def choose_device(name: str) -> torch.device:
     if kind != "cuda":
         return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(f"local rank {local} has no GPU of its own. Use --nproc-per-node {count}")
+    if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > count:         # on every rank alike
+        raise ValueError(f"{ranks} ranks do not have a GPU each. Use --nproc-per-node {count}")
     return torch.device(kind, local)
 
 
@@ -559,13 +559,12 @@ class State:
                 for (name, _), value in zip(self.net.named_parameters(), values)}
 
     def save(self, run: Path, step: int, meta: dict[str, str], keep: int) -> Path:
-        """Publish a checkpoint, then a snapshot of the profiles; the most even `snapshots` of them stay."""
+        """Write a snapshot of the profiles, of which the most even `snapshots` stay, then a checkpoint."""
         meta = {**meta, "step": str(step), "scaler": json.dumps(self.scaler.state_dict())}
-        folder = save_checkpoint(run, step, self.tensors(), meta, keep)
         if self.profiles:
             updates = int(self.optimizer.state[self.counted]["step"])
             save_snapshot(run / "profiles", step, self.snapshot(), updates, self.snapshots)
-        return folder
+        return save_checkpoint(run, step, self.tensors(), meta, keep)
 
     def load(self, ema: dict[str, Tensor], train: dict[str, Tensor], scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
@@ -724,8 +723,9 @@ class Cache:
         at once write the same.
         """
         missing = {key: text for text in texts if (key := self.key(text)) not in self.found}
-        for start in range(0, len(missing), part):
-            keys, tensors, meta = sorted(missing)[start:start + part], {}, {"fingerprint": self.fingerprint}
+        order = sorted(missing)
+        for start in range(0, len(order), part):
+            keys, tensors, meta = order[start:start + part], {}, {"fingerprint": self.fingerprint}
             for index, *entry in encode([missing[key] for key in keys]):
                 tensors |= {f"{keys[index]}.{i}": x.clone() for i, x in enumerate(entry)}
                 meta[keys[index]] = self.mark(entry)
@@ -820,8 +820,11 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
     runs, ways = [p.parent for p in root.glob("*/checkpoints") if checkpoint_folders(p.parent)], {}
     for run in sorted(runs, key=lambda run: checkpoint_folders(run)[-1].stat().st_mtime):
-        recipe = json.loads((run / "config.json").read_text("utf-8"))
-        ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]     # the newest wins
+        try:
+            recipe = json.loads((run / "config.json").read_text("utf-8"))
+            ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"] # the newest wins
+        except (OSError, ValueError, KeyError) as e:
+            raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
     path, at = [], min((below for below in ways if bool(below) == lowres), default=-1)
     while at in ways and (at != stop_at or not path):
         run, at = ways[at]
@@ -854,7 +857,7 @@ def response(updates: int, width: float, edges: np.ndarray) -> np.ndarray:
 
 def save_snapshot(folder: Path, step: int, tensors: dict[str, Tensor], updates: int, most: int) -> None:
     """Write `folder`/STEP.safetensors, whole or not at all; of all of them the newest and most even stay."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / ".tmp", tensors, {"updates": str(updates)})
     os.replace(folder / ".tmp", folder / f"{step:06d}.safetensors")
     _fsync(folder)

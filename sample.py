@@ -66,8 +66,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0) -> Stage:
     """
     path, tensors, meta = model.read(path, warn)
     if ema:
-        run = (path if path.is_dir() else path.parent).resolve().parents[1]
-        tensors |= model.reconstruct(run / "profiles", int(meta["step"]), ema, warn)
+        run = (path if path.is_dir() else path.parent) / "../.."
+        tensors |= model.reconstruct((run / "profiles").resolve(), int(meta["step"]), ema, warn)
     try:
         stored = json.loads(meta["config"])
         shape = {name: tuple(v) if isinstance(v, list) else v for name, v in stored["ModelConfig"].items()}
@@ -113,8 +113,8 @@ class Settings:
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree
 
 
-def read_pictures(paths: list[str], size: int) -> list[Tensor]:
-    """Pictures that lie on one another, uint8 (3, size, size). ValueError where they cannot."""
+def read_pictures(paths: list[str], size: int, mode: str = "colour") -> list[Tensor]:
+    """Pictures that lie on one another, uint8 (3 or 1, size, size). ValueError where they cannot."""
     try:
         shapes = ["{}x{}".format(*Image.open(path).size) for path in paths]
         found = [torch.from_numpy(data.decode(Path(path).read_bytes(), size)) for path in paths]
@@ -122,7 +122,7 @@ def read_pictures(paths: list[str], size: int) -> list[Tensor]:
         raise ValueError(f"--init, --mask or --lowres is no picture: {e}") from e
     if len(set(shapes)) > 1:
         raise ValueError("--init is {} pixels, --mask {}. Give both the same size".format(*shapes))
-    return found
+    return [torch.tensor(data.array(to_image(picture, mode))) for picture in found]
 
 
 def encode(stage: Stage, prompts: list[str]) -> dict[str, Tensor]:
@@ -164,9 +164,10 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     times = s.strength * (diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps))
     if (s.mask or s.strength != 1) and not s.init:
         raise ValueError("--mask and --strength need a picture to start from. Add --init PICTURE")
-    given = read_pictures([path for path in (s.init, s.mask) if path], stage.size)
+    given = read_pictures([path for path in (s.init, s.mask) if path], stage.size, stage.data.picture_mode)
     weak = load_stage(Path(s.autoguide), stage.device) if s.autoguide else None
-    if weak and (s.negative or not torch.equal(*(x.schedule.alpha_sigma(times)[0] for x in (weak, stage)))):
+    alike = lambda x: (x.size, x.data.lowres, x.data.picture_mode, x.schedule.alpha_sigma(times)[0].tolist())
+    if weak and (s.negative or alike(weak) != alike(stage)):
         raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
     net, sampler = stage.unet, diffusion.SAMPLERS[s.sampler]
     takes = inspect.signature(sampler).parameters
@@ -221,9 +222,9 @@ def clip_scores(clip: tuple[nn.Module, nn.Module], pictures: Tensor, prompts: li
 
 
 # --------------------------------------------------------------------------------------- pictures to files
-def to_image(picture: Tensor) -> Image.Image:
-    """uint8 (3 or 1, H, W) -> RGB."""
-    return Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).numpy())
+def to_image(picture: Tensor, mode: str = "colour") -> Image.Image:
+    """uint8 (3 or 1, H, W) -> a picture in colour or grey."""
+    return Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).numpy()).convert(data.MODES[mode])
 
 
 def file_name(prompt: str) -> str:
@@ -309,9 +310,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.wanted = [args.prompt]
     if args.prompts is not None:
         lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-        args.wanted = [line.strip() for line in lines if line.strip()]
-        if not args.wanted:
-            die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
+        args.wanted = [line.strip() for line in lines if line.strip()] or die(
+            f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
 
 
@@ -333,24 +333,24 @@ def run_stage(path: Path, i: int, args: argparse.Namespace, device: torch.device
         if counts["cut"]:
             warn(f"a prompt was cut at {stage.text.length} tokens")
     if first and args.lowres:
-        below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
+        below = read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts)
     if below is not None:
-        images = [to_image(picture).convert(data.MODES[stage.data.lowres_mode]) for picture in below]
-        below = torch.stack([torch.from_numpy(data.array(image)) for image in images])
+        images = [to_image(picture, stage.data.lowres_mode) for picture in below]
+        below = torch.stack([torch.tensor(data.array(image)) for image in images])
     seeds = [at["seed"] + k % args.n for k in range(len(prompts))]
     pictures = generate(stage, prompts, seeds, args.batch_size, text_encoder.DTYPES[args.dtype], below,
                         **settings)
     for k, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
-    settings |= {name: Path(settings[name]).name for name in FILES}           # no local path
-    return pictures, seeds, settings | {"ema": args.ema, "checkpoint": stage.digest, "step": stage.step}
+    notes = {name: Path(settings[name]).name for name in FILES} | {"ema": args.ema, "dtype": args.dtype}
+    return pictures, seeds, settings | notes | {"checkpoint": stage.digest, "step": stage.step}
 
 
 def write(pictures: Tensor, found: list[dict], n: int, args: argparse.Namespace, notes: dict) -> None:
     """Pictures, or one sheet of them, into the folder or under the name of --out. found: the prompt and seed
     of each, noted beside `notes`; n: how many there are of a prompt."""
-    file = Path(args.out) if args.out.lower().endswith(".png") else None
+    file = Path(args.out) if Path(args.out).suffix.lower() == ".png" else None
     if args.grid:
         columns = min(8, max(2, n if n > 1 else math.isqrt(len(found) - 1) + 1))
         sheet = model.contact_sheet(pictures, [one["prompt"] for one in found], columns)

@@ -500,7 +500,7 @@ def open_folder(name: str, config: TextConfig, tower: str) -> tuple[Path, dict, 
 
 
 def frozen_encoder(name: str, config: TextConfig) -> tuple[TextEncoder, Callable[[], nn.Module]]:
-    """The encoder of a published folder, still without weights, and the function that reads them."""
+    """The encoder of a published folder, still without weights, and the function that reads them once."""
     path, content, weights = open_folder(name, config, "text")
     folder, length, kind = path.parent, config.text_length, content.get("model_type")
     with torch.device("meta"):
@@ -522,7 +522,7 @@ def frozen_encoder(name: str, config: TextConfig) -> tuple[TextEncoder, Callable
     digest = weights.digest(tower, repr(shape), config.clip_layer, config.text_dtype, *words)
     fingerprint = f"{folder.name} d={tower.dim} length={length} {digest}"
     return (TextEncoder(tower, tokenizer, length, fingerprint, False),
-            functools.partial(weights.fill, tower, DTYPES[config.text_dtype]))
+            functools.cache(functools.partial(weights.fill, tower, DTYPES[config.text_dtype])))
 
 
 def load_image_encoder(name: str, config: TextConfig) -> CLIPImageEncoder:

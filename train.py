@@ -101,8 +101,7 @@ SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
-          "max_aug": (0, 1), "lowres": (0, 4096), "crop": (0, 4096), "min_size": (1, 2**16),
-          "min_crop": (0.01, 1)}
+          "max_aug": (0, 1), "min_size": (1, 2**16), "min_crop": (0.01, 1)}
 BUCKETS = 8
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
                 text_encoder.TextConfig]
@@ -264,7 +263,7 @@ def rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * max(0.0, min(1.0, (step + 1) / (cfg.warmup + 1), (cfg.steps - step) / (cfg.cooldown + 1)))
 
 
-def resume(out: Path, state: model.State, configs: Configs, fingerprint: str) -> tuple[int, int]:
+def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> tuple[int, int]:
     """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
     found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
     if found is None:
@@ -272,7 +271,9 @@ def resume(out: Path, state: model.State, configs: Configs, fingerprint: str) ->
     folder, tensors, meta = found
     differences(json.loads(meta["config"]), configs)
     state.load(*tensors, scaler=json.loads(meta["scaler"]))
-    if meta["data"] != fingerprint:
+    if meta["text"] != text.fingerprint:
+        raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
+    if meta["data"] != pictures.fingerprint:
         say("warning: the pictures are not those of the checkpoint: their order differs from here")
     if json.loads(meta["versions"]) != model.versions():
         say(f"note: {meta['versions']} -> {json.dumps(model.versions())}: it continues, but not bit for bit")
@@ -453,7 +454,7 @@ def main(argv: list[str]) -> None:
     text, net = build(configs, device, (train_set, val_set))
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                         cfg.train_only)
-    first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set.fingerprint)
+    first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
     if first >= cfg.steps:

@@ -491,7 +491,17 @@ def test_a_cascade_stops_where_it_is_told_and_starts_from_a_picture(up, cli):
     assert notes_of(Path(drawn[0]))["below"]["guidance_scale"] == 1.0
 
 
+def test_a_damaged_config_is_named(up, cli):
+    (up / "runs/32/config.json").write_text("{")
+    status, out, err = cli("a house")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "runs/32/config.json is damaged" in err
+    assert cli("a house", "--ckpt", "runs/16")[0] == 0
+
+
 @pytest.mark.parametrize(("argv", "words"), [
+    (["a", "--ckpt", "runs/16", "--autoguide", "runs/32"], "--autoguide needs a checkpoint of the same size"),
+    (["a", "--ckpt", "runs/16/checkpoints/000002/ema.safetensors", "--ema", "0.1"], "has no snapshot of"),
     (["a", "--stop-at", "33"], "--stop-at 33: the stages in runs/ end at 64"),
     (["a", "--ckpt", "runs/32"], "a stage from 16 to 32 pixels was given 0. Name all stages"),
     (["a", "--ckpt", "runs/16,runs/64"], "a stage from 32 to 64 pixels was given 16"),
@@ -625,6 +635,9 @@ def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
         assert (Image.open(path).size, notes["guidance_scale"], notes["below"]["seeds"]) == (
             (32, 32), 2.0, [0, 1, 2] * 2)
         assert notes | {"bytes": Image.open(path).tobytes()} == expected
+    Image.new("RGB", (40, 40), (200, 90, 30)).save("given.png")
+    grey = ("--ckpt", "runs/32", "--lowres", "given.png", "--init", "given.png", "--strength", "0.7")
+    assert (cli("a house", *grey)[0], notes_of(Path("a-house.png"))["init"]) == (0, "given.png")
     scores = [notes["clip_score"] for notes in every]
     assert scores == sorted(scores[:3], reverse=True) + sorted(scores[3:], reverse=True)
     assert len(set(scores)) > 1

@@ -654,6 +654,20 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
     assert digest(tmp_path / "run") == before
 
 
+def test_other_weights_of_the_text_encoder_are_refused(tmp_path, monkeypatch):
+    run(tmp_path / "run", "--steps 1")
+    load = text_encoder.load_text_encoder
+
+    def other(*args):
+        encoder = load(*args)
+        encoder.fingerprint = "another one"
+        return encoder
+
+    monkeypatch.setattr(text_encoder, "load_text_encoder", other)
+    with pytest.raises(ValueError, match="the text encoder is another one, not bytes"):
+        run(tmp_path / "run", "--steps 2")
+
+
 def test_a_finished_run_is_left_alone(tmp_path, capsys):
     run(tmp_path / "run", "--steps 2")
     def times():
