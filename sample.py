@@ -101,7 +101,7 @@ class Settings:
     apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain guidance
     autoguide: str = ""  # a weaker checkpoint to move away from
     negative: str = ""  # a prompt to move away from
-    aug: float = 0.1  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
+    aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
     steps: int = 25  # of the sampler [steps]

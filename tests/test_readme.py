@@ -95,6 +95,8 @@ def test_a_sampling_command_parses(words, tmp_path, monkeypatch):
         if path.endswith(".txt"):
             (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).write_text("a house")
+        if path.endswith("/"):
+            (tmp_path / path).mkdir()
     args = sample.arguments(words[words.index("sample.py") + 1:])
     assert args.prompt or args.prompts
 

@@ -152,7 +152,7 @@ def test_metadata_tells_how_the_picture_was_made_and_no_local_path(here, cli):
     assert notes_of(here / "a-house-quoted.png") == {
         **dataclasses.asdict(sample.Settings()), "guidance_interval": [0, 1],
         "prompt": prompt, "seed": 7, "guidance_scale": 2.5, "negative": "a car", "sampler": "ddim",
-        "steps": 2, "ema": 0.0, "checkpoint": digest, "step": 2}
+        "steps": 2, "ema": 0.0, "dtype": "fp32", "checkpoint": digest, "step": 2}
     content = (here / "a-house-quoted.png").read_bytes()
     assert str(here).encode() not in content
     assert b"runs" not in content

@@ -291,7 +291,7 @@ def test_times_of_a_batch_are_stratified(monkeypatch, tmp_path):
         return real(net, x0, eps, t, *rest, **condition)
 
     monkeypatch.setattr(diffusion, "losses", losses)
-    run(tmp_path / "run", "--steps 3")
+    run(tmp_path / "run", "--steps 3", "--t-density uniform")
     for t in seen[-3:]:
         assert sorted((t * 8).long().tolist()) == list(range(8))
 
@@ -747,7 +747,7 @@ def test_twenty_bad_updates_in_a_row_end_the_run(tmp_path, monkeypatch, capfd):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capfd):
-    during(monkeypatch, lambda state: state.averages[3].data.fill_(math.nan), at=3)
+    during(monkeypatch, lambda state: state.averages[0][2][3].data.fill_(math.nan), at=3)
     err = dies(capfd, lambda: run(tmp_path / "run", "--save-every 2"), 1)
     assert "the weights of step 4 are not finite" in err
     assert digest(tmp_path / "run")[0] == 2
