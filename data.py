@@ -162,8 +162,8 @@ def scene(index: int) -> Scene:
         relation = pick(RELATIONS)
         x, y = (0.24 * step for step in RELATIONS[relation][1:])
         other = pick(KINDS, "sign", kind), pick(COLOURS, colour)
-        things = (Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.23)),
-                  Thing(*other, near(0.5 - x), near(0.5 - y), near(0.23)))
+        things = (Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.22)),
+                  Thing(*other, near(0.5 - x), near(0.5 - y), near(0.22)))
         return Scene(things, pick(GROUNDS, colour, other[1]), relation=relation)
     background = pick(GROUNDS, colour)
     if layout < 0.19:

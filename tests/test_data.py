@@ -184,13 +184,13 @@ def test_things_stay_inside_apart_and_off_their_own_colour():
         shown = scene(i)
         assert shown.background not in [thing.colour for thing in shown.things]
         for thing in shown.things:
-            assert min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) >= thing.half - 0.0101
+            assert min(thing.x, thing.y, 1 - thing.x, 1 - thing.y) >= thing.half - 0.005
         if len(shown.things) == 2:
             a, b = shown.things
             assert a.kind != b.kind
             assert a.colour != b.colour
             distance = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
-            assert distance[shown.relation] >= a.half + b.half - 0.06
+            assert distance[shown.relation] >= a.half + b.half - 0.04
 
 
 FILLING = {"a", "an", "on", "background", "with", "the", "word", "that", "says"}
@@ -221,7 +221,8 @@ def test_pictures_are_pure_and_the_same_at_every_size():
         assert small.shape == (3, 64, 64)
         assert small.dtype == np.uint8
         np.testing.assert_array_equal(small, picture(i, 64)[0])
-        assert np.abs(means(large, 64) - small).mean() < 3, i
+        limit = 3 if scene(i).word else 2.5                        # letters stand on whole pixels
+        assert np.abs(means(large, 64) - small).mean() < limit, i
     huge = draw(scene(3), 1024)
     assert np.abs(means(huge, 256) - draw(scene(3), 256)).mean() < 1.5
 
