@@ -405,7 +405,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
     torch.manual_seed(cfg.seed)
-    stop: list[int] = []                                                      # until here, they kill
+    stop: list[int] = []                                                      # read once the loop runs
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda got, _: stop.append(got))
     if device.type == "cuda":

@@ -1,4 +1,5 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
+import contextlib
 import dataclasses
 import errno
 import io
@@ -31,18 +32,24 @@ RECIPE = ["--size=16", "--steps=2", "--batch-size=4", "--save-every=1", "--sampl
           "--byte-width=32", "--byte-layers=1", "--text-length=32"]
 
 
+@contextlib.contextmanager
+def training_in(folder: Path):
+    """Work in a folder; afterwards in the one before, with the signal handlers that training replaced."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with contextlib.chdir(folder):
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with runs/16, two steps old."""
-    folder, before = tmp_path_factory.mktemp("trained"), Path.cwd()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.chdir(folder)
-    try:
+    folder = tmp_path_factory.mktemp("trained")
+    with training_in(folder):
         train.main(RECIPE)
-    finally:
-        os.chdir(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return folder
 
 
@@ -442,20 +449,14 @@ def test_a_constant_picture_is_warned_of_and_kept(here, capsys, monkeypatch, gri
 @pytest.fixture(scope="module")
 def ladder(trained, tmp_path_factory) -> Path:
     """runs/16, runs/32 and runs/64, each enlarging the one before."""
-    folder, before = tmp_path_factory.mktemp("ladder"), Path.cwd()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    folder = tmp_path_factory.mktemp("ladder")
     shutil.copytree(trained / "runs", folder / "runs")
-    os.chdir(folder)
     moved = ("--size", "--attn", "--channel-mult", "1", "2")
     recipe = [flag for flag in RECIPE if not flag.startswith(moved)]
-    try:
-        up = ["--crop=16", "--conv-only", "--efficient", "--channel-mult", "1"]
+    up = ["--crop=16", "--conv-only", "--efficient", "--channel-mult", "1"]
+    with training_in(folder):
         train.main([*recipe, *up, "--size=32", "--lowres=16"])
         train.main([*recipe, *up, "--size=64", "--lowres=32", "--lowres-mode=grey"])
-    finally:
-        os.chdir(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return folder
 
 
@@ -614,12 +615,10 @@ def test_the_best_by_clip_score_are_kept(here, cli, clip):
 
 
 def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     own = {"--size=16": "--size=32", "--attn-resolutions=4": "--attn-resolutions=8"}
-    train.main([*(own.get(flag, flag) for flag in RECIPE), "--lowres=16", "--picture-mode=grey",
-                "--no-efficient", "--no-conv-only", "--crop=0"])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with training_in(here):
+        train.main([*(own.get(flag, flag) for flag in RECIPE), "--lowres=16", "--picture-mode=grey",
+                    "--no-efficient", "--no-conv-only", "--crop=0"])
     Path("two.txt").write_text("a house\na car\n")
     two = ["--prompts", "two.txt", "--n", "3", "--guidance", "3,2"]
     status, out, err = cli(*two, "--out", "all", "--rank", "clip")
