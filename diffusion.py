@@ -421,13 +421,16 @@ def guidance(pair: Callable, guidance_scale: float, interval: tuple[float, float
 
 
 def guided(model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict,
-           guidance_scale: float, negative: dict | None = None, **options) -> Callable:
-    """Classifier-free guidance of one condition: one call, of B rows when guidance_scale is 1, else 2B.
-    `negative`, the condition of a negative prompt, replaces the empty one. options: of `guidance`."""
+           guidance_scale: float, negative: dict | None = None, weak: Callable | None = None,
+           **options) -> Callable:
+    """Guidance of one condition: one call, of B rows when guidance_scale is 1, else 2B. `negative`, that of a
+    negative prompt, replaces the empty one; `weak`, a denoiser, both (autoguidance). options: guidance's."""
+    good = denoiser(model, schedule, config, condition)
     if guidance_scale == 1:
-        return denoiser(model, schedule, config, condition)
+        return good
     pair = branches(model, schedule, config, [condition], [1.0], negative or unconditional(condition))
-    return guidance(pair, guidance_scale, **options)
+    both = (lambda x_t, t: (good(x_t, t), weak(x_t, t))) if weak else pair
+    return guidance(both, guidance_scale, **options)
 
 
 def rescaled(phi: float = 0.7, inner: Callable = torch.lerp) -> Callable:

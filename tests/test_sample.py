@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +187,8 @@ def test_grid_is_one_sheet(here, cli):
     Path("list.txt").write_text("a house\na car\na tree")
     assert cli("--prompts", "list.txt", "--grid")[1] == "grid.png\n"
     assert cli("--prompts", "list.txt", "--grid", "--n", 2, "--out", "sheet.png")[1] == "sheet.png\n"
-    assert notes_of(Path("grid.png"))["prompts"] == ["a house", "a car", "a tree"]
-    assert notes_of(Path("sheet.png"))["seeds"] == [0, 1] * 3
+    assert [one["prompt"] for one in notes_of(Path("grid.png"))["pictures"]] == ["a house", "a car", "a tree"]
+    assert [one["seed"] for one in notes_of(Path("sheet.png"))["pictures"]] == [0, 1] * 3
     assert Image.open("sheet.png").size[1] > Image.open("grid.png").size[1] > 16
     assert sorted(p.name for p in here.glob("*.png")) == ["grid.png", "sheet.png"]
 
@@ -425,13 +427,13 @@ def test_a_long_prompt_and_a_high_guidance_are_warned_of(here, cli):
     status, _, err = cli("a house " * 20, "--guidance", 50)
     assert status == 0
     assert err.splitlines() == ["sample.py: warning: --guidance 50.0 is very high; 2 to 8 is usual",
-                                "sample.py: warning: a prompt was cut at 32 tokens"]
+                                "sample.py: warning: 0 of 159 tokens unknown, 1 prompts cut to 32"]
 
 
 def test_what_the_text_encoder_cannot_read_is_warned_of(here, cli, monkeypatch):
     monkeypatch.setattr(text_encoder.ByteTokenizer, "unknown", 3 + ord("h"))
     status, _, err = cli("a house", "--n", 2)
-    assert (status, err) == (0, "sample.py: warning: 1 of 7 tokens are unknown to the text encoder\n")
+    assert (status, err) == (0, "sample.py: warning: 1 of 7 tokens unknown, 0 prompts cut to 32\n")
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid"]])
@@ -475,7 +477,7 @@ def test_the_newest_run_of_each_size_is_joined(up, cli):
     notes = notes_of(Path(names[-1]))
     assert (notes["guidance_scale"], notes["seed"], notes["steps"]) == (1.0, 8, 2)
     assert (notes["below"]["guidance_scale"], notes["below"]["below"]["guidance_scale"]) == (2.0, 5.0)
-    assert notes["below"]["below"]["seeds"] == [7]
+    assert (notes["below"]["seed"], notes["below"]["below"]["seed"]) == (8, 7)
     again = cli("a house", "--ckpt", "runs/16,runs/32,runs/64", "--guidance", "5,2",
                 "--seed", "7,8")[1].split()
     assert np.array_equal(np.asarray(Image.open(again[0])), np.asarray(Image.open(names[-1])))
@@ -489,7 +491,17 @@ def test_a_cascade_stops_where_it_is_told_and_starts_from_a_picture(up, cli):
              for aug in (0, 0.1)]
     assert [Image.open(name).size for name in drawn] == [(64, 64)] * 2
     assert Path(drawn[0]).read_bytes() != Path(drawn[1]).read_bytes()
-    assert notes_of(Path(drawn[0]))["below"]["guidance_scale"] == 1.0
+    notes = notes_of(Path(drawn[0]))
+    assert (notes["guidance_scale"], notes["below"]["guidance_scale"]) == (1.0, 1.0)
+    assert notes["below"]["below"] == {"lowres": "given.png"}
+    own = cli("a house", "--lowres", "given.png", "--guidance", 5, "--sample-steps", "3,2", "--keep-stages")
+    assert [(notes_of(Path(name))["guidance_scale"], notes_of(Path(name))["steps"])
+            for name in own[1].split()] == [(5.0, 3), (1.0, 2)]
+
+
+def test_each_stage_says_what_it_cannot_read(up, cli):
+    status, _, err = cli("a house " * 9, "--stop-at", 32)
+    assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n" * 2)
 
 
 def test_a_damaged_config_is_named(up, cli):
@@ -506,7 +518,11 @@ def test_a_damaged_config_is_named(up, cli):
     (["a", "--stop-at", "33"], "--stop-at 33: the stages in runs/ end at 64"),
     (["a", "--ckpt", "runs/32"], "a stage from 16 to 32 pixels was given 0. Name all stages"),
     (["a", "--ckpt", "runs/16,runs/64"], "a stage from 32 to 64 pixels was given 16"),
-    (["a", "--guidance", "5,x"], "--guidance 5,x is not a number"),
+    (["a", "--guidance", "5,x"], "--guidance 5,x is none of: guidance scale, 1 = none"),
+    (["a", "--guidance", "5,2,1,1"], "--guidance has 4 values for 3 stage(s)"),
+    (["a", "--seed", "1,2", "--ckpt", "runs/16"], "--seed has 2 values for 1 stage(s)"),
+    (["a", "--stop-at", "32", "--sampler", "ddim,ddim,heun"], "--sampler has 3 values for 2 stage(s)"),
+    (["a", "--stop-at", "16", "--ckpt", "runs/16,runs/32"], "--ckpt: not allowed with argument --stop-at"),
     (["a", "--guidance", "5,-1"], "--guidance -1.0 is outside"),
     (["a", "--lowres", "nowhere.png"], "--init, --mask or --lowres is no picture"),
     (["a", "--aug", "2"], "--aug 2.0 is outside")])
@@ -514,6 +530,88 @@ def test_bad_input_for_a_cascade_is_one_line(up, cli, argv, words):
     status, out, err = cli(*argv)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert words in err
+
+
+# ------------------------------------------------------------------------------------ frozen text encoders
+
+
+@pytest.fixture(scope="module")
+def frozen(tmp_path_factory) -> Path:
+    """runs/16, trained with a frozen encoder, runs/32 with the same beside bytes, runs/other with another."""
+    folder, towers = tmp_path_factory.mktemp("frozen"), {}
+    for seed, name in enumerate(("byt5", "wide")):
+        towers[name] = {"vocab_size": 384, "d_model": 24 + 8 * seed, "d_kv": 8, "d_ff": 32, "num_layers": 1,
+                        "num_heads": 3, "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(towers[name]))
+        torch.manual_seed(seed)
+        tower = text_encoder.T5Encoder(types.SimpleNamespace(**text_encoder.T5_SHAPE | towers[name]))
+        save_file(tower.state_dict(), folder / name / "model.safetensors")
+    moved = ("--size", "--attn", "--channel-mult", "1", "2")
+    up = [flag for flag in RECIPE if not flag.startswith(moved)]
+    up += ["--crop=16", "--conv-only", "--efficient", "--channel-mult", "1", "--size=32", "--lowres=16"]
+    with training_in(folder):
+        train.main([*RECIPE, "--text-encoder", "wide", "--out", "runs/other"])
+        train.main([*RECIPE, "--text-encoder", "byt5"])
+        train.main([*up, "--text-encoder", "bytes", "byt5"])
+    return folder
+
+
+@pytest.fixture
+def watched(frozen, monkeypatch) -> list[str]:
+    """What happens, in order: an encoder's weights are read, a U-Net is made; no encoder is alive by then."""
+    monkeypatch.chdir(frozen)
+    events, weights, fill, build = [], [], text_encoder.Weights.fill, model.UNet.__init__
+
+    def read(self, tower, dtype):
+        filled = fill(self, tower, dtype)
+        weights.extend(weakref.ref(p) for p in filled.parameters())
+        events.append(self.folder.name)
+        return filled
+
+    def made(self, *args, **options):
+        assert weights
+        assert not any(weight() is not None for weight in weights)
+        events.append("unet")
+        build(self, *args, **options)
+
+    monkeypatch.setattr(text_encoder.Weights, "fill", read)
+    monkeypatch.setattr(model.UNet, "__init__", made)
+    return events
+
+
+def test_a_frozen_text_encoder_is_freed_before_the_unet_is_made(watched, cli, tmp_path):
+    """Once for all stages, and before any of them, also that of a guide; beside one that is trained along."""
+    status, out, err = cli("a house", "--negative", "a car", "--out", tmp_path)
+    assert (status, len(out.splitlines()), err) == (0, 1, "")
+    assert watched == ["byt5", "unet", "unet"]
+    watched.clear()
+    assert cli("a", "--ckpt", "runs/16", "--autoguide", "runs/other", "--out", tmp_path)[0] == 0
+    assert watched.index("unet") > watched.index("wide")
+
+
+def test_what_a_frozen_text_encoder_said_is_what_it_says(frozen, monkeypatch):
+    """All but the rounding to bf16; and the same, whatever other prompts there are."""
+    monkeypatch.chdir(frozen)
+    cpu, prompts = torch.device("cpu"), ["a house", "", "a red car " * 9, "a fish"]
+    for run in ("runs/16", "runs/32"):
+        live = sample.load_stage(Path(run), cpu)
+        kept = sample.load_stage(Path(run), cpu, cached=sample.reader(prompts, cpu))
+        alone = sample.load_stage(Path(run), cpu, cached=sample.reader(prompts[:1], cpu))
+        with torch.no_grad():
+            said, expected, one = (sample.encode(stage, texts) for stage, texts in (
+                (kept, prompts), (live, prompts), (alone, prompts[:1])))
+        assert torch.equal(said.pop("mask"), expected["mask"])
+        for name, value in said.items():
+            assert (value - expected[name]).abs().max() <= 1e-2 * expected[name].abs().max(), name
+            assert torch.allclose(value[:1], one[name], atol=1e-6), name
+        assert said["context"].abs().max() > 0.1
+
+
+def test_what_a_frozen_text_encoder_cannot_read_is_warned_of_once(frozen, cli, monkeypatch, tmp_path):
+    monkeypatch.chdir(frozen)
+    status, _, err = cli("a house " * 9, "--ckpt", "runs/16", "--n", 2, "--out", tmp_path)
+    assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n")
 
 
 # ------------------------------------------------------------------------------------------------- the files
@@ -539,7 +637,7 @@ def test_nasty_prompts_are_drawn_and_noted(here, cli, prompt):
         status, out, _ = cli(prompt, *grid)
         assert status == 0
         kept = notes_of(Path(out.split()[-1]))
-        assert kept.get("prompt", kept.get("prompts", [None])[0]) == prompt
+        assert kept.get("pictures", [kept])[0]["prompt"] == prompt
 
 
 def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(here, capsys, monkeypatch):
@@ -608,10 +706,10 @@ def test_the_best_by_clip_score_are_kept(here, cli, clip):
     Path("two.txt").write_text("a house\na car\n")
     status, out, err = cli("--prompts", "two.txt", "--n", "3", "--best", "2", "--rank", "clip", "--grid")
     assert (status, out) == (0, "grid.png\n"), err
-    notes = notes_of(here / "grid.png")
-    assert notes["prompts"] == ["a house"] * 2 + ["a car"] * 2
-    assert [a >= b for a, b in zip(notes["clip_scores"], notes["clip_scores"][1:])][::2] == [True, True]
-    assert set(notes["seeds"]) <= {0, 1, 2}
+    notes = notes_of(here / "grid.png")["pictures"]
+    assert [one["prompt"] for one in notes] == ["a house"] * 2 + ["a car"] * 2
+    assert [a["clip_score"] >= b["clip_score"] for a, b in (notes[:2], notes[2:])] == [True, True]
+    assert {one["seed"] for one in notes} <= {0, 1, 2}
 
 
 def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
@@ -631,8 +729,8 @@ def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
     assert not any("clip_score" in notes_of(Path(path)) for path in below)
     for path, expected in zip(best, [*every[:2], *every[3:5]]):               # each prompt's, best first
         notes = notes_of(Path(path))
-        assert (Image.open(path).size, notes["guidance_scale"], notes["below"]["seeds"]) == (
-            (32, 32), 2.0, [0, 1, 2] * 2)
+        assert (Image.open(path).size, notes["guidance_scale"], notes["below"]["seed"]) == (
+            (32, 32), 2.0, notes["seed"])
         assert notes | {"bytes": Image.open(path).tobytes()} == expected
     Image.new("RGB", (40, 40), (200, 90, 30)).save("given.png")
     grey = ("--ckpt", "runs/32", "--lowres", "given.png", "--init", "given.png", "--strength", "0.7")
@@ -658,27 +756,29 @@ BAD = [
     (["a", "--seed", "-1"], "--seed -1 is outside"),
     (["a", "--seed", str(2**70)], "is outside 0 to"),
     (["a", "--batch-size", "0"], "--batch-size 0 is outside"),
-    (["a", "--sampler", "magic"], "--sampler"),
+    (["a", "--sampler", "magic"], "--sampler magic is none of: how the noise is removed: dpmpp_2m, "),
     (["a", "--sampler", "heun", "--eta", "0.5"], "--eta 0.5: heun has no fresh noise. Use --sampler ddim"),
     (["a", "--eta", "nan"], "--eta nan is outside"),
     (["a", "--guidance-interval", "0.9", "0.1"], "guidance interval [0.9, 0.1]"),
-    (["a", "--guidance-interval", "nan", "1"], "guidance interval [nan, 1.0]"),
+    (["a", "--guidance-interval", "nan", "1"], "--guidance-interval nan is outside 0 to 1"),
     (["a", "--guidance-interval", "0.5"], "expected 2 arguments"),
     (["a", "--guidance-rescale", "2"], "--guidance-rescale 2.0 is outside"),
     (["a", "--ema", "0.5"], "--ema 0.5 is outside 0 to 0.28"),
     (["a", "--apg", "nan"], "--apg nan is outside"),
     (["a", "--autoguide", "nowhere"], "nowhere is missing"),
     (["a", "--autoguide", "runs/16", "--negative", "b"], "and no --negative"),
-    (["a", "--threshold", "dynamic"], "--threshold dynamic is not static, none or a percentile"),
-    (["a", "--threshold", "1.5"], "--threshold 1.5 is not static"),
+    (["a", "--threshold", "dynamic"], "--threshold dynamic is none of: predictions are clipped at"),
+    (["a", "--threshold", "1.5"], "--threshold 1.5 is none of: predictions"),
     (["a", "--threshold", "0.0"], "threshold percentile 0.0 is not in (0, 1]"),
     (["a", "--respacing", "10,x"], "respacing '10,x' is not like 250"),
     (["a", "--init", "nowhere.png"], "No such file or directory: 'nowhere.png'"),
     (["a", "--init", "blank.txt"], "cannot identify image file 'blank.txt'"),
     (["a", "--init", "half.webp"], "--init, --mask or --lowres is no picture"),
     (["a", "--init", "small.webp", "--mask", "big.webp"], "--init is 20x30 pixels, --mask 30x20. Give both"),
-    (["a", "--mask", "small.webp"], "need a picture to start from. Add --init PICTURE"),
-    (["a", "--strength", "0.5"], "need a picture to start from. Add --init PICTURE"),
+    (["a", "--mask", "small.webp"], "--mask and --strength have no effect without --init"),
+    (["a", "--strength", "0.5"], "--mask and --strength have no effect without --init"),
+    (["a", "--init", "small.webp", "--resample", "5"], "nor --resample without --mask"),
+    (["a", "--ckpt", "runs/16", "--stop-at", "16"], "--stop-at: not allowed with argument --ckpt"),
     (["a", "--init", "small.webp", "--strength", "0"], "--strength 0.0 is outside 0.001 to 1"),
     (["a", "--init", "small.webp", "--strength", "1.5"], "--strength 1.5 is outside"),
     (["a", "--init", "small.webp", "--strength", "nan"], "--strength nan is outside"),
@@ -690,8 +790,8 @@ BAD = [
     (["--prompts", "nowhere.txt"], "No such file"),
     (["--prompts", "blank.txt"], "--prompts blank.txt has no prompt in it. Write one a line"),
     (["--prompts", "runs"], "Is a directory"),
-    (["a", "--out", "blank.txt"], "cannot write to --out blank.txt"),
-    (["a", "--out", "blank.txt/x.png"], "cannot write to --out blank.txt"),
+    (["a", "--out", "blank.txt"], "File exists: 'blank.txt'"),
+    (["a", "--out", "blank.txt/x.png"], "File exists: 'blank.txt'"),
     (["a", "--out", "blank.txt/folder"], "Not a directory"),
     (["a", "--n", "8", "--best", "9", "--rank", "runs"], "--best 9 needs as many pictures, --n 8,"),
     (["a", "--n", "8", "--best", "2"], "--best 2 needs as many pictures, --n 8, and scores, --rank DIR"),
@@ -768,4 +868,6 @@ def test_a_checkpoint_of_other_code_is_one_line(here, cli, change):
 def test_help_names_every_flag_with_its_default(cli):
     status, out, _ = cli("--help", steps=0)
     assert status == 0
-    assert "[images] (default: 1)" in " ".join(out.split())
+    words = " ".join(out.split())
+    assert "[1..10000 images] (default: 1)" in words
+    assert f"how the noise is removed: {', '.join(diffusion.SAMPLERS)} (default: dpmpp_2m)" in words
