@@ -1,10 +1,10 @@
 """A stage that enlarges pictures, measured.
 
-    python tests/bench_cascade.py --ckpt runs/256 --base runs/64    # against bicubic, the best --aug
-    python tests/bench_cascade.py --layout                          # efficient against ordinary layout
+    python tests/bench_cascade.py --ckpt runs/64,runs/256     # the last against bicubic, the best --aug
+    python tests/bench_cascade.py --layout                    # efficient against ordinary layout
 
 PSNR [dB] and the error of a picture's mean colour [1/255], on whole pictures of the run's validation set. For
-pictures that --base draws there is no truth: what is made of them is made small again and compared with them.
+pictures that the stages below draw there is no truth: what is made of them is made small again.
 """
 import argparse
 import dataclasses
@@ -12,11 +12,10 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -25,56 +24,44 @@ import model
 import sample
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """The mean over pictures (N, C, H, W) of 0 to 255."""
-    error = np.square(a.astype(float) - b).mean((1, 2, 3)).clip(1e-4)
-    return float(np.mean(10 * np.log10(255**2 / error)))
-
-
-def colour(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.abs(a.astype(float).mean((2, 3)) - b.astype(float).mean((2, 3))).mean())
-
-
-def resized(pictures: np.ndarray, size: int) -> np.ndarray:
-    """By the kernel of the data: the mean of blocks downwards, bicubic upwards."""
-    mode = "RGB" if pictures.shape[1] == 3 else "L"
-    images = [sample.to_image(torch.from_numpy(p)).convert(mode) for p in pictures]
-    return np.stack([data.array(data.shrink(image, size)) for image in images])
+def compare(name: str, a: torch.Tensor, b: torch.Tensor) -> float:
+    """Print, and return the PSNR: the mean over pictures, uint8 (N, C, H, W)."""
+    error = (a.double() - b).square().mean((1, 2, 3)).clamp(min=1e-4)
+    psnr = (10 * torch.log10(255**2 / error)).mean().item()
+    colour = (a.double().mean((2, 3)) - b.double().mean((2, 3))).abs().mean()
+    print(f"{name:14} PSNR {psnr:6.2f}  mean colour {colour:.2f}", flush=True)
+    return psnr
 
 
 def quality(args: argparse.Namespace, device: torch.device) -> None:
-    stage = sample.load_stage(Path(args.ckpt), device)
+    *below, path = map(Path, args.ckpt.split(","))
+    stage = sample.load_stage(path, device)
+    if not stage.data.lowres:
+        raise SystemExit(f"{path} enlarges nothing")
     uncut = dataclasses.replace(stage.data, crop=0)
     found = data.collect(data.Pictures(uncut, stage.size, 0, "val"), 0, args.n)
-    truth, small, seeds = found["picture"], found["lowres"], list(range(args.n))
-
-    def draw(lowres: np.ndarray, aug: float) -> np.ndarray:
-        return sample.generate(stage, found["captions"], seeds, args.batch_size, aug=aug,
-                               lowres=torch.from_numpy(lowres), steps=args.sample_steps,
-                               sampler=args.sampler, guidance_scale=args.guidance).numpy()
-
-    print(f"{args.ckpt}: {stage.data.lowres} -> {stage.size}, step {stage.step}, {args.n} pictures, "
+    truth, small = (torch.from_numpy(found[name]) for name in ("picture", "lowres"))
+    prompts, seeds, own = found["captions"], range(args.n), None
+    for run in below:
+        own = sample.generate(sample.load_stage(run, device), prompts, seeds, args.batch_size, lowres=own)
+    print(f"{path}: {stage.data.lowres} -> {stage.size}, step {stage.step}, {args.n} pictures, "
           f"{args.sampler} in {args.sample_steps} steps, guidance {args.guidance}")
-    if small.shape[1] == truth.shape[1]:
-        bicubic = resized(small, stage.size)
-        print(f"bicubic    PSNR {psnr(bicubic, truth):6.2f}  mean colour {colour(bicubic, truth):.2f}")
-    scores, started = {}, time.time()
+    mode = stage.data.picture_mode
+    bicubic, scores, started = sample.resized(small, mode, stage.size), {}, time.time()
+    compare("bicubic", bicubic, truth)
     for aug in args.aug:
-        drawn = draw(small, aug)
-        scores[aug] = psnr(drawn, truth)
-        print(f"aug {aug:4.2f}   PSNR {scores[aug]:6.2f}  mean colour {colour(drawn, truth):.2f}", flush=True)
-    seconds = (time.time() - started) / (len(args.aug) * args.n)
+        draw = partial(sample.generate, stage, prompts, seeds, args.batch_size, aug=aug,
+                       steps=args.sample_steps, sampler=args.sampler, guidance_scale=args.guidance)
+        drawn = draw(lowres=small)
+        scores[aug] = compare(f"aug {aug:4.2f}", drawn, truth)
+        if own is not None:
+            again = sample.resized(draw(lowres=own), "colour", own.shape[-1])
+            compare(f"own, aug {aug:4.2f}", again, sample.resized(own, "colour"))
+    seconds = (time.time() - started) / (len(args.aug) * args.n * (1 if own is None else 2))
     print(f"best: --aug {max(scores, key=scores.get)}; {seconds:.1f} seconds a picture")
-    columns = [view for view in (resized(small, stage.size), drawn, truth) if view.shape[1] == 3]
-    sheet = np.concatenate([np.concatenate(list(view[:4]), 2) for view in columns], 1)
     if args.out:
-        Image.fromarray(sheet.transpose(1, 2, 0)).save(args.out)
-    if args.base:
-        base = sample.load_stage(Path(args.base), device)
-        own = sample.generate(base, found["captions"], seeds, args.batch_size).numpy()
-        for aug in args.aug:
-            again = resized(draw(own, aug), own.shape[-1])
-            print(f"own, aug {aug:4.2f}  PSNR {psnr(again, own):6.2f}  mean colour {colour(again, own):.2f}")
+        columns = [torch.cat(list(view[:4]), 2) for view in (bicubic, drawn, truth)]
+        sample.to_image(torch.cat(columns, 1)).save(args.out)
 
 
 def step(layout: str, args: argparse.Namespace, device: torch.device) -> None:
@@ -112,8 +99,7 @@ def step(layout: str, args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: list[str]) -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("--ckpt", default="runs/256")
-    p.add_argument("--base", default="", help="a base stage, to enlarge what it draws")
+    p.add_argument("--ckpt", default="runs/256", help="a stage that enlarges, behind those below: a,b")
     p.add_argument("--layout", nargs="?", const="both", choices=["both", "efficient", "ordinary"])
     p.add_argument("--n", type=int, default=16, help="pictures [images]")
     p.add_argument("--aug", type=float, nargs="*", default=[0.0, 0.05, 0.1, 0.2, 0.4])
