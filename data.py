@@ -207,13 +207,14 @@ def draw(scene: Scene, size: int) -> np.ndarray:
             for mirror in (1, -1)[:1 + shape.endswith("+")]:
                 xs = [middle[0] + mirror * unit * int(v) for v in corners[::2]]
                 ys = [middle[1] + unit * int(v) for v in corners[1::2]]
-                points = zip(xs if "poly" in shape else sorted(xs), ys)
-                shapes[shape.strip("+")](list(points), fill=tones[tone])
-        step = unit * min(50, 176 / max(1, len(scene.word)))
+                points = list(zip(xs if "poly" in shape else sorted(xs), ys))
+                shapes[shape.strip("+")](points, fill=tones[tone])
+    if scene.word:                                          # on 1024 pixels: a letter stands on whole ones
+        sheet, step = Image.new("L", (1024, 1024)), 10.24 * thing.half * min(50, 176 / len(scene.word))
         for i, letter in enumerate(scene.word):             # one at a time: no shaping library has a say
-            at = middle[0] + step * (i - (len(scene.word) - 1) / 2), middle[1] - 16 * unit
-            ink = tones["snow" if sum(main) < 350 else "ink"]
-            pen.text(at, letter, ink, font(round(1.25 * step)), anchor="mm")
+            at = 1024 * thing.x + step * (i - (len(scene.word) - 1) / 2), 1024 * (thing.y - 0.16 * thing.half)
+            ImageDraw.Draw(sheet).text(at, letter, 255, font(round(1.25 * step)), anchor="mm")
+        canvas.paste(tones["snow" if sum(main) < 350 else "ink"], mask=shrink(sheet, side))
     return array(shrink(canvas, size))
 
 
@@ -406,10 +407,9 @@ class Files:
                         yield path, os.path.relpath(os.path.splitext(path)[0], root)
 
     def part(self, row: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
-        """The first bytes of a sample's picture (0), .txt (1) or .json (2); empty when it has none."""
+        """The first bytes of a part of a sample (see join); empty when it has none."""
         file, at, size = self.rows[row, :, part].tolist()
-        if file < 0:
-            return b""
+        if file < 0: return b""
         path, whole = self.files[file]
         with open(path, "rb", buffering=0) as stream:
             if os.fstat(stream.fileno()).st_size != whole:
@@ -425,7 +425,7 @@ class Files:
 
 
 class BuiltIn:
-    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 2"])
+    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 3"])
     key = staticmethod("built-in/{}".format)
     captions = staticmethod(lambda row: captions(scene(row)))
     show = staticmethod(lambda row, size, *crop: picture(row, size))
@@ -481,8 +481,9 @@ class Pictures:
 
     def captions(self) -> Iterator[str]:
         """Every caption that can be drawn; without --limit, those of the built-in pictures do not end."""
-        for source, rows in zip(self.sources, self.rows):
-            yield from (caption for row in rows for caption in source.captions(row))
+        for source, row in ((source, row) for source, rows in zip(self.sources, self.rows) for row in rows):
+            with suppress(OSError, ValueError):             # replaced and counted when it is drawn
+                yield from source.captions(row)
 
     def __getitem__(self, position: int) -> dict:
         """{"picture", "lowres" (see views), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.
@@ -508,7 +509,6 @@ class Pictures:
                 replaced.append(f"{source.key(row)}: {' '.join(str(error).split()) or type(error).__name__}")
                 index = int(rng.integers(len(rows)))
         raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, last {replaced[-1]}")
-
 
     def views(self, shown: np.ndarray, position: int) -> dict[str, np.ndarray]:
         """{"picture", "lowres" with --lowres}: made of the whole picture, cut at matching places, by keys."""

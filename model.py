@@ -24,7 +24,7 @@ import textwrap
 import time
 import traceback
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -716,12 +716,10 @@ class Cache:
         content = torch.cat([x.flatten() for x in entry]).view(torch.int16).numpy()
         return " ".join([*("x".join(map(str, x.shape)) for x in entry), str(zlib.crc32(content))])
 
-    def fill(self, texts: Iterable[str], encode: Callable[[list[str]], Iterator[tuple]], part: int = 8192):
-        """Write what is missing, `part` texts to a file. encode(texts) yields (index, *tensors) in any order.
-
-        A file appears whole or not at all and is named by its texts: a stopped run goes on where it was, two
-        at once write the same.
-        """
+    def fill(self, texts: Iterable[str], encode: Callable[[list[str]], Iterable[tuple]], part: int = 8192):
+        """Write what is missing, `part` texts to a file, and yield how many. encode(texts) yields (index,
+        *tensors) in any order; what it leaves out stays missing. A file appears whole or not at all, named by
+        its texts: a stopped run goes on where it was, two at once write the same."""
         missing = {key: text for text in texts if (key := self.key(text)) not in self.found}
         order = sorted(missing)
         for start in range(0, len(order), part):
@@ -729,12 +727,14 @@ class Cache:
             for index, *entry in encode([missing[key] for key in keys]):
                 tensors |= {f"{keys[index]}.{i}": x.clone() for i, x in enumerate(entry)}
                 meta[keys[index]] = self.mark(entry)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"{self.key(''.join(keys))}.safetensors"
-            temporary = path.with_suffix(f".{os.getpid()}")
-            save_tensors(temporary, tensors, meta)
-            os.replace(temporary, path)
-            self.open(path)
+            if tensors:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path = self.folder / f"{self.key(' '.join(sorted(meta)))}.safetensors"
+                temporary = path.with_suffix(f".{os.getpid()}")
+                save_tensors(temporary, tensors, meta)
+                os.replace(temporary, path)
+                self.open(path)
+            yield len(meta) - 1
 
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)

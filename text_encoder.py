@@ -80,8 +80,7 @@ class SentencePieceTokenizer:
 @functools.lru_cache(1 << 16)
 def letter_class(char: str) -> str:
     """An ASCII stand-in of the same class: itself, or a letter, digit, space or sign."""
-    if char.isascii() and char.isprintable():
-        return char
+    if char.isascii() and char.isprintable(): return char
     kind = "Z" if char in "\t\n\v\f\r\x85" else unicodedata.category(char)[0]
     return {"L": "a", "N": "1", "Z": " "}.get(kind, "!")
 
@@ -374,9 +373,8 @@ class Weights:
                     found = {name: (tensor.shape, tensor.__getitem__) for name, tensor in found.items()}
                 else:
                     with safetensors.safe_open(path, "pt") as file:
-                        shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
-                    found = {name: (shape, functools.partial(read_slice, path, name))
-                             for name, shape in shapes.items()}
+                        found = {name: (file.get_slice(name).get_shape(), functools.partial(
+                            read_slice, path, name)) for name in list(file.keys())}
             for name, (shape, read) in found.items():
                 name = "shared.weight" if name == "encoder.embed_tokens.weight" else name       # one matrix
                 if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
@@ -437,7 +435,8 @@ class TextEncoder(nn.Module):
         for row, caption in enumerate(captions):
             text = clean(caption)
             tokens = self.tokenizer.encode(text) if text else []
-            self.counts.update(empty=not tokens, cut=len(tokens) > room or len(caption) > MAX_CHARS,
+            self.counts.update(captions=1, empty=not tokens,
+                               cut=len(tokens) > room or len(caption) > MAX_CHARS,
                                cleaned=text != caption[:MAX_CHARS].strip(), tokens=len(tokens),
                                unknown=tokens.count(self.tokenizer.unknown))
             if tokens := tokens and [*prefix, *tokens[:room], *suffix]:
@@ -466,7 +465,7 @@ class MultiEncoder(nn.Module):
         self.fingerprint = " + ".join(encoder.fingerprint for encoder in encoders)
         self.trained = nn.ModuleList(encoder for encoder in encoders if encoder.trainable)
         self.project = nn.ModuleList(nn.Linear(encoder.dim, self.dim, bias=False) for encoder in encoders)
-        self.trainable, self.counts = True, Counter()
+        self.trainable, self.counts = True, sum((encoder.counts for encoder in encoders), Counter())
         for encoder in encoders: encoder.counts = self.counts
         self.kind = nn.Parameter(0.02 * torch.randn(len(encoders), self.dim))
 
@@ -576,25 +575,26 @@ def encode_captions(encoder: TextEncoder, captions: list[str], batch_tokens: int
 
 
 class CachedEncoder(TextEncoder):
-    """A frozen encoder whose output is looked up: lookup(caption) -> context (L, D), pooled (P); or it
-    raises ValueError. forward() knows the captions of the last tokenize() alone, which numbers them."""
+    """A frozen encoder whose output tokenize() looks up: lookup(caption) -> context (L, D), pooled (P), or a
+    ValueError. forward() waits for no device, and says nan of captions not of the last tokenize()."""
     def __init__(self, encoder: TextEncoder, lookup: Callable[[str], tuple[torch.Tensor, torch.Tensor]]):
         super().__init__(encoder.tower, encoder.tokenizer, encoder.length, encoder.fingerprint, False)
-        self.tower, self.lookup, self.last, self.entries = None, lookup, 0, []
+        self.tower, self.lookup, self.counts = None, lookup, encoder.counts
+        self.first, self.found = 0, torch.zeros(2, 0)
         self.forward = torch.compiler.disable(self.forward)
 
     def tokenize(self, captions: list[str]):
-        self.last, self.entries = self.last + len(self.entries), [
-            self.lookup(text) if (text := clean(caption)) else () for caption in captions]
-        ids = torch.arange(self.last, self.last + len(captions))[:, None].repeat(1, self.length)
-        lengths = torch.tensor([len(entry[0]) if entry else 0 for entry in self.entries])
-        return ids, torch.arange(self.length) < lengths[:, None]
+        none = torch.zeros(0, self.dim), torch.zeros(self.pooled_dim)
+        found = [self.lookup(caption) if caption else none for caption in captions]
+        rows = [torch.cat([F.pad(x, (0, 0, 0, self.length - len(x))).flatten(), y]) for x, y in found]
+        self.first += len(self.found) - 2                       # the number of the nan before the rows
+        self.found = F.pad(torch.stack(rows).bfloat16(), (0, 0, 1, 1), value=math.nan)
+        ids = self.first + torch.arange(1, len(rows) + 1)[:, None].repeat(1, self.length)
+        return ids, torch.arange(self.length) < torch.tensor([[len(x)] for x, _ in found])
 
     def forward(self, ids, mask):
-        context, pooled = torch.zeros(*ids.shape, self.dim), torch.zeros(len(ids), self.pooled_dim)
-        for row, number in enumerate(ids[:, 0].tolist()):
-            if not self.last <= number < self.last + len(self.entries):
-                raise ValueError("these captions are not those of the last tokenize()")
-            if entry := self.entries[number - self.last]:
-                context[row, :len(entry[0])], pooled[row] = entry
-        return context.to(ids.device) * mask[..., None], mask, pooled.to(ids.device)
+        found = self.found.pin_memory() if ids.is_cuda else self.found
+        rows = (ids[:, 0] - self.first).clamp(0, len(found) - 1)
+        found = found.to(ids.device, non_blocking=True)[rows].float()
+        context, pooled = found.tensor_split([self.length * self.dim], 1)
+        return context.unflatten(1, (self.length, self.dim)) * mask[..., None], mask, pooled

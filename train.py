@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import inspect
 import json
-import math
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +29,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -182,13 +181,11 @@ def parse(argv: list[str]) -> Configs:
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for name, value in [*vars(cfg).items(), *vars(data_cfg).items()]:
-        least, most = LIMITS.get(name, (0, 10**9))
-        if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
-            raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
-    for name, value in vars(diff_cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not a finite number")
+    for config, usual in ((cfg, (0, 10**9)), (data_cfg, (0, 10**9)), (diff_cfg, (-10**9, 10**9))):
+        for name, value in vars(config).items():
+            least, most = LIMITS.get(name, usual)
+            if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
+                raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
     if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -224,7 +221,6 @@ def differences(stored: dict, configs: Configs) -> None:
 # --------------------------------------------------------------------------------------------- parts of a run
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
-
     def __init__(self, unet: nn.Module, text: nn.Module, config, size: int, lowres: int, max_aug: float):
         super().__init__()
         self.unet, self.config, self.max_aug, sizes = unet, config, max_aug, (size, lowres or size)
@@ -266,8 +262,7 @@ def rate(step: int, cfg: TrainConfig) -> float:
 def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> tuple[int, int]:
     """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
     found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
-    if found is None:
-        return 0, 0
+    if found is None: return 0, 0
     folder, tensors, meta = found
     differences(json.loads(meta["config"]), configs)
     state.load(*tensors, scaler=json.loads(meta["scaler"]))
@@ -305,17 +300,18 @@ def scaled(pictures: Tensor | np.ndarray, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: Tensor | bool = True) -> dict:
-    """The condition of a batch: token ids where the encoder trains along, else its outputs; or no token. Of a
-    super-resolution stage also the low-resolution pictures, noised by seed and positions."""
+    """The condition of a batch: token ids, or what a frozen encoder makes of them; noised small pictures."""
     ids, mask = text.tokenize(batch["captions"])
+    if text.counts["cut"] > 1 and not text.counts["said"]:                    # once, of more than an example
+        text.counts["said"] = 1
+        say(f"note: {text.counts['cut']} of {text.counts['captions']} captions are cut. See --text-length")
     lowres = {}
     if "lowres" in batch:
         lowres = net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
     if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
         longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
         ids, mask = ids[:, :longest], mask[:, :longest]
-    mask = mask & torch.as_tensor(kept).view(-1, 1)
-    ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask))
+    ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask & torch.as_tensor(kept).view(-1, 1)))
     if text.trainable:
         return {"ids": ids, "mask": mask, **lowres}
     return dict(zip(("context", "mask", "pooled"), text(ids, mask)), **lowres)
@@ -325,7 +321,6 @@ def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: T
 @torch.no_grad()
 def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: int, world: int) -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl. Ranks share the work.
-
     val_gap = loss with the next picture's caption - loss with the right one: above 0 the text is used.
     """
     n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
@@ -359,8 +354,7 @@ def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) ->
 
 
 def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, batch: dict, kept: Tensor, condition) -> Image.Image:
-    """Exactly what the network sees: the low-resolution picture, if there is one, the picture and its noisy
-    version; below them t and the caption."""
+    """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
     notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
              for time, caption, keep in zip(t.tolist(), batch["captions"], kept.tolist())]
     return model.contact_sheet(model.side_by_side(x0, x_t, **condition)[:16], notes[:16])
@@ -419,16 +413,22 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     return device, stop
 
 
-def build(configs: Configs, device: torch.device, sets: tuple[data.Pictures, ...] = ()) -> tuple:
-    """The text encoder, and the Net that is trained; --text-cache will hold the captions of `sets`."""
+def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 0, world: int = 1) -> tuple:
+    """The text encoder, and the Net that is trained; the ranks put the captions of `sets` in --text-cache."""
     cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
+    until_stop = lambda items: takewhile(lambda _: not stop, items)
 
     def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
+        if cfg.dry_run:                                       # as large as can be, and nothing is written
+            return lambda _: (torch.zeros(encoder.length, encoder.dim), torch.zeros(encoder.pooled_dim))
         cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
-        captions = (text_encoder.clean(caption) for pictures in sets for caption in pictures.captions())
-        cache.fill(filter(None, captions),
-                   lambda texts: load() and text_encoder.encode_captions(encoder.to(device), texts))
-        return cache.__getitem__
+        ours = (c for pictures in sets for c in pictures.captions() if zlib.crc32(c.encode()) % world == rank)
+        filling = cache.fill(until_stop(ours), lambda texts: load() and until_stop(
+            text_encoder.encode_captions(encoder.to(device), texts)))
+        while model.agreed(next(filling, 0), world) and not model.agreed(len(stop), world): pass
+        if model.agreed(len(stop), world):
+            raise SystemExit(say("stopping before the first step; run the same command to continue"))
+        return model.Cache(cache.folder, encoder.fingerprint).__getitem__
 
     text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
     planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
@@ -451,7 +451,7 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
-    text, net = build(configs, device, (train_set, val_set))
+    text, net = build(configs, device, (train_set, val_set), stop, rank, world)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                         cfg.train_only)
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
@@ -476,7 +476,7 @@ def main(argv: list[str]) -> None:
         one = scaled(example["picture"], device)
         flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(net, text, example, device))
     peak = model.matmul_peak(device, text_encoder.DTYPES[cfg.dtype])
-    parallel = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
+    parallel = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = model.compiled(parallel, device, cfg.compile, say)
     recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()
     meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,

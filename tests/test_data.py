@@ -221,7 +221,7 @@ def test_pictures_are_pure_and_the_same_at_every_size():
         assert small.shape == (3, 64, 64)
         assert small.dtype == np.uint8
         np.testing.assert_array_equal(small, picture(i, 64)[0])
-        limit = 3 if scene(i).word else 2.5                        # letters stand on whole pixels
+        limit = 2.5
         assert np.abs(means(large, 64) - small).mean() < limit, i
     huge = draw(scene(3), 1024)
     assert np.abs(means(huge, 256) - draw(scene(3), 256)).mean() < 1.5

@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import data
 import diffusion
 import model
 import sample
@@ -1144,3 +1145,78 @@ def test_training_from_the_text_cache_never_reads_the_encoder(byt5, tmp_path, mo
     (byt5 / "config.json").write_text((byt5 / "config.json").read_text().replace("t5", "mt5"))
     with pytest.raises(ValueError, match=r"was made with byt5 d=24 .*, this run uses byt5 d=24 .*Delete it"):
         run(tmp_path / "other", *cached)
+
+
+def unread(*_):
+    raise AssertionError("the encoder is read")
+
+
+def test_a_dry_run_does_not_fill_the_cache(byt5, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text_encoder.Weights, "fill", unread)
+    run("run", f"--text-encoder bytes {byt5}", "--limit 16", "--text-cache cache", "--dry-run", "--steps 7")
+    assert "pictures/s" in capsys.readouterr().out
+    assert not Path("cache").exists()
+
+
+def test_an_unreadable_caption_is_replaced_beside_a_cache_too(byt5, tmp_path, monkeypatch, capsys):
+    folder, real = folder_of(tmp_path / "pictures", 8), data.Files.part
+
+    def part(self, row, part, *most, **options):
+        if part == 1 and self.key(row) == "3":
+            raise OSError(5, "Input/output error")
+        return real(self, row, part, *most, **options)
+
+    monkeypatch.setattr(data.Files, "part", part)
+    run("run", f"--text-encoder {byt5}", "--text-cache cache", f"--data {folder}", "--steps 2",
+        "--held-out 0")
+    assert "warning: 3: [Errno 5] Input/output error; replaced" in capsys.readouterr().out
+
+
+def test_captions_that_are_cut_are_said_once(byt5, tmp_path, capsys):
+    for i, cache in enumerate(((), ("--text-cache cache",))):
+        run(f"run{i}", f"--text-encoder {byt5}", "--limit 64", "--text-length 8", *cache)
+        ((cut, seen),) = re.findall(r"note: (\d+) of (\d+) captions are cut. See --text-length",
+                                    capsys.readouterr().out)
+        assert 1 < int(cut) <= int(seen)
+    run("long", f"--text-encoder {byt5}", "--limit 16", "--text-length 128")
+    assert "are cut" not in capsys.readouterr().out
+
+
+SLOW = """import text_encoder, time
+real = text_encoder.encode_captions
+def slow(*args):
+    for row in real(*args):
+        time.sleep(0.2)
+        print("one", flush=True)
+        yield row
+text_encoder.encode_captions = slow"""
+
+
+def test_a_signal_ends_the_filling_of_the_cache_and_the_same_command_goes_on(byt5, tmp_path):
+    flags = f"--text-encoder {byt5}", "--limit 200", f"--text-cache {tmp_path / 'cache'}", "--text-length 64"
+    process = start(tmp_path / "run", *flags, code=SLOW)
+    assert [process.stdout.readline() for _ in range(20)].count("one\n") >= 10
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    status, out, err = finish(process)
+    assert time.monotonic() - began < 60
+    assert (status, err) == (0, "")
+    assert "stopping before the first step; run the same command to continue" in out
+    assert not (tmp_path / "run/checkpoints").exists()
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")                      # no half a file beside it
+    before = kept.stat().st_mtime_ns
+    run(tmp_path / "run", *flags, "--steps 1")
+    assert digest(tmp_path / "run")[0] == 1
+    assert len(list((tmp_path / "cache").rglob("*.*"))) == 2
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_two_ranks_share_the_filling_of_the_cache(byt5, tmp_path):
+    flags = f"--text-encoder {byt5}", "--limit 40", f"--text-cache {tmp_path / 'cache'}", "--steps 1"
+    status, out, err = finish(start(tmp_path / "two", *flags, ranks=2))
+    assert status == 0, err
+    sizes = [len(set(model.load_tensors(p)[1]) - {"format", "fingerprint", "sha256"})
+             for p in (tmp_path / "cache").rglob("*.safetensors")]
+    captions = {c for i in range(40) for c in data.captions(data.scene(i))}
+    assert len(sizes) == 2
+    assert sum(sizes) == len(captions)
