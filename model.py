@@ -103,8 +103,7 @@ class ResBlock(nn.Module):
     """Residual block with scale-shift normalisation and resampling inside.
     Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides
     before the first convolution, on both branches; "late" doubles them after the last. It takes `text` as
-    Attention does, and does not use it.
-    """
+    Attention does, and does not use it."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, resample: str = ""):
         super().__init__()
@@ -131,13 +130,11 @@ class Attention(nn.Module):
     """Self- and cross-attention in one call: keys of the picture, the text and the null token side by side.
     The text joins the keys as in Saharia et al. 2022, arXiv:2205.11487, section 2.3. Queries and keys are
     RMS-normalised per head with a learned gain (Dehghani et al. 2023, arXiv:2302.05442), which bounds the
-    logits in bfloat16. local: no keys of the picture, and no places.
-    """
+    logits in bfloat16. local: no keys of the picture, and no places."""
 
     def __init__(self, channels: int, context_dim: int, head_dim: int, local: bool = False):
         super().__init__()
-        self.head_dim = head_dim
-        self.norm = GroupNorm(channels)
+        self.head_dim, self.norm = head_dim, GroupNorm(channels)
         self.qkv = nn.Linear(channels, channels if local else 3 * channels)
         self.text_kv = nn.Linear(context_dim, 2 * channels)
         self.q_norm, self.text_k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
@@ -206,8 +203,8 @@ class UNet(nn.Module):
                 self.down.append(stage(c, mult * ch))
                 c = mult * ch
                 skips.append(c)
-        middle = Attention(c, emb, config.head_dim, local)
-        self.mid = nn.ModuleList([ResBlock(c, c, emb), middle, ResBlock(c, c, emb)])
+        self.mid = nn.ModuleList([
+            ResBlock(c, c, emb), Attention(c, emb, config.head_dim, local), ResBlock(c, c, emb)])
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for _ in range(blocks[level] + 1):
                 self.up.append(stage(c + skips.pop(), mult * ch))
@@ -219,13 +216,12 @@ class UNet(nn.Module):
                 c = above
         self.norm_out = GroupNorm(c)
         self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
-        for m in self.modules():
-            if isinstance(m, GroupNorm):
-                m.local = local
         self.init_weights()
 
     def init_weights(self) -> None:
         for m in self.modules():
+            if isinstance(m, GroupNorm):
+                m.local = self.config.conv_only
             if isinstance(m, nn.Conv2d | nn.Linear):           # keeps the variance of a unit input
                 nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(m.weight[0].numel()))
                 nn.init.zeros_(m.bias)
@@ -250,8 +246,7 @@ class UNet(nn.Module):
         unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
         lowres (B, c, h, w) float32, the low-resolution picture, noised, at its own size (upsampled here);
         lowres_t (B,) float32 in [0, 1], how noisy it is. Returns (B, planes, H, W) float32, with learn_sigma
-        twice the planes.
-        """
+        twice the planes."""
         patch, B = self.config.patch, x_t.shape[0]
         pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)                    # only the biases speak
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
@@ -290,8 +285,7 @@ class UNet(nn.Module):
 def around(x_t: Tensor, lowres: Tensor, level: tuple[Tensor, Tensor], noise: tuple[Tensor, Tensor]) -> tuple:
     """(input of unit variance, known, gain) where an upsampled picture is known: v = known + gain * output.
     As Karras et al. 2022, arXiv:2206.00364, section 5, for x0 normal around lowres instead of 0. An output of
-    0 is the best linear guess: lowres at t = 1. level, noise: (alpha, sigma) (B,) of x_t and of lowres.
-    """
+    0 is the best linear guess: lowres at t = 1. level, noise: (alpha, sigma) (B,) of x_t and of lowres."""
     (alpha, sigma), (a, s) = ([c[:, None, None, None] for c in pair] for pair in (level, noise))
     plain = lowres if x_t.shape[1] >= lowres.shape[1] else lowres.mean(1, keepdim=True)
     guess, left = (c / (a**2 * PIXEL + s**2) for c in (a * PIXEL * plain, PIXEL * s**2))  # without its noise
@@ -303,8 +297,7 @@ def around(x_t: Tensor, lowres: Tensor, level: tuple[Tensor, Tensor], noise: tup
 def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
     Coordinates as channels (Liu et al. 2018, arXiv:1807.03247): text can then say where, at any size. The 4
-    keeps them above the noise: the conditioning gap of tiny doubled.
-    """
+    keeps them above the noise: the conditioning gap of tiny doubled."""
     y, x = ((torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in (height, width))
     plane = torch.stack(torch.meshgrid(y, x, indexing="ij"))                          # (2, H, W)
     angles = torch.cat([plane * math.pi / 2 * k for k in (1, 2, 4)])
@@ -313,8 +306,7 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Cosines and sines of 1000 t, t (B,) in [0, 1] -> (B, dim) float32.
-    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000.
-    """
+    Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
@@ -322,44 +314,41 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) -> None:
     """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built."""
+    def must(right: bool, message: str) -> None:
+        if not right:
+            raise ValueError(f"--{message}")
+
     for name in ("patch", "channel_mult", "num_res_blocks"):
-        if min(np.atleast_1d(getattr(config, name)), default=0) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    levels, blocks = len(config.channel_mult), np.atleast_1d(config.num_res_blocks)
-    if len(blocks) not in (1, levels):
-        raise ValueError(f"--num-res-blocks {config.num_res_blocks} must be one number, or {levels} as "
-                         "--channel-mult")
+        value = getattr(config, name)
+        must(min(np.atleast_1d(value), default=0) > 0, f"{name.replace('_', '-')} {value} must be at least 1")
+    levels, ratio = len(config.channel_mult), max(1, size // (lowres or size))
+    must(np.size(config.num_res_blocks) in (1, levels),
+         f"num-res-blocks {config.num_res_blocks} must be one number, or {levels} as --channel-mult")
     step = config.patch * 2 ** (levels - 1)
     for flag, side in (("size", size), ("crop", crop or size)):
-        if side < step or side % step:
-            near = max(step, side // step * step)
-            raise ValueError(f"--{flag} {side} must be a multiple of {step} for this model. "
-                             f"Try {near} or {near + step}")
-    if lowres and (lowres >= size or size % lowres):
-        raise ValueError(f"--size {size} is not a multiple of --lowres {lowres}. Try --lowres {size // 4}")
-    if crop and not config.conv_only:
-        raise ValueError(f"--crop {crop} is for a network that sees no whole picture. Add --conv-only")
-    if crop > size or crop % (size // (lowres or size)):
-        raise ValueError(f"--crop {crop} is not a multiple of {size // (lowres or size)} up to {size}. "
-                         f"Try {size // 4}")
+        near = max(step, side // step * step)
+        must(side >= step and side % step == 0,
+             f"{flag} {side} must be a multiple of {step} for this model. Try {near} or {near + step}")
+    must(not lowres or (lowres < size and size % lowres == 0),
+         f"size {size} is not a multiple of --lowres {lowres}. Try --lowres {size // 4}")
+    must(not crop or config.conv_only, f"crop {crop} is for a network that sees no whole picture. Add "
+         "--conv-only")
+    must(crop <= size and crop % ratio == 0,
+         f"crop {crop} is not a multiple of {ratio} up to {size}. Try {size // 4}")
     for name in ("channels", "emb_dim"):
-        if (width := getattr(config, name)) < 32 or width % 32:
-            flag, near = f"--{name.replace('_', '-')}", max(32, width // 32 * 32)
-            raise ValueError(f"{flag} {width} must be a multiple of 32. Try {near}")
-    if config.head_dim < 8 or config.channels % config.head_dim:
-        raise ValueError(f"--head-dim {config.head_dim} must be 8 or more and divide --channels "
-                         f"{config.channels}. Try 32")
+        width = getattr(config, name)
+        must(width >= 32 and width % 32 == 0, f"{name.replace('_', '-')} {width} must be a multiple of 32. "
+             f"Try {max(32, width // 32 * 32)}")
+    must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
+         f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
     sides = [size // config.patch // 2**i for i in range(levels)]
-    if wrong := [a for a in config.attn_resolutions if a not in sides]:
-        raise ValueError(f"--attn-resolutions {wrong[0]} is not a side of a feature map here. "
-                         f"Choose from {sides}")
+    for n in config.attn_resolutions:
+        must(n in sides, f"attn-resolutions {n} is not a side of a feature map here. Choose from {sides}")
 
 
 def count_flops(model: nn.Module, *args, **kwargs) -> int:
-    """Floating-point operations (multiply and add are two) of the matrix products of one forward pass.
-
-    Attention is taken apart while counting: its fused CPU kernel is not known to the counter.
-    """
+    """Floating-point operations (multiply and add are two) of the matrix products of one forward pass, with
+    attention taken apart: the counter does not know its fused CPU kernel."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return counter.get_total_flops()
@@ -445,8 +434,7 @@ def side_by_side(*views: Tensor, lowres: Tensor | None = None, **_) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] in a row behind low-resolution ones, uint8; grey is repeated."""
     if lowres is not None:
         views = F.interpolate(lowres, views[0].shape[-2:]), *views
-    planes = max(view.shape[1] for view in views)
-    row = torch.cat([view.expand(-1, planes, -1, -1) for view in views], 3)
+    row = torch.cat([view.expand(-1, max(v.shape[1] for v in views), -1, -1) for view in views], 3)
     return ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -481,45 +469,63 @@ def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Imag
 
 # --------------------------------------------------------------------------------------------- checkpoints
 FORMAT = "limn 1"
+# What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
+VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 PROFILES = 0.05, 0.1  # the widths of the averages that snapshots hold (Karras et al. 2023, section 3.2)
+# Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
+PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz iterations with
+    the coefficients of Amsel et al. 2025, arXiv:2505.16932, algorithm 1."""
+    wide = (x.mT if x.shape[1] > x.shape[2] else x).bfloat16()
+    wide = wide / (1.01 * wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in PASSES:
+        square = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if x.shape[1] > x.shape[2] else wide
 
 
 class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
-
-    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. clip: largest norm of the
-    gradient, 0 = any. fp16: scale the loss. snapshots: how many are kept of the averages of PROFILES, from
-    which `reconstruct` makes one of any width; 0 = none, which saves twice the weights. train_only: a pattern
-    of names, the others never move; ValueError where there is none.
-    """
+    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. muon: the matrices inside the
+    U-Net move by Muon instead (Jordan et al. 2024), as far as AdamW would move them (Liu et al. 2025,
+    arXiv:2502.16982, eq. 4). clip: largest norm of the gradient, 0 = any. fp16: scale the loss. snapshots:
+    how many are kept of the averages of PROFILES, from which `reconstruct` makes one of any width; 0 = none,
+    which saves twice the weights. train_only: a pattern of names, the others never move; ValueError where
+    there is none."""
 
     def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool,
-                 snapshots: int = 0, train_only: str = ""):
+                 snapshots: int = 0, train_only: str = "", muon: bool = False):
         self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
-        self.weights = list(net.parameters())
-        self.frozen = [p for name, p in net.named_parameters() if not re.search(train_only, name)]
+        self.weights, self.frozen, self.matrices = list(net.parameters()), [], {}
+        for name, p in net.named_parameters():
+            if not re.search(train_only, name):
+                self.frozen.append(p)
+            elif muon and p.ndim > 1 and re.match(r"unet\.(down|mid|up)\.", name):
+                self.matrices.setdefault(p.shape, []).append(p)
         if len(self.frozen) == len(self.weights):
-            example = next(iter(net.state_dict()))
-            raise ValueError(f"--train-only {train_only} is none of the weights, such as {example}")
-        self.counted = next(p for p in self.weights if all(p is not q for q in self.frozen))
+            raise ValueError(f"--train-only {train_only} is no weight, as {next(iter(net.state_dict()))} is")
+        self.updates = torch.zeros((), device=self.weights[0].device)         # without skipped ones
         self.profiles = {w: [p.detach().clone() for p in self.weights] for w in PROFILES if snapshots}
         self.averages = [(0.0, ema_decay, list(self.ema.parameters())),       # exponent, cap of the decay
                          *((exponent(width), 1.0, average) for width, average in self.profiles.items())]
         groups = [{"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay},
                   {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+        for p in (p for group in self.matrices.values() for p in group):
+            self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
         self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=fp16)
 
     @torch.no_grad()
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """One step of AdamW, and of the averages; neither moves where the gradient is not finite.
-
+        """One step of the weights, and of the averages; neither moves where the gradient is not finite.
         The decay of an average at the n-th update is (1 - 1/n)^(exponent + 1), which makes it a power
         function of time (Karras et al. 2023, arXiv:2312.02696, section 3.1), but at most its cap: exponent 0
         is the plain average up to n = 1 / (1 - ema_decay), then the exponential one. Returns the gradient's
-        norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device.
-        """
+        norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device."""
         for p in self.frozen:
             p.grad = None
         self.scaler.unscale_(self.optimizer)
@@ -529,15 +535,30 @@ class State:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        for shape, group in self.matrices.items():
+            self._turn(shape, group, lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        n = self.optimizer.state[self.counted]["step"].clamp(min=1)           # without skipped ones
+        self.updates += 1 - bad
         for power, cap, average in self.averages:
-            weight = -torch.expm1((power + 1) * torch.log1p(-1 / n))          # 1 - decay, with all its digits
+            weight = -torch.expm1((power + 1) * torch.log1p(-1 / self.updates.clamp(min=1)))  # 1 - decay
             weight = (1 - bad) * weight.clamp(min=1 - cap)
             torch._foreach_lerp_(average, self.weights, [weight] * len(average))
         return norm, bad
+
+    def _turn(self, shape: torch.Size, group: list[Tensor], lr: Tensor) -> None:
+        """Muon for matrices of one shape; lr () 0: nothing moves. AdamW then finds no gradient of theirs."""
+        grads = [p.grad.nan_to_num(0, 0, 0) for p in group]
+        momenta = [self.optimizer.state[p]["momentum"] for p in group]
+        torch._foreach_lerp_(momenta, grads, [0.05 * (lr > 0)] * len(group))
+        torch._foreach_lerp_(grads, momenta, 0.95)             # Nesterov's
+        flat = orthogonal(torch.stack([g.movedim(1, -1).flatten(1) for g in grads]))      # (n, out, ... * in)
+        steps = flat.float().view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+        torch._foreach_mul_(group, 1 - lr * self.optimizer.param_groups[0]["weight_decay"])
+        torch._foreach_sub_(group, list((0.2 * math.sqrt(max(flat.shape[1:])) * lr * steps).unbind()))
+        for p in group:
+            p.grad = None
 
     def size(self) -> float:
         """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
@@ -548,6 +569,7 @@ class State:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The two files of a checkpoint, {"ema", "train"}, under plain names."""
         train = {f"weights.{name}": value for name, value in self.net.state_dict().items()}
+        train["updates"] = self.updates
         for name, p in self.net.named_parameters():
             parts = self.optimizer.state.get(p, {})
             train |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
@@ -562,8 +584,7 @@ class State:
         """Write a snapshot of the profiles, of which the most even `snapshots` stay, then a checkpoint."""
         meta = {**meta, "step": str(step), "scaler": json.dumps(self.scaler.state_dict())}
         if self.profiles:
-            updates = int(self.optimizer.state[self.counted]["step"])
-            save_snapshot(run / "profiles", step, self.snapshot(), updates, self.snapshots)
+            save_snapshot(run / "profiles", step, self.snapshot(), int(self.updates), self.snapshots)
         return save_checkpoint(run, step, self.tensors(), meta, keep)
 
     def load(self, ema: dict[str, Tensor], train: dict[str, Tensor], scaler: dict) -> None:
@@ -573,13 +594,13 @@ class State:
             self.net.load_state_dict({k[8:]: v for k, v in train.items() if k.startswith("weights.")})
         except RuntimeError as e:
             raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
-        for name, value in self.snapshot().items():
+        for name, value in [*self.snapshot().items(), ("updates", self.updates)]:
             value.copy_(train[name])
-        for name, p in self.net.named_parameters():
-            start = f"optimizer.{name}."
-            if f"{start}step" in train:                        # moments in the memory layout of weights
-                moments = {k: torch.empty_like(p).copy_(train[start + k]) for k in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": train[f"{start}step"].to(p.device), **moments}
+        named = dict(self.net.named_parameters())
+        for key in [key for key in train if key.startswith("optimizer.")]:
+            name, part = key[10:].rsplit(".", 1)               # moments in the memory layout of weights
+            like = self.updates if part == "step" else named[name]
+            self.optimizer.state[named[name]][part] = torch.empty_like(like).copy_(train[key])
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
 
@@ -587,8 +608,7 @@ class State:
 @torch.no_grad()
 def warm_start(net: nn.Module, tensors: dict[str, Tensor], reinit: str = "") -> str:
     """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
-    Returns a report: how many were copied, which were sliced, which are new, which had no place.
-    """
+    Returns a report: how many were copied, which were sliced, which are new, which had no place."""
     found = {"copied": [], "sliced": [], "new": []}
     for name, p in net.state_dict().items():
         old = tensors.get(name)
@@ -601,11 +621,6 @@ def warm_start(net: nn.Module, tensors: dict[str, Tensor], reinit: str = "") -> 
     found["unused"] = sorted(tensors.keys() - net.state_dict().keys())
     names = {kind: " ".join(["", *(found[kind] if kind != "copied" else [])][:9]) for kind in found}
     return ", ".join(f"{len(found[kind])} {kind}{':' * bool(names[kind])}{names[kind]}" for kind in found)
-
-
-def versions() -> dict[str, str]:
-    """What a checkpoint was written with: a run goes on with other versions, but not bit for bit."""
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def lock(run: Path) -> None:
@@ -645,39 +660,38 @@ def _fsync(path: Path) -> None:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
-    """Write one safetensors file with `meta` and its own checksum; it is on disk afterwards, else OSError."""
-    meta = {"format": FORMAT, **meta}
+    """Write one safetensors file with `meta` and its own checksum, whole or not at all; it is on disk
+    afterwards, else OSError."""
+    meta, temp = {"format": FORMAT, **meta}, path.with_name(f".tmp-{os.getpid()}")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
-        save_file(tensors, path, metadata={**meta, "sha256": checksum(tensors, meta)})
+        save_file(tensors, temp, metadata={**meta, "sha256": checksum(tensors, meta)})
     except SafetensorError as e:                               # a full disk, say
         code = re.search(r"os error (\d+)", str(e))
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(str(e)) from e
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)                             # safetensors creates it 0600
-    _fsync(path)
+    os.chmod(temp, 0o666 & ~umask)                             # safetensors creates it 0600
+    _fsync(temp)
+    os.replace(temp, path)
+    _fsync(path.parent)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read and verify a file of `save_tensors`: (tensors on the CPU, meta).
-
-    Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed.
-    """
+    Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed."""
     try:
         with safe_open(path, "pt") as f:
-            meta, names = f.metadata() or {}, list(f.keys())
-            if not meta.get("format", "").startswith("limn "):
-                raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {[*names, 'none'][0]}). "
-                                 "Name a file of runs/")
-            if meta["format"] != FORMAT:
-                raise ValueError(f"{path} has format {meta['format']}, this code reads {FORMAT}. "
-                                 "Update the code")
-            tensors = {name: f.get_tensor(name) for name in names}
+            meta, tensors = f.metadata() or {}, dict(zip(f.keys(), map(f.get_tensor, f.keys())))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing. Name a run directory, a checkpoint folder or a file") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:100]}") from e
+    if not (made := meta.get("format", "")).startswith("limn "):
+        raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {next(iter(tensors), 'none')}). "
+                         "Name a file of runs/")
+    if made != FORMAT:
+        raise ValueError(f"{path} has format {made}, this code reads {FORMAT}. Update the code")
     if meta.get("sha256") != checksum(tensors, {k: v for k, v in meta.items() if k != "sha256"}):
         raise ValueError(f"{path} is damaged: checksum mismatch")
     return tensors, meta
@@ -685,11 +699,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 class Cache:
     """What an encoder makes of texts, looked up: cache[text] -> its tensors, in bfloat16, as many as it has.
-
     A folder of safetensors files, which are mapped. The hash of a text names its tensors, and in the metadata
     their shapes and checksum. Raises ValueError for a file that is torn or of another encoder (fingerprint:
-    which weights, which settings), and for a text that is not there: none gets another one's tensors.
-    """
+    which weights, which settings), and for a text that is not there: none gets another one's tensors."""
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint, self.found = folder, fingerprint, {}     # hash -> file, mark
@@ -730,9 +742,7 @@ class Cache:
             if tensors:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 path = self.folder / f"{self.key(' '.join(sorted(meta)))}.safetensors"
-                temporary = path.with_suffix(f".{os.getpid()}")
-                save_tensors(temporary, tensors, meta)
-                os.replace(temporary, path)
+                save_tensors(path, tensors, meta)
                 self.open(path)
             yield len(meta) - 1
 
@@ -758,10 +768,8 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str, str], keep: int) -> Path:
     """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all.
-
     Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then are older
-    checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was.
-    """
+    checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was."""
     parent, target = run / "checkpoints", run / "checkpoints" / f"{step:06d}"
     temp = parent / f".tmp-{step:06d}"
     parent.mkdir(parents=True, exist_ok=True)
@@ -770,7 +778,6 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
         temp.mkdir()
         for name, tensors in files.items():
             save_tensors(temp / f"{name}.safetensors", tensors, meta)
-        _fsync(temp)
         if target.exists():                                    # of this step, and damaged: keep it aside
             os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
         os.replace(temp, target)
@@ -787,7 +794,6 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
 def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
                     warn=print) -> tuple[Path, list[dict[str, Tensor]], dict[str, str]] | None:
     """The newest checkpoint of `run` whose `files` all verify: (folder, tensors of each file, meta), or None.
-
     Calls `warn` with one line for each damaged one it passes over; ValueError when all of them are damaged.
     """
     folders = checkpoint_folders(run)
@@ -840,10 +846,8 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
 # ------------------------------------------------------------------------- averages, chosen after training
 def exponent(width: float) -> float:
     """The exponent gamma of the power function whose standard deviation is `width` of its length.
-
     Karras et al. 2023, arXiv:2312.02696, eq. 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
-    ValueError outside of 0.01 to 0.28; at 0.289 the average is the plain one, gamma = 0.
-    """
+    ValueError outside of 0.01 to 0.28; at 0.289 the average is the plain one, gamma = 0."""
     if not 0.01 <= width <= 0.28:
         raise ValueError(f"width {width} of an average is outside 0.01 to 0.28. 0.05 to 0.20 is usual")
     a = width**-2
@@ -858,9 +862,7 @@ def response(updates: int, width: float, edges: np.ndarray) -> np.ndarray:
 def save_snapshot(folder: Path, step: int, tensors: dict[str, Tensor], updates: int, most: int) -> None:
     """Write `folder`/STEP.safetensors, whole or not at all; of all of them the newest and most even stay."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / ".tmp", tensors, {"updates": str(updates)})
-    os.replace(folder / ".tmp", folder / f"{step:06d}.safetensors")
-    _fsync(folder)
+    save_tensors(folder / f"{step:06d}.safetensors", tensors, {"updates": str(updates)})
     steps = [0, *sorted(int(path.stem) for path in folder.glob("*.safetensors") if int(path.stem) <= step)]
     while len(steps) > most + 1:
         crowded = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
@@ -869,12 +871,10 @@ def save_snapshot(folder: Path, step: int, tensors: dict[str, Tensor], updates: 
 
 def reconstruct(folder: Path, step: int, width: float, warn=print) -> dict[str, Tensor]:
     """The weights of `step` averaged with another width, from the snapshots in `folder`, by their names.
-
     The combination of snapshots whose weights of all updates come nearest to the wanted ones, by least
     squares (Karras et al. 2023, arXiv:2312.02696, section 3.2); with sums where they integrate, and shares
     that sum to 1, so that weights that stand still stay what they are. ValueError without a snapshot of that
-    step; calls `warn` where the snapshots are too few.
-    """
+    step; calls `warn` where the snapshots are too few."""
     found = [path for path in sorted(folder.glob("*.safetensors")) if int(path.stem) <= step]
     if not found or int(found[-1].stem) != step:
         raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")

@@ -41,7 +41,7 @@ class TextConfig:
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [channels]
-    byte_layers: int = 2  # layers of the byte encoder
+    byte_layers: int = 1  # layers of the byte encoder
 
     def __post_init__(self):
         if not 4 <= self.text_length <= 4096:

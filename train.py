@@ -51,7 +51,8 @@ class TrainConfig:
     lr: float = 1e-3              # learning rate between warm-up and cooldown
     warmup: int = 100             # the rate rises linearly over the first so many steps [steps]
     cooldown: int = 1000          # and falls linearly to 0 over the last so many [steps]
-    weight_decay: float = 0.01    # AdamW's decay of weight matrices; biases and gains have none
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices inside the U-Net; AdamW of all else
+    weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
     ema_decay: float = 0.999      # of the averaged weights, after 1 / (1 - decay) updates averaged plainly
     profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none
@@ -76,27 +77,27 @@ class TrainConfig:
 # What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
 LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
 MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
-         "byte_layers", "t_density", "t_mean", "t_std"]                       # a row may end early
+         "optimizer", "max_aug", "t_density", "t_mean", "t_std"]                # a row may end early
 PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
-    (64, "tiny"):    (5100,      16, 1e-3,   50,  3500, 0.998,  "x0", 32,   0, 1, "logit_normal", 0.5, 1.5),
-    (64, "small"):   (50000,    256, 3e-4, 1000,  5000, 0.999,  "v",  64,   0),
-    (64, "base"):    (200000,   512, 1e-4, 1000, 20000, 0.9999, "v",  64,   0),
-    (64, "large"):   (500000,  1024, 1e-4, 5000, 50000, 0.9999, "v",  64,   0),
-    (256, "tiny"):   (5000,      16, 1e-3,   50,  3000, 0.995,  "v",  64,  64, 1),
-    (256, "small"):  (100000,   256, 3e-4, 1000, 10000, 0.999,  "v",  64,   0),
-    (256, "base"):   (300000,   512, 1e-4, 1000, 30000, 0.9999, "v",  64,   0),
-    (256, "large"):  (500000,  1024, 1e-4, 5000, 50000, 0.9999, "v",  64,   0),
-    (1024, "tiny"):  (2000,       4, 1e-3,   50,  1200, 0.995,  "v",  64, 256, 1),
-    (1024, "small"): (100000,   256, 3e-4, 1000, 10000, 0.999,  "v",  64, 256),
-    (1024, "base"):  (300000,   512, 1e-4, 1000, 30000, 0.9999, "v",  64, 256),
-    (1024, "large"): (500000,  1024, 1e-4, 5000, 50000, 0.9999, "v",  64, 256),
+    (64, "tiny"):   (5000,   16,  .0015, 50,   3500,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", .5, 1.5),
+    (64, "small"):  (50000,  256, 3e-4,  1000, 5000,  .999,  "v",  64, 0),
+    (64, "base"):   (200000, 512, 1e-4,  1000, 20000, .9999, "v",  64, 0),
+    (64, "large"):  (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
+    (256, "tiny"):  (5000,   16,  .0015, 50,   3000,  .995,  "v",  64, 64, "muon", .2, "logit_normal", 2.0),
+    (256, "small"): (100000, 256, 3e-4,  1000, 10000, .999,  "v",  64, 0),
+    (256, "base"):  (300000, 512, 1e-4,  1000, 30000, .9999, "v",  64, 0),
+    (256, "large"): (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
+    (1024, "tiny"): (2000,   4,   .0015, 50,   1200,  .995,  "v",  64, 256, "muon", .05, "logit_normal", 2.0),
+    (1024, "small"):(100000, 256, 3e-4,  1000, 10000, .999,  "v",  64, 256),
+    (1024, "base"): (300000, 512, 1e-4,  1000, 30000, .9999, "v",  64, 256),
+    (1024, "large"):(500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 256),
 }.items()}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "allow_bin"}
-SHAPE = {"size", "model", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction", "learn_sigma",
-         "picture_mode", "lowres", "lowres_mode"}
+SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
+         "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
@@ -270,8 +271,8 @@ def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> t
         raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
     if meta["data"] != pictures.fingerprint:
         say("warning: the pictures are not those of the checkpoint: their order differs from here")
-    if json.loads(meta["versions"]) != model.versions():
-        say(f"note: {meta['versions']} -> {json.dumps(model.versions())}: it continues, but not bit for bit")
+    if json.loads(meta["versions"]) != model.VERSIONS:
+        say(f"note: {meta['versions']} -> {json.dumps(model.VERSIONS)}: it continues, but not bit for bit")
     say(f"resumed from step {meta['step']} ({folder})")
     return int(meta["step"]), int(meta["images"])
 
@@ -321,8 +322,7 @@ def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: T
 @torch.no_grad()
 def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: int, world: int) -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl. Ranks share the work.
-    val_gap = loss with the next picture's caption - loss with the right one: above 0 the text is used.
-    """
+    val_gap = loss with the next picture's caption - loss with the right one: above 0 the text is used."""
     n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(rank * batch, n, world * batch):
         right = data.collect(fixed, start, min(start + batch, n))
@@ -453,7 +453,7 @@ def main(argv: list[str]) -> None:
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
     text, net = build(configs, device, (train_set, val_set), stop, rank, world)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
-                        cfg.train_only)
+                        cfg.train_only, cfg.optimizer == "muon")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
     if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
         raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
@@ -478,7 +478,7 @@ def main(argv: list[str]) -> None:
     peak = model.matmul_peak(device, text_encoder.DTYPES[cfg.dtype])
     parallel = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     run = model.compiled(parallel, device, cfg.compile, say)
-    recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.versions()
+    recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.VERSIONS
     meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,
             "versions": json.dumps(software)}
     if writes:

@@ -379,11 +379,13 @@ def test_a_warm_start_copies_slices_and_reports():
 META = {"config": "{}", "step": "5"}
 
 
-def make_state() -> model.State:
+def make_state(muon: bool = False) -> model.State:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 3))
+    inside = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3), torch.nn.Linear(2, 5))
+    net.unet = torch.nn.ModuleDict({"mid": inside})
     net.to(memory_format=torch.channels_last)
-    return model.State(net, weight_decay=0.1, clip=1.0, ema_decay=0.75, fp16=False)
+    return model.State(net, weight_decay=0.1, clip=1.0, ema_decay=0.75, fp16=False, muon=muon)
 
 
 def update(state: model.State, step: int) -> None:
@@ -393,12 +395,13 @@ def update(state: model.State, step: int) -> None:
     state.update(0.05)
 
 
-def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
-    straight, resumed = make_state(), make_state()
+@pytest.mark.parametrize("muon", [False, True])
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, muon):
+    straight, resumed = make_state(muon), make_state(muon)
     for step in range(6):
         if step == 3:
             save_checkpoint(tmp_path, step, resumed.tensors(), META, keep=1)
-            resumed = make_state()
+            resumed = make_state(muon)
             with torch.no_grad():
                 resumed.weights[0].zero_()
             _, (train, ema), _ = load_checkpoint(tmp_path, ("train", "ema"))
@@ -409,8 +412,47 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     for name, tensors in straight.tensors().items():
         assert all(same_bits(t.detach(), resumed.tensors()[name][key].detach()) for key, t in tensors.items())
     for p, q in zip(straight.weights, resumed.weights):
-        assert (straight.optimizer.state[p]["exp_avg"].stride()
-                == resumed.optimizer.state[q]["exp_avg"].stride() == p.stride())
+        moments = [{x.stride() for x in state.optimizer.state[w].values() if x.ndim}
+                   for state, w in ((straight, p), (resumed, q))]
+        assert moments == [{p.stride()}] * 2
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+def test_orthogonal_keeps_the_directions_and_evens_the_singular_values(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape) * torch.logspace(0, -1.5, shape[2])
+    turned = model.orthogonal(x).float()
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    new = torch.linalg.svdvals(turned)
+    assert (s[:, -1] < 0.2 * s[:, 0]).all()
+    assert turned.shape == x.shape
+    assert new.max() < 2.1
+    assert (new[:, -1] > 0.08 * new[:, 0]).all()
+    assert (torch.cosine_similarity(turned.flatten(1), (u @ vt).flatten(1)) > 0.85).all()
+    assert not model.orthogonal(torch.zeros(shape)).any()
+
+
+def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatch):
+    monkeypatch.setattr(model, "PASSES", [(3.4445, -4.7750, 2.0315)] * 5)     # those of torch.optim.Muon
+    state = make_state(muon=True)
+    inside = {name: p for name, p in state.net.named_parameters() if name.startswith("unet.") and p.ndim > 1}
+    assert set(inside) == {"unet.mid.0.weight", "unet.mid.1.weight"}
+    flat = lambda x: x.movedim(1, -1).flatten(1)
+    twins = {name: torch.nn.Parameter(flat(p.detach()).clone()) for name, p in inside.items()}
+    muon = torch.optim.Muon(twins.values(), 0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        update(state, step)                                    # of gradients of norm 1, after clipping
+        g = torch.Generator().manual_seed(step)
+        grads = [torch.randn(p.shape, generator=g) for p in state.weights]
+        norm = torch.stack([grad.norm() for grad in grads]).norm()
+        for p, grad in zip(state.weights, grads):
+            for name in inside:
+                if inside[name] is p:
+                    twins[name].grad = flat(grad) / norm
+        muon.step()
+    for name, p in inside.items():
+        moved = (flat(p) - twins[name]).norm() / twins[name].norm()
+        assert moved < 0.02, name                              # bfloat16 inside, and 1% of the norm
 
 
 def test_size_tells_states_apart_and_is_infinite_where_one_weight_is_not_finite():
@@ -670,7 +712,9 @@ def test_a_checkpoint_is_published_in_the_order_that_survives_a_power_cut(tmp_pa
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(model.shutil, "rmtree", rmtree)
     save_steps(tmp_path, [2], keep=1)
-    assert calls == ["fsync ema.safetensors", "fsync train.safetensors", "fsync .tmp-000002",
+    part = f".tmp-{os.getpid()}"
+    assert calls == [*(call for name in ("ema.safetensors", "train.safetensors") for call in
+                       (f"fsync {part}", f"rename {part} {name}", "fsync .tmp-000002")),
                      "rename .tmp-000002 000002", "fsync checkpoints", "rename 000001 .tmp-000001",
                      "rmtree .tmp-000001"]
 

@@ -233,15 +233,17 @@ def test_the_norm_is_reported_before_it_is_clipped():
     assert torch.allclose(moment, 0.1 * torch.tensor([[0.3, 0.4]]), atol=1e-6)
 
 
-@pytest.mark.parametrize("fp16", [False, True])
+@pytest.mark.parametrize(("fp16", "muon"), [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_an_update_that_is_not_finite_changes_nothing(value, fp16):
+def test_an_update_that_is_not_finite_changes_nothing(value, fp16, muon):
     torch.manual_seed(0)
     twins = []
     for faults in (False, True):
         torch.manual_seed(1)
-        net = nn.Linear(3, 2)
-        state = model.State(net, 0.1, 1.0, 0.9, fp16)
+        net = nn.Module()
+        net.unet = nn.Module()
+        net.unet.mid = nn.ModuleList([layer := nn.Linear(3, 2)])
+        state = model.State(net, 0.1, 1.0, 0.9, fp16, muon=muon)
         for step in range(5):
             if faults and step in (0, 3):
                 state.scaler.scale(torch.zeros(()))                           # as the loss would be
@@ -249,14 +251,14 @@ def test_an_update_that_is_not_finite_changes_nothing(value, fp16):
                 scale = state.scaler.get_scale()
                 for p in net.parameters():
                     p.grad = torch.full_like(p, 1.0)
-                net.weight.grad[1, 2] = value
+                layer.weight.grad[1, 2] = value
                 norm, bad = state.update(0.1)
                 assert bad == 1
                 assert not norm.isfinite()
                 after = {k: v for group in state.tensors().values() for k, v in group.items()}
                 assert all(torch.equal(before[k], after[k]) for k in before)
                 assert state.scaler.get_scale() == (scale / 2 if fp16 else 1)
-            state.scaler.scale(net(torch.full((4, 3), step + 1.0)).square().sum()).backward()
+            state.scaler.scale(layer(torch.full((4, 3), step + 1.0)).square().sum()).backward()
             assert state.update(0.1)[1] == 0
         twins.append(state.tensors())
     for name, group in twins[0].items():    # skipped ones do not count either
@@ -404,7 +406,7 @@ BAD_TRAIN = {
     "--size 256 --max-aug 2": "--max-aug 2.0 is outside 0 to 1",
     "--lowres -3": "--lowres -3 is outside",
     "--train-only (": "--train-only ( is no regular expression",
-    "--train-only xyz": "--train-only xyz is none of the weights",
+    "--train-only xyz": "--train-only xyz is no weight",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
     "--data notes": "no pictures in notes",
@@ -509,7 +511,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
 @pytest.mark.parametrize("changes", [
     ("--t-density importance", "--loss-weight min_snr", "--checkpointing"),
     ("--loss-weight learned", "--learn-sigma", "--dtype bf16", "--t-density logit_normal"),
-    ("--prediction flow", "--schedule flow", "--dtype fp16"),
+    ("--prediction flow", "--schedule flow", "--dtype fp16"), ("--optimizer adamw",),
     ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4"),
     (*UP, "--micro-batch 4"), (*UP, "--picture-mode grey", "--train-only ^unet.(mid|up)"),
     (*UP, "--lowres-mode grey", "--checkpointing")])
@@ -692,7 +694,7 @@ def test_changed_pictures_are_a_warning(tmp_path, capsys):
 
 def test_other_versions_are_noted(tmp_path, monkeypatch, capsys):
     run(tmp_path / "run", "--steps 1")
-    monkeypatch.setattr(model, "versions", lambda: {"torch": "99"})
+    monkeypatch.setattr(model, "VERSIONS", {"torch": "99"})
     run(tmp_path / "run", "--steps 2")
     assert "not bit for bit" in capsys.readouterr().out
 
