@@ -6,18 +6,21 @@ preset: what is predicted, the loss weight, the density of t, the shift of the n
 run is judged by its pictures of unseen prompts (tests/judge.py) and by its error of x0 (`raw` of
 diffusion.losses) on fixed pictures, at noise levels that are the same for all. Prints a markdown table.
 
-Runs one after the other; the same command again goes on, and skips what is in OUT/results.jsonl.
+--jobs run side by side on their share of the cores. The same command again goes on, and skips what is in
+OUT/results.jsonl.
 """
 import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,12 +82,12 @@ def error(stage: sample.Stage, n: int) -> float:
     return total / n
 
 
-def score(run: Path, n: int, guidance: float) -> dict:
+def score(run: Path, referee: judge.Judge, n: int, guidance: float) -> dict:
     """Shares of right colours and kinds of n prompts, and the error of x0."""
     stage = sample.load_stage(run, model.choose_device(""))
     texts, kinds, colours = zip(*judge.prompts(n))
     drawn = sample.generate(stage, list(texts), list(range(n)), batch_size=32, guidance_scale=guidance)
-    scores = judge.judge_one(judge.load(), judge.at_64(drawn), kinds, colours)
+    scores = judge.judge_one(referee, judge.at_64(drawn), kinds, colours)
     return {"colour": scores["colour"], "kind": scores["kind"], "error": error(stage, 512)}
 
 
@@ -106,12 +109,15 @@ def main(argv: list[str]) -> None:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3, help="of each run [minutes]")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each variant")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--only", nargs="+", choices=variants(), help="these variants instead of all")
     parser.add_argument("--out", default="runs/search", help="where runs and results lie")
     parser.add_argument("--n", type=int, default=200, help="prompts of the judge [images]")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale of their pictures")
     args = parser.parse_args(argv)
 
+    torch.set_num_threads(max(1, os.cpu_count() // args.jobs))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())              # of the runs
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     plan, kept = out / "steps.json", out / "results.jsonl"
@@ -131,19 +137,23 @@ def main(argv: list[str]) -> None:
     if kept.exists():
         results = [json.loads(line) for line in kept.read_text().splitlines()]
     done = {(result["variant"], result["seed"]) for result in results}
-    for seed in range(args.seeds):
-        for name in args.only or variants():
-            if (name, seed) in done:
-                continue
-            run, start = out / f"{name.replace(' ', '-')}-{seed}", time.time()
-            subprocess.run(command(run, "--seed", str(seed), *fit, *variants()[name]), check=True,
-                           stdout=subprocess.DEVNULL)
-            seconds = time.time() - start
-            found = score(run, args.n, args.guidance)
-            results.append({"variant": name, "seed": seed, **found, "seconds": seconds})
-            with kept.open("a") as f:
-                f.write(json.dumps(results[-1]) + "\n")
-            print(results[-1], file=sys.stderr, flush=True)
+    referee = judge.load()
+
+    def one(task: tuple[str, int]) -> None:
+        name, seed = task
+        run, start = out / f"{name.replace(' ', '-')}-{seed}", time.time()
+        subprocess.run(command(run, "--seed", str(seed), *fit, *variants()[name]), check=True,
+                       stdout=subprocess.DEVNULL)
+        seconds = time.time() - start
+        found = score(run, referee, args.n, args.guidance)
+        results.append({"variant": name, "seed": seed, **found, "seconds": seconds})
+        with kept.open("a") as f:
+            f.write(json.dumps(results[-1]) + "\n")
+        print(results[-1], file=sys.stderr, flush=True)
+
+    tasks = [(name, seed) for name in args.only or variants() for seed in range(args.seeds)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(one, [task for task in tasks if task not in done]))
     shown = [result for result in results if result["variant"] in (args.only or variants())]
     print(f"`tiny`, {steps} steps of {preset.batch_size} pictures, {args.n} prompts, "
           f"guidance {args.guidance}.\n")
