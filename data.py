@@ -18,7 +18,7 @@ import sys
 import tarfile
 import warnings
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -284,16 +284,17 @@ def read_captions(text: bytes, sidecar: bytes) -> list[str]:
 
 
 # --------------------------------------------------------------------------------- folders and tar shards
-PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2}
+PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2, "safetensors": 3}
 
 
 def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
     """Samples of a list of (key, part, file, at, size): rows, keys, and how many keys were used twice.
-    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Of a key used
-    twice only the first picture and what stands with it is kept: none ever gets another one's caption.
+    Rows are int64 (N, 3, 4), [file, at, size] by [picture, .txt, .json, .safetensors], file -1 for none. Of a
+    key used twice only the first picture and what stands with it is kept: none gets another one's caption.
     """
     groups, last = {}, None
     for key, part, *where in parts:
+        key = printable(key.rpartition(".")[0] if part == 3 else key)           # KEY.t5.safetensors
         runs = groups.setdefault(key, [])
         if key != last or part in runs[-1]:
             runs.append({})
@@ -304,9 +305,9 @@ def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
         if len(sample) < sum(len(run) for run in runs):
             sample, twice = next((run for run in runs if 0 in run), {}), twice + 1
         if 0 in sample:
-            keys.append(printable(key).encode())
-            rows.append(list(zip(*(sample.get(part, (-1, 0, 0)) for part in range(3)))))
-    return np.array(rows, np.int64).reshape(-1, 3, 3), np.array(keys, "S"), twice
+            keys.append(key.encode())
+            rows.append(list(zip(*(sample.get(part, (-1, 0, 0)) for part in range(4)))))
+    return np.array(rows, np.int64).reshape(-1, 3, 4), np.array(keys, "S"), twice
 
 
 def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -339,7 +340,7 @@ def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def index_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """scan_tar, once: kept in the user's cache folder until the shard changes its path, size or time."""
     state = os.stat(path)
-    mark = f"1 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    mark = f"2 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "limn")
     kept = os.path.join(folder, hashlib.blake2b(mark, digest_size=16).hexdigest() + ".npz")
     with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
@@ -389,7 +390,7 @@ class Files:
             example = f", e.g. {printable(os.path.basename(self.files[0][0]))}" if self.files else ""
             raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); found "
                              f"{len(self.files)} files{example} {' '.join(self.warned[:1])}".rstrip())
-        if bare := int((self.rows[:, 2, 1:].sum(1) == 0).sum()):
+        if bare := int((self.rows[:, 2, 1:3].sum(1) == 0).sum()):
             self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
 
     def walk(self, pattern: str) -> Iterator[tuple[str, str]]:
@@ -425,10 +426,30 @@ class Files:
 
 
 class BuiltIn:
-    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 3"])
+    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 4)), np.array([b"version 3"])
     key = staticmethod("built-in/{}".format)
     captions = staticmethod(lambda row: captions(scene(row)))
+    part = staticmethod(lambda row, part: b"")
     show = staticmethod(lambda row, size, *crop: picture(row, size))
+
+
+def copy_shard(path: str, target: str, beside: Callable[[list[str]], bytes]) -> None:
+    """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors: what `beside` makes of its
+    captions, for what it had. The other members stay as they are; `target` appears whole or not at all."""
+    source, temporary = Files(path), f"{target}.part"
+    rows = {at: row for row, at in enumerate(source.rows[:, 1, 0].tolist())}
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with tarfile.open(path, "r:") as old, tarfile.open(temporary, "w") as new:
+        for member in old:
+            old.fileobj.seek(member.offset_data)
+            if not member.name.endswith(".safetensors"):
+                new.addfile(member, old.fileobj if member.isreg() else None)
+            if member.offset_data in rows:
+                content = beside(source.captions(rows[member.offset_data]))
+                info = tarfile.TarInfo(member.name.rpartition(".")[0] + ".t5.safetensors")
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+    os.replace(temporary, target)
 
 
 # --------------------------------------------------------------------------------- the stream of pictures
@@ -440,6 +461,11 @@ def parse_source(entry: str) -> tuple[str, Fraction | None]:
     return path, Fraction(weight)
 
 
+class Caption(str):
+    """A caption and, where they are wanted, the embeddings that its picture's shard has under its key."""
+    key, embeddings = "", b""
+
+
 class Pictures:
     """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys alone.
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
@@ -447,7 +473,7 @@ class Pictures:
     centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training.
     """
     def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
-        self.config, self.size, self.seed, self.split = config, size, seed, split
+        self.config, self.size, self.seed, self.split, self.embedded = config, size, seed, split, False
         patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
         if set(weights) != {None} and not all(weights):
             raise ValueError(f"--data {printable(' '.join(config.data))}: give all a weight above 0, or none")
@@ -458,7 +484,7 @@ class Pictures:
         self.rows = [self.choose(source) for source in self.sources]
         weights = weights if any(weights) else [Fraction(len(rows)) for rows in self.rows]
         self.weights = [int(w * math.lcm(*(w.denominator for w in weights))) for w in weights]
-        contents = b"".join(source.keys.tobytes() + source.rows[:, 2:].tobytes() for source in self.sources)
+        contents = b"".join(s.keys.tobytes() + s.rows[:, 2:, :3].tobytes() for s in self.sources)
         self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
         self.summary = "; ".join(f"{s.name}: {len(r):,} pictures" for s, r in zip(self.sources, self.rows))
 
@@ -503,8 +529,11 @@ class Pictures:
             row = int(rows[index])
             try:
                 shown, texts = source.show(row, self.size, *crop, self.config.min_size)
+                caption = Caption(texts[int(which * len(texts))] if texts else "")
+                if self.embedded:
+                    caption.key, caption.embeddings = source.key(row), source.part(row, 3)
                 return {**self.views(shown, position), "key": source.key(row), "position": position,
-                        "caption": texts[int(which * len(texts))] if texts else "", "replaced": replaced}
+                        "caption": caption, "replaced": replaced}
             except Exception as error:                      # decoders raise nearly anything on garbage
                 replaced.append(f"{source.key(row)}: {' '.join(str(error).split()) or type(error).__name__}")
                 index = int(rng.integers(len(rows)))

@@ -37,7 +37,8 @@ class TextConfig:
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
     text_length: int = 128  # a caption is cut or padded to this length [tokens; of the byte encoder: bytes]
     text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
-    text_cache: str = ""  # folder that keeps the embeddings of all captions (empty: encode them at each step)
+    text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
+    text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [channels]

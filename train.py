@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
-           "text_cache", "allow_bin"}
+           "text_cache", "text_shards", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
          "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
@@ -416,11 +417,13 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 0, world: int = 1) -> tuple:
     """The text encoder, and the Net that is trained; the ranks put the captions of `sets` in --text-cache."""
     cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
-    until_stop = lambda items: takewhile(lambda _: not stop, items)
+    caches, until_stop = [], lambda items: takewhile(lambda _: not stop, items)
 
     def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
         if cfg.dry_run:                                       # as large as can be, and nothing is written
             return lambda _: (torch.zeros(encoder.length, encoder.dim), torch.zeros(encoder.pooled_dim))
+        if text_cfg.text_cache == "shards":
+            return lambda caption: model.Cache(caption.key, encoder.fingerprint, caption.embeddings)[caption]
         cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         ours = (c for pictures in sets for c in pictures.captions() if zlib.crc32(c.encode()) % world == rank)
         filling = cache.fill(until_stop(ours), lambda texts: load() and until_stop(
@@ -428,9 +431,30 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
         while model.agreed(next(filling, 0), world) and not model.agreed(len(stop), world): pass
         if model.agreed(len(stop), world):
             raise SystemExit(say("stopping before the first step; run the same command to continue"))
-        return model.Cache(cache.folder, encoder.fingerprint).__getitem__
+        caches.append(model.Cache(cache.name, encoder.fingerprint))
+        return caches[-1].__getitem__
 
+    def beside(texts: list[str]) -> bytes:                    # of a picture, from all encoders
+        tensors, meta = {}, {}
+        for cache in caches:
+            cache.pack({text: cache[text] for text in texts}, tensors, meta)
+        return safetensors.torch.save(tensors, meta)
+
+    for pictures in sets:
+        pictures.embedded = text_cfg.text_cache == "shards"
     text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
+    if text_cfg.text_shards:
+        shards = [Path(s.files[int(i)][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
+        names = {path.name for path in shards if path.suffix == ".tar"}
+        if not caches or not shards or len(names) < len(shards):
+            raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
+                             "--text-encoder, and --data of nothing but tar shards with names of their own")
+        for path in until_stop(shards[rank::world]):
+            target = Path(text_cfg.text_shards, path.name)
+            if not target.exists():
+                data.copy_shard(str(path), target, beside)
+                say(f"wrote {target}")
+        raise SystemExit
     planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
@@ -451,7 +475,7 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
-    text, net = build(configs, device, (train_set, val_set), stop, rank, world)
+    text, net = build(configs, device, (train_set, val_set, uncut), stop, rank, world)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                         cfg.train_only, cfg.optimizer == "muon")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
