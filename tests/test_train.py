@@ -1157,7 +1157,7 @@ def shards_of(folder, count=2, size=24):
     for shard in range(count):
         with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
             for i in range(shard * size, shard * size + size):
-                shown, captions = data.picture(i, 16)
+                shown, captions = data.draw(data.scene(i), 16), data.captions(data.scene(i))
                 stream = io.BytesIO()
                 Image.fromarray(shown.transpose(1, 2, 0)).save(stream, "PNG")
                 for suffix, content in (("png", stream.getvalue()), ("txt", "\n".join(captions).encode())):
