@@ -3,8 +3,7 @@
     encoder = load_text_encoder(TextConfig())                           # bytes, trained along with the U-Net
     encoder = load_text_encoder(TextConfig(["t5-v1_1-xl"]))             # a folder as published, frozen
     context, mask, pooled = encoder(*encoder.tokenize(["a red house"]))
-Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels.
-"""
+Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels."""
 import contextlib
 import functools
 import hashlib
