@@ -706,7 +706,7 @@ class Cache:
 
     def __init__(self, name: Path | str, fingerprint: str, content: bytes | None = None):
         self.name, self.fingerprint, self.found = name, fingerprint, {}      # hash -> function to read, mark
-        self.fix = "Delete it or use another --text-cache" if content is None else "Write the shards again"
+        self.fix = "" if content is None else "Write the shards again"
         for source in sorted(name.glob("*.safetensors")) if content is None else filter(None, [content]):
             self.open(source)
 
@@ -720,11 +720,11 @@ class Cache:
                 marks, read = file.metadata(), file.get_tensor
             made_by = marks.pop("fingerprint")
         except Exception as e:                                 # safetensors raises nearly anything
-            name = self.name if isinstance(source, bytes) else source
-            raise ValueError(f"{name} is damaged: {' '.join(str(e).split())[:200]}. {self.fix}") from None
+            name, fix = (self.name, self.fix) if isinstance(source, bytes) else (source, "Delete it")
+            raise ValueError(f"{name} is damaged: {' '.join(str(e).split())[:200]}. {fix}") from None
         if self.fingerprint not in made_by:
             raise ValueError(f"{self.name} was made with {made_by}, this run uses {self.fingerprint}. "
-                             f"{self.fix}")
+                             f"{self.fix or 'Delete it or use another --text-cache'}")
         self.found |= {key: (read, mark) for key, mark in marks.items()}
 
     def key(self, text: str) -> str:
@@ -761,14 +761,16 @@ class Cache:
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)
         if key not in self.found:
-            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {self.fix}")
+            fix = self.fix or "Start again to add it"
+            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
         read, mark = self.found[key]
         try:
             entry = tuple(read(f"{key}.{i}") for i in range(mark.count(" ")))
             if self.mark(entry) != mark:
                 raise ValueError("it does not match its checksum")
         except Exception as e:
-            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {self.fix}") from None
+            fix = self.fix or "Delete it"
+            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {fix}") from None
         return entry
 
 

@@ -143,16 +143,15 @@ def parse(argv: list[str]) -> Configs:
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for cls in get_args(Configs):
-        group, hints = parser.add_argument_group(cls.__name__), get_type_hints(cls)
+        group, usual = parser.add_argument_group(cls.__name__), vars(cls())
         helps = dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-        for name, default in vars(cls()).items():
-            kind = hints[name]
+        for name, kind in get_type_hints(cls).items():
             members = [a for a in get_args(kind) if a is not type(None)]
             options = ({"action": argparse.BooleanOptionalAction} if bool in (kind, *members) else
                        {"choices": members} if get_origin(kind) is Literal else
                        {"type": members[0], "nargs": "*"} if get_origin(kind) in (list, tuple) else
                        {"type": kind})
-            group.add_argument(f"--{name.replace('_', '-')}", default=default, **options,
+            group.add_argument(f"--{name.replace('_', '-')}", default=usual[name], **options,
                                help=helps[name].replace("%", "%%"))
 
     parser.set_defaults(model="", lowres=-1)                                  # of these the defaults move
@@ -425,9 +424,11 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
     if text_cfg.text_shards:
         shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
         names = {path.name for path in shards if path.suffix == ".tar"}
-        if not caches or not shards or len(names) < len(shards):
+        damaged = [line for line in sets[0].warnings if "damaged after" in line]
+        if not caches or not shards or len(names) < len(shards) or data_cfg.limit or damaged:
             raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
-                             "--text-encoder, and --data of nothing but tar shards with names of their own")
+                             "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
+                             f"names of their own. {' '.join(damaged)}".rstrip())
         os.makedirs(text_cfg.text_shards, exist_ok=True)
         for path in until_stop(shards[rank::world]):
             if not (target := Path(text_cfg.text_shards, path.name)).exists():

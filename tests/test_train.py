@@ -1214,11 +1214,15 @@ def test_training_from_embeddings_inside_shards(byt5, tmp_path, monkeypatch, bes
 
 @pytest.mark.parametrize("wrong", [
     "--text-cache cache --limit 8", "--text-cache cache --data loose", "--data before",
+    "--text-cache cache --data before --limit 2", "--text-cache cache --data torn",
     "--text-cache cache --data before before", "--text-cache cache --data before --text-encoder bytes"])
 def test_shards_that_cannot_be_written_are_an_error(byt5, tmp_path, wrong):
     shards_of(tmp_path / "before", 1, 4)
     folder_of(tmp_path / "loose", 4)
-    with pytest.raises(ValueError, match="--text-shards after needs a folder as --text-cache, a frozen"):
+    torn = shards_of(tmp_path / "torn", 1, 4) / "00000.tar"
+    torn.write_bytes(torn.read_bytes()[:5000])
+    named = r".* 00000.tar: damaged after \d pictures \(.*\); using those" if "torn" in wrong else ""
+    with pytest.raises(ValueError, match="--text-shards after needs a folder as --text-cache, a fr" + named):
         run("run", f"--text-encoder {byt5}", "--text-shards after", "--text-length 64",
             *(f"--{change}".strip() for change in wrong.split("--")[1:]))
     assert not Path("after").exists()
