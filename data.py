@@ -2,8 +2,7 @@
 
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state: position p
 shows the same picture, crop and caption for any number of ranks and workers, and to resume is to start at p.
-Letters: H W pixels, B pictures in a batch, N pictures in a source.  Pictures are uint8 (3, H, W), RGB.
-"""
+Letters: H W pixels, B pictures in a batch, N pictures in a source.  Pictures are uint8 (3, H, W), RGB."""
 import atexit
 import glob
 import hashlib
@@ -18,7 +17,7 @@ import sys
 import tarfile
 import warnings
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -60,9 +59,8 @@ def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
 
 
 def permute(index: int, n: int, key: bytes) -> int:
-    """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`: no state, no table.
-    A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and Rogaway 2002).
-    """
+    """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`: no state, no table. A
+    Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and Rogaway 2002)."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
         left, right = index >> half, index & (1 << half) - 1
@@ -70,21 +68,18 @@ def permute(index: int, n: int, key: bytes) -> int:
             digest = hashlib.blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
             left, right = right, left ^ int.from_bytes(digest, "little") & (1 << half) - 1
         index = left << half | right
-        if index < n:
-            return index
+        if index < n: return index
 
 
 def interleave(position: int, weights: list[int]) -> tuple[int, int]:
     """The source that serves a position, and how often it has before: shares are exact within one all along.
-    Of the first p positions a source of share w takes floor(p w); the others share the rest in the same way.
-    """
+    Of the first p positions a source of share w takes floor(p w), the others share the rest in that way."""
     total = sum(weights)
-    for source, weight in enumerate(weights[:-1]):
+    for source, weight in enumerate(weights):               # the last one takes all that are left
         before = position * weight // total
         if (position + 1) * weight // total > before:
             return source, before
         position, total = position - before, total - weight
-    return len(weights) - 1, position
 
 
 # -------------------------------------------------------------------------------------- built-in pictures
@@ -192,7 +187,7 @@ def captions(scene: Scene) -> list[str]:
 
 
 def draw(scene: Scene, size: int) -> np.ndarray:
-    """A scene, uint8 (3, size, size): drawn at a multiple of the size, reduced with the one resize kernel."""
+    """A scene, uint8 (3, size, size), drawn larger, reduced by the one resize kernel, everywhere the same."""
     side = size * (4 if size <= 256 else 2)
     canvas = Image.new("RGB", (side, side), GROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
@@ -218,11 +213,6 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     return array(shrink(canvas, size))
 
 
-def picture(index: int, size: int) -> tuple[np.ndarray, list[str]]:
-    """A built-in picture, uint8 (3, size, size), and its captions: the same on every machine."""
-    return draw(scene(index), size), captions(scene(index))
-
-
 # ----------------------------------------------------------------------------------------------- decoding
 def shrink(image: Image.Image, size: int) -> Image.Image:
     """The one resize kernel: means of blocks by a whole factor, antialiased bicubic for the rest."""
@@ -233,8 +223,7 @@ def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5, least=8) -> np
     """A square of an encoded picture, uint8 (3, size, size): upright, alpha over white, 16 bits scaled to 8.
     It keeps a part of the short side, `least` pixels or more, placed in the rest by fractions, as stored; cut
     before it is resized, a JPEG decoded at the smallest scale that leaves twice the size, to save memory.
-    Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS.
-    """
+    Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # of bombs and damaged tags: the limits are ours
         try:
@@ -284,14 +273,14 @@ def read_captions(text: bytes, sidecar: bytes) -> list[str]:
 
 
 # --------------------------------------------------------------------------------- folders and tar shards
-PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2}
+PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2, "t5.safetensors": 3}
+NAME = re.compile(rf"(.*)\.({'|'.join(PARTS)})", re.IGNORECASE | re.DOTALL)     # KEY.PART
 
 
-def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Samples of a list of (key, part, file, at, size): rows, keys, and how many keys were used twice.
-    Rows are int64 (N, 3, 3), [file, at, size] by [picture, .txt, .json], file -1 for none. Of a key used
-    twice only the first picture and what stands with it is kept: none ever gets another one's caption.
-    """
+def join(name: str, parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Samples of a list of (key, part, file, at, size): rows, keys and a warning of keys used twice. Rows are
+    int64 (N, 3, 4), [file, at, size] by [picture, .txt, .json, .t5.safetensors], file -1 for none. Of a key
+    used twice only the first picture and what stands with it is kept: none gets another one's caption."""
     groups, last = {}, None
     for key, part, *where in parts:
         runs = groups.setdefault(key, [])
@@ -305,32 +294,30 @@ def join(parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, int]:
             sample, twice = next((run for run in runs if 0 in run), {}), twice + 1
         if 0 in sample:
             keys.append(printable(key).encode())
-            rows.append(list(zip(*(sample.get(part, (-1, 0, 0)) for part in range(3)))))
-    return np.array(rows, np.int64).reshape(-1, 3, 3), np.array(keys, "S"), twice
+            rows.append(list(zip(*(sample.get(part, (-1, 0, 0)) for part in range(4)))))
+    warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
+    return np.array(rows, np.int64).reshape(-1, 3, 4), np.array(keys, "S"), warned
 
 
 def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Rows, keys and warnings of a shard. Names are only keys: nothing is extracted, no link is followed.
-    tarfile takes a damaged header for the end without a word; a whole shard ends in at least two zero blocks.
-    """
+    tarfile takes a damaged header for the end without a word; a whole shard has two zero blocks there."""
     parts, end, name = [], 0, printable(os.path.basename(path))
     with open(path, "rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while member := tar.next():
                     tar.members.clear()
-                    key, _, suffix = member.name.rpartition(".")
-                    if member.isreg() and not member.issparse() and suffix.lower() in PARTS:
-                        parts.append((key, PARTS[suffix.lower()], 0, member.offset_data, member.size))
+                    named = NAME.fullmatch(member.name)
+                    if named and member.isreg() and not member.issparse():
+                        parts.append((named[1], PARTS[named[2].lower()], 0, member.offset_data, member.size))
                     end = tar.offset
-            file.seek(end)
-            tail = file.read(2**16)
+            tail = os.pread(file.fileno(), 2**16, end)
             problem = "" if len(tail) >= 1024 and not any(tail) else "no end mark"
         except Exception as error:                          # tarfile raises nearly anything on garbage
             problem = " ".join(str(error).split()) or type(error).__name__
         total = os.fstat(file.fileno()).st_size
-    rows, keys, twice = join([part for part in parts if part[3] + part[4] <= total])
-    warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
+    rows, keys, warned = join(name, [part for part in parts if part[3] + part[4] <= total])
     if problem:
         warned.append(f"{name}: damaged after {len(rows)} pictures ({problem}); using those")
     return rows, keys, warned
@@ -339,7 +326,7 @@ def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
 def index_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """scan_tar, once: kept in the user's cache folder until the shard changes its path, size or time."""
     state = os.stat(path)
-    mark = f"1 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
+    mark = f"2 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
     folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "limn")
     kept = os.path.join(folder, hashlib.blake2b(mark, digest_size=16).hexdigest() + ".npz")
     with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
@@ -370,41 +357,38 @@ class Files:
     """The samples of a --data entry: loose pictures with captions beside them, tar shards read by offset."""
     def __init__(self, pattern: str):
         self.name, self.warned, self.files, loose, tables = printable(pattern), [], [], [], []
-        for path, key in self.walk(pattern):
-            suffix, size = path.rpartition(".")[2].lower(), os.path.getsize(path)
-            if suffix == "tar":
+        for path, name in self.walk(pattern):
+            size, named = os.path.getsize(path), NAME.fullmatch(name)
+            if name.lower().endswith(".tar"):
                 rows, keys, warned = index_tar(path)
                 rows[:, 0] += np.where(rows[:, 0] < 0, 0, len(self.files))
-                prefix = printable(key).encode() + b"/"
-                tables.append((rows, np.array([prefix + k for k in keys.tolist()], "S")))
+                tables.append((rows, np.char.add(printable(name[:-4]).encode() + b"/", keys)))
                 self.warned += warned
-            elif suffix in PARTS:
-                loose.append((key, PARTS[suffix], len(self.files), 0, size))
+            elif named:
+                loose.append((named[1], PARTS[named[2].lower()], len(self.files), 0, size))
             self.files.append((path, size))
-        *alone, twice = join(sorted(loose, key=lambda part: (part[0], -part[1])))   # captions before pictures
-        if twice:
-            self.warned.append(f"{self.name}: {twice} names of several pictures; kept the first")
+        *alone, warned = join(self.name, sorted(loose, key=lambda part: (part[0], -part[1])))   # .txt first
+        self.warned += warned
         self.rows, self.keys = (np.concatenate(arrays) for arrays in zip(*tables, alone))
         if not len(self.rows):
             example = f", e.g. {printable(os.path.basename(self.files[0][0]))}" if self.files else ""
             raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); found "
                              f"{len(self.files)} files{example} {' '.join(self.warned[:1])}".rstrip())
-        if bare := int((self.rows[:, 2, 1:].sum(1) == 0).sum()):
+        if bare := int((self.rows[:, 2, 1:3].sum(1) == 0).sum()):
             self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
 
     def walk(self, pattern: str) -> Iterator[tuple[str, str]]:
-        """All files and their names without suffix, in order; links to folders are not followed."""
+        """All files and their names below the folder, in order; links to folders are not followed."""
         lost = lambda error: self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
         for root in expand(pattern):
             if os.path.isfile(root):
-                yield root, os.path.splitext(os.path.basename(root))[0]
+                yield root, os.path.basename(root)
             for folder, folders, files in os.walk(root, onerror=lost) if os.path.isdir(root) else ():
                 folders.sort()
                 self.warned += [f"{printable(os.path.join(folder, name))}: a link to a folder, not followed"
                                 for name in folders if os.path.islink(os.path.join(folder, name))]
-                for path in (os.path.join(folder, name) for name in sorted(files)):
-                    if os.path.isfile(path):
-                        yield path, os.path.relpath(os.path.splitext(path)[0], root)
+                for path in filter(os.path.isfile, (os.path.join(folder, name) for name in sorted(files))):
+                    yield path, os.path.relpath(path, root)
 
     def part(self, row: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
         """The first bytes of a part of a sample (see join); empty when it has none."""
@@ -418,36 +402,55 @@ class Files:
 
     key = lambda self, row: self.keys[row].decode()
     captions = lambda self, row: read_captions(*(self.part(row, part, most=2**20) for part in (1, 2)))
-
-    def show(self, row: int, size: int, *crop: float) -> tuple[np.ndarray, list[str]]:
-        """A sample's picture (see decode) and its captions; raises whatever is wrong with it."""
-        return decode(self.part(row, 0), size, *crop), self.captions(row)
+    show = lambda self, row, size, *crop: decode(self.part(row, 0), size, *crop)
 
 
 class BuiltIn:
-    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 3)), np.array([b"version 3"])
+    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 4)), np.array([b"version 3"])
     key = staticmethod("built-in/{}".format)
     captions = staticmethod(lambda row: captions(scene(row)))
-    show = staticmethod(lambda row, size, *crop: picture(row, size))
+    part = staticmethod(lambda row, part: b"")
+    show = staticmethod(lambda row, size, *crop: draw(scene(row), size))
+
+
+def copy_shard(path: str, target: str, beside: Callable[[list[str]], bytes]) -> None:
+    """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors: what `beside` makes of its
+    captions, for what it had. The other members stay as they are; `target` appears whole or not at all."""
+    source = Files(path)
+    rows = {at: row for row, at in enumerate(source.rows[:, 1, 0].tolist())}
+    with tarfile.open(path, "r:") as old, tarfile.open(f"{target}.part", "w") as new:
+        for member in old:
+            old.fileobj.seek(member.offset_data)
+            if not member.name.endswith(".t5.safetensors"):
+                new.addfile(member, old.fileobj if member.isreg() else None)
+            if member.offset_data in rows:
+                content = beside(source.captions(rows[member.offset_data]))
+                info = tarfile.TarInfo(member.name.rpartition(".")[0] + ".t5.safetensors")
+                info.size = len(content)
+                new.addfile(info, io.BytesIO(content))
+    os.replace(f"{target}.part", target)
 
 
 # --------------------------------------------------------------------------------- the stream of pictures
 def parse_source(entry: str) -> tuple[str, Fraction | None]:
     """PATH or PATH:WEIGHT; what exists under the whole name has no weight."""
     path, _, weight = entry.rpartition(":")
-    if os.path.exists(entry) or not re.fullmatch(r"\d*\.?\d+", weight):
-        return entry, None
-    return path, Fraction(weight)
+    weighted = re.fullmatch(r"\d*\.?\d+", weight) and not os.path.exists(entry)
+    return (path, Fraction(weight)) if weighted else (entry, None)
+
+
+class Caption(str):
+    """A caption, the .key of its picture and, where they are wanted, the .embeddings its shard has of it."""
 
 
 class Pictures:
     """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys alone.
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
     Sources are interleaved by weight, by default their numbers of pictures. The "val" split, fixed and
-    centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training.
-    """
+    centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training."""
     def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
-        self.config, self.size, self.seed, self.split = config, size, seed, split
+        self.config, self.size, self.split, self.embedded = config, size, split, False
+        self.seed = seed if split == "train" else 0
         patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
         if set(weights) != {None} and not all(weights):
             raise ValueError(f"--data {printable(' '.join(config.data))}: give all a weight above 0, or none")
@@ -458,7 +461,7 @@ class Pictures:
         self.rows = [self.choose(source) for source in self.sources]
         weights = weights if any(weights) else [Fraction(len(rows)) for rows in self.rows]
         self.weights = [int(w * math.lcm(*(w.denominator for w in weights))) for w in weights]
-        contents = b"".join(source.keys.tobytes() + source.rows[:, 2:].tobytes() for source in self.sources)
+        contents = b"".join(s.keys.tobytes() + s.rows[:, 2:, :3].tobytes() for s in self.sources)
         self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
         self.summary = "; ".join(f"{s.name}: {len(r):,} pictures" for s, r in zip(self.sources, self.rows))
 
@@ -486,34 +489,33 @@ class Pictures:
                 yield from source.captions(row)
 
     def __getitem__(self, position: int) -> dict:
-        """{"picture", "lowres" (see views), "caption", "key", "position", "replaced": [f"{key}: {reason}"]}.
-        A picture that cannot be read is replaced by another one of its source, by keys again: no other
-        position changes. Raises ValueError after MAX_TRIES.
-        """
+        """{"picture", "lowres" (see views), "caption", "key", "replaced": [f"{key}: {reason}"]}. A picture
+        that cannot be read is replaced by another one of its source, by keys again: no other position
+        changes. Raises ValueError after MAX_TRIES."""
         chosen, visit = interleave(position, self.weights)
         source, rows, training = self.sources[chosen], self.rows[chosen], self.split == "train"
         turn, index = divmod(visit, len(rows))
         if training:
             index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
-        rng, replaced = keyed(self.seed if training else 0, self.split, position), []
+        rng, replaced = keyed(self.seed, self.split, position), []
         keep, right, down, which = rng.random(4).tolist()
         free = training and self.config.min_crop < 1
         crop = (1 - keep * (1 - self.config.min_crop), right, down) if free else (1.0, 0.5, 0.5)
         for _ in range(MAX_TRIES):
-            row = int(rows[index])
+            row, key = rows[index], source.key(rows[index])
             try:
-                shown, texts = source.show(row, self.size, *crop, self.config.min_size)
-                return {**self.views(shown, position), "key": source.key(row), "position": position,
-                        "caption": texts[int(which * len(texts))] if texts else "", "replaced": replaced}
+                shown, texts = source.show(row, self.size, *crop, self.config.min_size), source.captions(row)
+                caption = Caption(texts[int(which * len(texts))] if texts else "")
+                caption.key, caption.embeddings = key, source.part(row, 3) if self.embedded else b""
+                return {**self.views(shown, position), "key": key, "caption": caption, "replaced": replaced}
             except Exception as error:                      # decoders raise nearly anything on garbage
-                replaced.append(f"{source.key(row)}: {' '.join(str(error).split()) or type(error).__name__}")
+                replaced.append(f"{key}: {' '.join(str(error).split()) or type(error).__name__}")
                 index = int(rng.integers(len(rows)))
         raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, last {replaced[-1]}")
 
     def views(self, shown: np.ndarray, position: int) -> dict[str, np.ndarray]:
         """{"picture", "lowres" with --lowres}: made of the whole picture, cut at matching places, by keys."""
-        config, training = self.config, self.split == "train"
-        rng = keyed(self.seed if training else 0, f"{self.split} view", position)
+        config, rng = self.config, keyed(self.seed, f"{self.split} view", position)
         right, down, blurred, sigma = rng.random(4).tolist()
         image = Image.fromarray(shown.transpose(1, 2, 0))
         views, cells = {"picture": image.convert(MODES[config.picture_mode])}, config.lowres or self.size
@@ -521,7 +523,7 @@ class Pictures:
             small = shrink(image, config.lowres).convert(MODES[config.lowres_mode])
             share, *sigmas = config.blur
             blur = ImageFilter.GaussianBlur(float(np.interp(sigma, (0, 1), sigmas)))
-            views["lowres"] = small.filter(blur) if training and blurred < share else small
+            views["lowres"] = small.filter(blur) if self.split == "train" and blurred < share else small
         side = (config.crop or self.size) * cells // self.size
         left, top = (int(x * (cells - side + 1)) for x in (right, down))
         cut = left, top, left + side, top + side
@@ -554,8 +556,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Workers have a pipe
     each, read in turn: the same for any number. They are forked, safe as they touch neither torch nor CUDA,
     and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures. close() it.
-    ValueError above --max-bad, ChildProcessError for a dead worker, TimeoutError after `timeout` [seconds].
-    """
+    ValueError above --max-bad, ChildProcessError of a dead worker, TimeoutError after `timeout` [seconds]."""
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     share, team, seen, bad = batch_size // world, [], 0, 0
     firsts = range(start + rank * share, stop, batch_size)
@@ -585,8 +586,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
                     process.join()
                     batch = ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
                                               "memory); use fewer --workers or a smaller --batch-size")
-                if isinstance(batch, Exception):
-                    raise batch
+                if isinstance(batch, Exception): raise batch
             else:
                 batch = collect(dataset, first, min(first + share, stop))
             seen, bad = seen + len(batch["keys"]), bad + len(batch["replaced"])

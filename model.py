@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -695,49 +695,61 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 class Cache:
     """What an encoder makes of texts, looked up: cache[text] -> its tensors, in bfloat16, as many as it has.
-    A folder of safetensors files, which are mapped. The hash of a text names its tensors, and in the metadata
-    their shapes and checksum. Raises ValueError for a file that is torn or of another encoder (fingerprint:
-    which weights, which settings), and for a text that is not there: none gets another one's tensors."""
+    A folder of safetensors files, which are mapped, or the content of one. The hash of a text and its encoder
+    (fingerprint: which weights, which settings) names the tensors, and in the metadata their shapes and
+    checksum. Raises ValueError for a file that is torn or of another encoder, and for a text that is not
+    there: none gets another one's tensors."""
 
-    def __init__(self, folder: Path, fingerprint: str):
-        self.folder, self.fingerprint, self.found = folder, fingerprint, {}     # hash -> file, mark
-        for path in sorted(folder.glob("*.safetensors")):
-            self.open(path)
+    def __init__(self, name: Path | str, fingerprint: str, content: bytes | None = None):
+        self.name, self.fingerprint, self.found = name, fingerprint, {}      # hash -> function to read, mark
+        self.fix = "" if content is None else "Write the shards again"
+        for source in sorted(name.glob("*.safetensors")) if content is None else filter(None, [content]):
+            self.open(source)
 
-    def open(self, path: Path) -> None:
+    def open(self, source: Path | bytes) -> None:
         try:
-            file = safe_open(path, "pt")
-            marks = file.metadata()
+            if isinstance(source, bytes):
+                marks = json.loads(source[8:8 + int.from_bytes(source[:8], "little")])["__metadata__"]
+                read = load(source).__getitem__
+            else:
+                file = safe_open(source, "pt")
+                marks, read = file.metadata(), file.get_tensor
             made_by = marks.pop("fingerprint")
         except Exception as e:                                 # safetensors raises nearly anything
-            raise ValueError(f"{path} is damaged: {' '.join(str(e).split())[:200]}. Delete it") from None
-        if made_by != self.fingerprint:
-            raise ValueError(f"{self.folder} was made with {made_by}, this run uses {self.fingerprint}. "
-                             "Delete it or use another --text-cache")
-        self.found |= {key: (file, mark) for key, mark in marks.items()}
+            name, fix = (self.name, self.fix) if isinstance(source, bytes) else (source, "Delete it")
+            raise ValueError(f"{name} is damaged: {' '.join(str(e).split())[:200]}. {fix}") from None
+        if self.fingerprint not in made_by:
+            raise ValueError(f"{self.name} was made with {made_by}, this run uses {self.fingerprint}. "
+                             f"{self.fix or 'Delete it or use another --text-cache'}")
+        self.found |= {key: (read, mark) for key, mark in marks.items()}
 
     def key(self, text: str) -> str:
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(f"{self.fingerprint} {text}".encode(), digest_size=16).hexdigest()
 
     def mark(self, entry: tuple[Tensor, ...]) -> str:
         """The shapes of a text's tensors, and the checksum of their bytes."""
         content = torch.cat([x.flatten() for x in entry]).view(torch.int16).numpy()
         return " ".join([*("x".join(map(str, x.shape)) for x in entry), str(zlib.crc32(content))])
 
+    def pack(self, entries: dict[str, tuple[Tensor, ...]], tensors: dict, meta: dict) -> None:
+        """Add what texts have become to the tensors and the metadata of a file."""
+        meta["fingerprint"] = f"{meta.get('fingerprint', '')} {self.fingerprint}".strip()
+        for text, entry in entries.items():
+            meta[self.key(text)] = self.mark(entry)
+            tensors |= {f"{self.key(text)}.{i}": x.clone() for i, x in enumerate(entry)}
+
     def fill(self, texts: Iterable[str], encode: Callable[[list[str]], Iterable[tuple]], part: int = 8192):
         """Write what is missing, `part` texts to a file, and yield how many. encode(texts) yields (index,
         *tensors) in any order; what it leaves out stays missing. A file appears whole or not at all, named by
         its texts: a stopped run goes on where it was, two at once write the same."""
         missing = {key: text for text in texts if (key := self.key(text)) not in self.found}
-        order = sorted(missing)
+        order = [missing[key] for key in sorted(missing)]
         for start in range(0, len(order), part):
-            keys, tensors, meta = order[start:start + part], {}, {"fingerprint": self.fingerprint}
-            for index, *entry in encode([missing[key] for key in keys]):
-                tensors |= {f"{keys[index]}.{i}": x.clone() for i, x in enumerate(entry)}
-                meta[keys[index]] = self.mark(entry)
+            encoded = encode(order[start:start + part])
+            self.pack({order[start + i]: entry for i, *entry in encoded}, tensors := {}, meta := {})
             if tensors:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path = self.folder / f"{self.key(' '.join(sorted(meta)))}.safetensors"
+                self.name.mkdir(parents=True, exist_ok=True)
+                path = self.name / f"{self.key(' '.join(sorted(meta)))}.safetensors"
                 save_tensors(path, tensors, meta)
                 self.open(path)
             yield len(meta) - 1
@@ -745,14 +757,16 @@ class Cache:
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)
         if key not in self.found:
-            raise ValueError(f"{self.folder} has no embedding of {text[:80]!r}. Start again to add it")
-        file, mark = self.found[key]
+            fix = self.fix or "Start again to add it"
+            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
+        read, mark = self.found[key]
         try:
-            entry = tuple(file.get_tensor(f"{key}.{i}") for i in range(mark.count(" ")))
+            entry = tuple(read(f"{key}.{i}") for i in range(mark.count(" ")))
             if self.mark(entry) != mark:
                 raise ValueError("it does not match its checksum")
         except Exception as e:
-            raise ValueError(f"{self.folder} is damaged at {text[:80]!r}: {e}. Delete it") from None
+            fix = self.fix or "Delete it"
+            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {fix}") from None
         return entry
 
 

@@ -3,8 +3,7 @@
     encoder = load_text_encoder(TextConfig())                           # bytes, trained along with the U-Net
     encoder = load_text_encoder(TextConfig(["t5-v1_1-xl"]))             # a folder as published, frozen
     context, mask, pooled = encoder(*encoder.tokenize(["a red house"]))
-Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels.
-"""
+Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels."""
 import contextlib
 import functools
 import hashlib
@@ -37,7 +36,8 @@ class TextConfig:
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
     text_length: int = 128  # a caption is cut or padded to this length [tokens; of the byte encoder: bytes]
     text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
-    text_cache: str = ""  # folder that keeps the embeddings of all captions (empty: encode them at each step)
+    text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
+    text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [channels]

@@ -1,8 +1,7 @@
 """Train one stage: `torchrun train.py --size 64`, or `python train.py --size 64` on one device.
 
 Pictures seen so far are the only state beside the weights: every random choice is a function of (seed,
-position), so the same command run again continues exactly where the last checkpoint stands.
-"""
+position), so the same command run again continues exactly where the last checkpoint stands."""
 import argparse
 import ctypes
 import dataclasses
@@ -14,16 +13,16 @@ import re
 import signal
 import sys
 import time
-import typing
 import zlib
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import takewhile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -95,14 +94,15 @@ PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
-           "text_cache", "allow_bin"}
+           "text_cache", "text_shards", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
          "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
           "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
           "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
           "max_aug": (0, 1), "min_size": (1, 2**16), "min_crop": (0.01, 1)}
-BUCKETS = 8
+BUCKETS, TEXT = 8, ("context", "mask", "pooled")
+number = lambda x: float(f"{float(x):.6g}")                                   # enough digits for a log
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
                 text_encoder.TextConfig]
 
@@ -118,7 +118,7 @@ def say(message: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def die(message: object, status: int = 2, everywhere: bool = False) -> typing.NoReturn:
+def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
     """End the run with one line on standard error; exit status 2 is the user's mistake, 1 a failure.
     The first rank of a machine speaks, and the others give it time; `everywhere`: of one rank alone."""
     rank = os.environ.get("RANK", "0")
@@ -131,7 +131,7 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> typing.No
 
 
 class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         if unknown := re.search(r"unrecognized arguments: (\S+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message = f"unknown flag {unknown[1]}. " + (f"Did you mean {near[0]}?" if near else "See --help")
@@ -142,40 +142,30 @@ def parse(argv: list[str]) -> Configs:
     """The dataclasses from the command line: a field is a flag, the comment behind it the help."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for cls in typing.get_args(Configs):
-        group, hints = parser.add_argument_group(cls.__name__), typing.get_type_hints(cls)
+    for cls in get_args(Configs):
+        group, usual = parser.add_argument_group(cls.__name__), vars(cls())
         helps = dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-        for f in dataclasses.fields(cls):
-            kind = hints[f.name]
-            members = [a for a in typing.get_args(kind) if a is not type(None)]
-            default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-            options = {"default": default, "help": helps[f.name].replace("%", "%%")}
-            if bool in (kind, *members):
-                options["action"] = argparse.BooleanOptionalAction
-            elif typing.get_origin(kind) is Literal:
-                options["choices"] = members
-            elif typing.get_origin(kind) in (list, tuple):
-                options |= {"nargs": "*", "type": members[0]}
-            else:
-                options["type"] = kind
-            group.add_argument(f"--{f.name.replace('_', '-')}", **options)
+        for name, kind in get_type_hints(cls).items():
+            members = [a for a in get_args(kind) if a is not type(None)]
+            options = ({"action": argparse.BooleanOptionalAction} if bool in (kind, *members) else
+                       {"choices": members} if get_origin(kind) is Literal else
+                       {"type": members[0], "nargs": "*"} if get_origin(kind) in (list, tuple) else
+                       {"type": kind})
+            group.add_argument(f"--{name.replace('_', '-')}", default=usual[name], **options,
+                               help=helps[name].replace("%", "%%"))
 
-    early = Parser(add_help=False, allow_abbrev=False)
-    for flag, default in {"model": "", "device": "", "size": 64, "lowres": -1}.items():
-        early.add_argument(f"--{flag}", type=type(default), default=default)
-    known, _ = early.parse_known_args(argv)                                   # they move the defaults
+    parser.set_defaults(model="", lowres=-1)                                  # of these the defaults move
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     name = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
     lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
     row = (64 if not lowres else 256 if known.size <= 256 else 1024), name
-    if row in PRESETS:                                                        # else the parser will complain
-        parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
-                            min_size=known.size if lowres else 8)
+    parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
+                        min_size=known.size if lowres else 8, out=f"runs/{known.size}")
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
         die(f"{twice[0]} is given twice. Give all of its values once")
     values = vars(parser.parse_args(argv))
-    values["out"] = values["out"] or f"runs/{values['size']}"
     configs = tuple(cls(**{f.name: tuple(values[f.name]) if isinstance(f.default, tuple) else values[f.name]
-                           for f in dataclasses.fields(cls)}) for cls in typing.get_args(Configs))
+                           for f in dataclasses.fields(cls)}) for cls in get_args(Configs))
     check(*configs)
     return configs
 
@@ -206,19 +196,6 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     diffusion.make_schedule(diff_cfg, cfg.size)
 
 
-def differences(stored: dict, configs: Configs) -> None:
-    """Compare a checkpoint's configuration with this run's: shape must match, the rest is noted."""
-    for config in configs:
-        for name, value in dataclasses.asdict(config).items():
-            group, flag = type(config).__name__, f"--{name.replace('_', '-')}"
-            old = stored.get(group, {}).get(name, value)
-            if name in MACHINE or json.dumps(old) == json.dumps(value):
-                continue
-            if name in SHAPE or group in SHAPE:
-                raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
-            say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
-
-
 # --------------------------------------------------------------------------------------------- parts of a run
 class Net(nn.Module):
     """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
@@ -245,7 +222,7 @@ class Net(nn.Module):
     def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
         """The condition of the U-Net, from token ids where the text encoder trains along."""
         if ids is not None:
-            condition |= zip(("context", "mask", "pooled"), self.text_encoder(ids, condition["mask"]))
+            condition |= zip(TEXT, self.text_encoder(ids, condition["mask"]))
         return condition
 
     def augment(self, small: Tensor, u: Tensor, _, keys: Tensor) -> dict[str, Tensor]:
@@ -265,7 +242,16 @@ def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> t
     found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
     if found is None: return 0, 0
     folder, tensors, meta = found
-    differences(json.loads(meta["config"]), configs)
+    stored = json.loads(meta["config"])
+    for config in configs:                                    # shape must match, the rest is noted
+        for name, value in dataclasses.asdict(config).items():
+            group, flag = type(config).__name__, f"--{name.replace('_', '-')}"
+            old = stored.get(group, {}).get(name, value)
+            if name in MACHINE or json.dumps(old) == json.dumps(value):
+                continue
+            if name in SHAPE or group in SHAPE:
+                raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
+            say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
     state.load(*tensors, scaler=json.loads(meta["scaler"]))
     if meta["text"] != text.fingerprint:
         raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
@@ -306,16 +292,14 @@ def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: T
     if text.counts["cut"] > 1 and not text.counts["said"]:                    # once, of more than an example
         text.counts["said"] = 1
         say(f"note: {text.counts['cut']} of {text.counts['captions']} captions are cut. See --text-length")
-    lowres = {}
-    if "lowres" in batch:
-        lowres = net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
     if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
         longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
         ids, mask = ids[:, :longest], mask[:, :longest]
     ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask & torch.as_tensor(kept).view(-1, 1)))
-    if text.trainable:
-        return {"ids": ids, "mask": mask, **lowres}
-    return dict(zip(("context", "mask", "pooled"), text(ids, mask)), **lowres)
+    condition = {"ids": ids, "mask": mask} if text.trainable else dict(zip(TEXT, text(ids, mask)))
+    if "lowres" in batch:
+        condition |= net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
+    return condition
 
 
 # --------------------------------------------------------------------------------------- what a user looks at
@@ -334,8 +318,7 @@ def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: 
         loss, other = (net(x0, eps, t, **condition_of(net, text, b, device))[1] for b in (right, wrong))
         buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(t), BUCKETS)
         sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
-    if world > 1:
-        dist.all_reduce(sums)
+    if world > 1: dist.all_reduce(sums)
     total, count, gap = sums.split([BUCKETS, BUCKETS, 1])
     return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
@@ -369,10 +352,6 @@ def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, w
     return {"step": step, "images": images, **{k: number(v) for k, v in line.items()},
             "skipped": int(skipped / world), "replaced": int(replaced),
             "buckets": [number(x) for x in sums / counts.clamp(min=1)]}
-
-
-def number(x: Tensor | float) -> float:
-    return float(f"{float(x):.6g}")                                           # enough digits for a log
 
 
 def report(configs: Configs, parameters: int, flops: float, speed: float, peak: float, device) -> None:
@@ -416,11 +395,13 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
 def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 0, world: int = 1) -> tuple:
     """The text encoder, and the Net that is trained; the ranks put the captions of `sets` in --text-cache."""
     cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
-    until_stop = lambda items: takewhile(lambda _: not stop, items)
+    caches, until_stop = [], lambda items: takewhile(lambda _: not stop, items)
 
     def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
         if cfg.dry_run:                                       # as large as can be, and nothing is written
             return lambda _: (torch.zeros(encoder.length, encoder.dim), torch.zeros(encoder.pooled_dim))
+        if text_cfg.text_cache == "shards":
+            return lambda caption: model.Cache(caption.key, encoder.fingerprint, caption.embeddings)[caption]
         cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         ours = (c for pictures in sets for c in pictures.captions() if zlib.crc32(c.encode()) % world == rank)
         filling = cache.fill(until_stop(ours), lambda texts: load() and until_stop(
@@ -428,9 +409,32 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
         while model.agreed(next(filling, 0), world) and not model.agreed(len(stop), world): pass
         if model.agreed(len(stop), world):
             raise SystemExit(say("stopping before the first step; run the same command to continue"))
-        return model.Cache(cache.folder, encoder.fingerprint).__getitem__
+        caches.append(model.Cache(cache.name, encoder.fingerprint))
+        return caches[-1].__getitem__
 
+    def beside(texts: list[str]) -> bytes:                    # of a picture, from all encoders
+        tensors, meta = {}, {}
+        for cache in caches:
+            cache.pack({text: cache[text] for text in texts}, tensors, meta)
+        return safetensors.torch.save(tensors, meta)
+
+    for pictures in sets:
+        pictures.embedded = text_cfg.text_cache == "shards"
     text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
+    if text_cfg.text_shards:
+        shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
+        names = {path.name for path in shards if path.suffix == ".tar"}
+        damaged = [line for line in sets[0].warnings if "damaged after" in line]
+        if not caches or not shards or len(names) < len(shards) or data_cfg.limit or damaged:
+            raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
+                             "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
+                             f"names of their own. {' '.join(damaged)}".rstrip())
+        os.makedirs(text_cfg.text_shards, exist_ok=True)
+        for path in until_stop(shards[rank::world]):
+            if not (target := Path(text_cfg.text_shards, path.name)).exists():
+                data.copy_shard(str(path), str(target), beside)
+                say(f"wrote {target}")
+        raise SystemExit
     planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)
@@ -451,7 +455,7 @@ def main(argv: list[str]) -> None:
     # What is trained, on what; where it stands.
     train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
     uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
-    text, net = build(configs, device, (train_set, val_set), stop, rank, world)
+    text, net = build(configs, device, (train_set, val_set, uncut), stop, rank, world)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                         cfg.train_only, cfg.optimizer == "muon")
     first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
@@ -483,6 +487,7 @@ def main(argv: list[str]) -> None:
             "versions": json.dumps(software)}
     if writes:
         (out / "config.json").write_text(json.dumps({**recipe, "versions": software}, indent=1), "utf-8")
+    put = lambda name, content: writes and model.put(out / name, content, say)
     tally = torch.zeros(2 * BUCKETS + 6, device=device)       # what log_line reads
     squares = torch.zeros(2, 100, device=device)              # sums and counts for --t-density importance
     in_a_row = torch.zeros((), device=device)                 # updates that were skipped, up to now
@@ -498,8 +503,7 @@ def main(argv: list[str]) -> None:
 
             # Log: the only place where the host waits for the device.
             if step > first and (log or last or (cfg.dry_run and step in (2, 6))):
-                if world > 1:
-                    dist.all_reduce(tally)
+                if world > 1: dist.all_reduce(tally)
                 line = log_line(tally, step, images, model.clock(device) - since, rate(step - 1, cfg), world)
                 line["share_of_peak"] = number(3 * flops * line["pictures/s"] / world / peak)
                 since = model.clock(device)
@@ -512,8 +516,7 @@ def main(argv: list[str]) -> None:
                 bar.set_postfix({k: line[k] for k in ("loss", "pictures/s")})
                 if bar.disable:
                     say("  ".join(f"{k} {line[k]}" for k in ("step", "loss", "grad_norm", "pictures/s")))
-                if writes:
-                    model.put(out / "metrics.jsonl", line, say)
+                put("metrics.jsonl", line)
                 if cfg.dry_run and (last or step == 6):
                     return report(configs, parameters, flops, line["pictures/s"], peak, device)
 
@@ -533,12 +536,10 @@ def main(argv: list[str]) -> None:
                 with autocast:
                     line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
-                if writes:
-                    model.put(out / "metrics.jsonl", line, say)
+                put("metrics.jsonl", line)
             if sample and writes:
                 with autocast:
-                    grid = sample_grid(state.ema, text, shown, device)
-                model.put(out / f"samples/{step:06d}.png", grid, say)
+                    put(f"samples/{step:06d}.png", sample_grid(state.ema, text, shown, device))
             since += model.clock(device) - began if save or val or sample else 0
             if last:
                 return
@@ -559,7 +560,7 @@ def main(argv: list[str]) -> None:
                 condition = condition_of(net, text, part, device, cfg.seed, kept)
                 if step == 0 and start == 0 and writes:
                     x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    model.put(out / "first_batch.png", first_batch(x0, x_t, t, part, kept, condition), say)
+                    put("first_batch.png", first_batch(x0, x_t, t, part, kept, condition))
                 with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
                     with autocast:
                         loss, raw = run(x0, eps, t, **condition)
@@ -569,8 +570,7 @@ def main(argv: list[str]) -> None:
                 sums, counts = diffusion.loss_buckets(raw, net.schedule.logsnr(t), BUCKETS)
                 tally += F.pad(torch.cat([sums, counts, loss.sum()[None]]), (0, 5))
             if net.importance:
-                if world > 1:
-                    dist.all_reduce(squares)
+                if world > 1: dist.all_reduce(squares)
                 net.importance.update(*squares)
             squares.zero_()
             norm, bad = state.update(rate(step, cfg))

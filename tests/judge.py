@@ -150,7 +150,7 @@ def load(device: torch.device | None = None) -> Judge:
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mark = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
     for i in range(64):
-        mark.update(data.picture(i, 64)[0].tobytes())
+        mark.update(data.draw(data.scene(i), 64).tobytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limn"
     kept = folder / f"judge-{mark.hexdigest()}.safetensors"
     if not kept.exists():

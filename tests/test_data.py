@@ -30,7 +30,6 @@ from data import (
     keyed,
     loader,
     permute,
-    picture,
     scene,
 )
 
@@ -217,10 +216,10 @@ def test_captions_are_true_short_and_differ():
 def test_pictures_are_pure_and_the_same_at_every_size():
     means = lambda array, n: array.reshape(3, n, -1, n, array.shape[2] // n).mean((2, 4))
     for i in itertools.chain(range(20), (n for n in range(200) if scene(n).word)):
-        small, large = picture(i, 64)[0], picture(i, 256)[0]
+        small, large = draw(scene(i), 64), draw(scene(i), 256)
         assert small.shape == (3, 64, 64)
         assert small.dtype == np.uint8
-        np.testing.assert_array_equal(small, picture(i, 64)[0])
+        np.testing.assert_array_equal(small, draw(scene(i), 64))
         limit = 2.5
         assert np.abs(means(large, 64) - small).mean() < limit, i
     huge = draw(scene(3), 1024)
@@ -241,7 +240,7 @@ def test_a_thing_is_mostly_in_its_own_colour():
 
 def test_built_in_pictures_do_not_change_by_accident():
     """Recorded when they were last changed on purpose; runs trained on other pictures do not fit them."""
-    digest = [int(picture(i, 64)[0].astype(np.int64).sum()) for i in range(4)]
+    digest = [int(draw(scene(i), 64).astype(np.int64).sum()) for i in range(4)]
     assert digest == GOLDEN[0]
     assert captions(scene(0))[-1] == GOLDEN[1]
 
@@ -351,7 +350,7 @@ def test_crops_lie_where_they_are_told(width, height, keep, right, down):
 
 
 def test_jpeg_draft_gives_the_same_picture():
-    smooth = Image.fromarray(picture(5, 256)[0].transpose(1, 2, 0)).resize((1024, 1024))
+    smooth = Image.fromarray(draw(scene(5), 256).transpose(1, 2, 0)).resize((1024, 1024))
     slow, fast = decode(encoded(smooth), 32), decode(encoded(smooth, "JPEG", quality=95), 32)
     assert np.abs(slow.astype(int) - fast).mean() < 3
 
@@ -628,7 +627,51 @@ def test_two_pictures_of_one_name_keep_the_caption_with_the_first(tmp_path):
     pictures = open_source(tmp_path / "a", held_out=0)
     assert len(pictures) == 1
     assert pictures[0]["caption"] in ("picture 0", "number 0")
-    assert any("1 names" in line for line in pictures.warnings)
+    assert any("1 duplicate keys" in line for line in pictures.warnings)
+
+
+def test_a_shard_is_copied_with_something_beside_each_picture(tmp_path):
+    """Every member as it was, byte for byte; what an earlier copy put beside the pictures is replaced."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        add(tar, "text first.txt", b"first")
+        add(tar, "deep/two.dots.JPG", encoded(flat(), "JPEG"), mtime=12345, uid=7)
+        add(tar, "deep/two.dots.clip.safetensors", b"of another program")
+        add(tar, "deep/two.dots.txt", b"second\nsecond again")
+        add(tar, "link.png", type=tarfile.SYMTYPE, linkname="deep/two.dots.JPG")
+        for value in (3, 4):
+            add(tar, "twice.png", encoded(flat((value, value, value))))
+            add(tar, "twice.txt", f"value {value}".encode())
+        add(tar, "x" * 180 + ".png", encoded(flat()))
+        add(tar, "text first.png", encoded(flat()))
+    path = folder / "a.tar"
+    for turn in ("out", "again"):
+        (tmp_path / turn).mkdir()
+        seen = []
+        data.copy_shard(str(path), str(tmp_path / turn / "a.tar"),
+                        lambda texts: seen.append(texts) or f"{turn} {texts}".encode())
+        path = tmp_path / turn / "a.tar"
+        assert seen == [["second", "second again"], ["value 3"], [], ["first"]]
+        assert [p.name for p in path.parent.iterdir()] == ["a.tar"]
+        with tarfile.open(folder / "a.tar") as old, tarfile.open(path) as new:
+            read = lambda tar: [(m.name, m.mtime, m.uid, m.type, m.isreg() and tar.extractfile(m).read())
+                                for m in tar]
+            before, after = read(old), read(new)
+        assert [member for member in after if not member[0].endswith(".t5.safetensors")] == before
+        names = [member[0] for member in after]
+        assert [names[i - 1] for i, name in enumerate(names) if name.endswith(".t5.safetensors")] == [
+            "deep/two.dots.JPG", "twice.png", "x" * 180 + ".png", "text first.png"]
+        pictures, plain = (open_source(p, held_out=0) for p in (path, folder / "a.tar"))
+        assert (pictures.fingerprint, pictures.warnings[0]) == (plain.fingerprint, plain.warnings[0])
+        assert pictures[0]["caption"].embeddings == b""
+        pictures.embedded = plain.embedded = True
+        found = {item["key"]: item["caption"] for item in stream(pictures, 4)}
+        assert {key[2:7]: caption.embeddings.decode() for key, caption in found.items()} == {
+            "text ": f"{turn} {['first']}", "deep/": f"{turn} {['second', 'second again']}",
+            "twice": f"{turn} {['value 3']}", "xxxxx": f"{turn} []"}
+        assert all(caption.key == key for key, caption in found.items())
+        assert {item["caption"].embeddings for item in stream(plain, 4)} == {b""}
 
 
 def test_an_empty_or_wrong_folder_is_one_clear_error(tmp_path):
@@ -839,7 +882,7 @@ def test_shared_memory_is_not_used():
 def test_the_low_resolution_picture_is_that_of_a_real_file_to_the_bit(tmp_path):
     """The kernel of training, on a picture of the stage's size, is the one that reads a file for sampling."""
     for i in range(3):
-        Image.fromarray(data.picture(i, 64)[0].transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+        Image.fromarray(data.draw(data.scene(i), 64).transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
     source = data.Pictures(data.DataConfig(data=[str(tmp_path)], lowres=16, held_out=0), 64, 0)
     for position in range(3):
         item = source[position]

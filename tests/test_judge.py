@@ -49,12 +49,12 @@ def test_scores_count_kinds_colours_and_relations():
 
 
 def test_pictures_with_captions_are_read_at_64_pixels(tmp_path):
-    larger = np.stack([data.picture(i, 128)[0] for i in range(3)])
+    larger = np.stack([data.draw(data.scene(i), 128) for i in range(3)])
     np.savez(tmp_path / "drawn.npz", pictures=larger, captions=np.array(["a red car", "a cat", "a sun"]))
     pictures, texts = judge.read_pictures(str(tmp_path / "drawn.npz"))
     assert pictures.shape == (3, 3, 64, 64)
     assert texts[0] == "a red car"
-    assert np.abs(pictures[0].numpy().astype(int) - data.picture(0, 64)[0]).mean() < 2
+    assert np.abs(pictures[0].numpy().astype(int) - data.draw(data.scene(0), 64)).mean() < 2
 
 
 def test_an_untrained_judge_answers_for_any_batch():

@@ -627,6 +627,39 @@ def test_what_an_encode_function_leaves_out_stays_missing(tmp_path):
     assert all(cache[text] for text in MANY)
 
 
+def test_one_file_keeps_what_several_encoders_make_of_a_text(tmp_path):
+    tensors, meta, entries = {}, {}, {}
+    for i, name in enumerate(("first", "second")):
+        entries[name] = torch.full((i + 2, 3), float(i)).bfloat16(), torch.zeros(5).bfloat16()
+        model.Cache("", name, b"").pack({"a cow": entries[name]}, tensors, meta)
+    content = safetensors.torch.save(tensors, meta)
+    for name, entry in entries.items():
+        cache = model.Cache("0/7", name, content)
+        assert all(torch.equal(a, b) for a, b in zip(cache["a cow"], entry))
+        with pytest.raises(ValueError, match=r"0/7 has no embedding of 'a sheep'. Write the shards again"):
+            cache["a sheep"]
+    with pytest.raises(ValueError, match="0/7 was made with first second, this run uses third"):
+        model.Cache("0/7", "third", content)
+    with pytest.raises(ValueError, match="0/7 has no embedding of 'a cow'"):
+        model.Cache("0/7", "first", b"")["a cow"]
+    rng, errors = random.Random(0), 0
+    for damage in range(200):
+        broken = bytearray(content)
+        if damage < 20:
+            broken = broken[: rng.randrange(1, len(content))]
+        else:
+            broken[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        try:
+            found = model.Cache("0/7", "second", bytes(broken))["a cow"]
+        except ValueError as error:
+            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            errors += 1
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(found, entries["second"]))
+    assert errors > 60  # the rest hit the first encoder's
+
+
 def test_a_stale_cache_is_an_error(t5_folder, clip_folder, tmp_path, spiece):
     config = TextConfig([str(t5_folder)], 32, text_cache=str(tmp_path / "cache"))
     cached(config, MANY)

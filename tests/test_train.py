@@ -1,6 +1,7 @@
 """train.py: flags, formulas, the loop, resuming, signals, faults; in this process where that is possible."""
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import types
 import typing
@@ -1149,8 +1151,109 @@ def test_training_from_the_text_cache_never_reads_the_encoder(byt5, tmp_path, mo
         run(tmp_path / "other", *cached)
 
 
+def shards_of(folder, count=2, size=24):
+    """Shards of built-in pictures, each with all of its captions."""
+    folder.mkdir()
+    for shard in range(count):
+        with tarfile.open(folder / f"{shard:05}.tar", "w") as tar:
+            for i in range(shard * size, shard * size + size):
+                shown, captions = data.draw(data.scene(i), 16), data.captions(data.scene(i))
+                stream = io.BytesIO()
+                Image.fromarray(shown.transpose(1, 2, 0)).save(stream, "PNG")
+                for suffix, content in (("png", stream.getvalue()), ("txt", "\n".join(captions).encode())):
+                    member = tarfile.TarInfo(f"{i:04}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+
 def unread(*_):
     raise AssertionError("the encoder is read")
+
+
+def members(path):
+    with tarfile.open(path) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar}
+
+
+@pytest.mark.parametrize("beside", ["", "bytes ", "bytes again "])
+def test_training_from_embeddings_inside_shards(byt5, tmp_path, monkeypatch, beside, capsys):
+    """The same weights as from a cache; the encoder is never read, and the pictures are as they were."""
+    if "again" in beside:                                                     # another frozen encoder
+        shutil.copytree(byt5, tmp_path / "again")
+        (tmp_path / "again/config.json").write_text(
+            (byt5 / "config.json").read_text().replace('"t5"', '"mt5"'))
+    before = shards_of(tmp_path / "before")
+    same = [f"--text-encoder {beside}{byt5}", "--steps 2", "--sample-every 2", "--val-every 2",
+            "--val-images 3", "--held-out 6", "--text-length 64"]
+    cached = [*same, f"--data {before}", f"--text-cache {tmp_path / 'cache'}"]
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            run(tmp_path / "writer", *cached, "--text-shards after")
+        assert not end.value.code
+    assert re.findall(r"wrote (.*)", capsys.readouterr().out) == ["after/00000.tar", "after/00001.tar"]
+    for path in before.iterdir():
+        old, new = members(path), members(tmp_path / "after" / path.name)
+        assert {name: new[name] for name in old} == old
+        assert [name for name in new if name not in old] == [f"{name[:4]}.t5.safetensors" for name in old
+                                                             if name.endswith("png")]
+        assert [name[4:] for name in list(new)[:3]] == [".png", ".t5.safetensors", ".txt"]
+    run(tmp_path / "folder", *cached)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(text_encoder.Weights, "fill", unread)
+    run(tmp_path / "inside", *same, "--data after", "--text-cache shards", "--workers 2")
+    assert not (tmp_path / "shards").exists()
+    folder, inside = (model.load_checkpoint(tmp_path / name) for name in ("folder", "inside"))
+    assert folder[2]["data"] == inside[2]["data"]                             # the same pictures
+    assert all(torch.equal(folder[1][0][name], inside[1][0][name]) for name in folder[1][0])
+    lines = [[{key: value for key, value in line.items() if key not in ("pictures/s", "share_of_peak")}
+              for line in metrics(name)]
+             for name in ("folder", "inside")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("wrong", [
+    "--text-cache cache --limit 8", "--text-cache cache --data loose", "--data before",
+    "--text-cache cache --data before --limit 2", "--text-cache cache --data torn",
+    "--text-cache cache --data before before", "--text-cache cache --data before --text-encoder bytes"])
+def test_shards_that_cannot_be_written_are_an_error(byt5, tmp_path, wrong):
+    shards_of(tmp_path / "before", 1, 4)
+    folder_of(tmp_path / "loose", 4)
+    torn = shards_of(tmp_path / "torn", 1, 4) / "00000.tar"
+    torn.write_bytes(torn.read_bytes()[:5000])
+    named = r".* 00000.tar: damaged after \d pictures \(.*\); using those" if "torn" in wrong else ""
+    with pytest.raises(ValueError, match="--text-shards after needs a folder as --text-cache, a fr" + named):
+        run("run", f"--text-encoder {byt5}", "--text-shards after", "--text-length 64",
+            *(f"--{change}".strip() for change in wrong.split("--")[1:]))
+    assert not Path("after").exists()
+
+
+def test_stale_torn_and_missing_embeddings_end_training(byt5, tmp_path, capfd):
+    """In one line, and never with another caption's embedding."""
+    before = shards_of(tmp_path / "before", 1)
+    same = [f"--text-encoder {byt5}", "--steps 2", "--text-length 64"]
+    with pytest.raises(SystemExit):
+        run("writer", *same, f"--data {before}", "--text-cache cache", "--text-shards after")
+    capfd.readouterr()
+    inside = [*same, "--data after", "--text-cache shards"]
+    with pytest.raises(ValueError, match=r"00000/\d{4} was made with byt5 d=24 length=64 .*this run uses "
+                                         r"byt5 d=24 length=32 .*\. Write the shards again$"):
+        run("stale", *inside, "--text-length 32")
+    with pytest.raises(ValueError, match=r"00000/\d{4} has no embedding of 'a .*'. Write the shards again"):
+        run("missing", *same, f"--data {before}", "--text-cache shards")
+    path = tmp_path / "after/00000.tar"
+    whole = path.read_bytes()
+    torn = bytearray(whole)
+    with tarfile.open(path) as tar:
+        parts = [member for member in tar if member.name.endswith(".safetensors")]
+    for member in parts:
+        torn[member.offset_data + member.size - 1] ^= 1
+    path.write_bytes(torn)
+    line = dies(capfd, lambda: [run(f"torn{seed}", *inside, f"--seed {seed}") for seed in range(20)], 2)
+    assert re.search(r"00000/\d{4} is damaged at 'a .*Write the shards again", line)
+    path.write_bytes(whole.replace(b"a red", b"a sad").replace(b"a blue", b"a good"))     # captions changed
+    line = dies(capfd, lambda: [run(f"other{seed}", *inside, f"--seed {seed}") for seed in range(20)], 2)
+    assert re.search(r"has no embedding of 'a .*(sad|good)", line)
 
 
 def test_a_dry_run_does_not_fill_the_cache(byt5, tmp_path, monkeypatch, capsys):
