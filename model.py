@@ -295,8 +295,7 @@ def around(x_t: Tensor, lowres: Tensor, level: tuple[Tensor, Tensor], noise: tup
 
 def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
-    Coordinates as channels (Liu et al. 2018, arXiv:1807.03247): text can then say where, at any size. The 4
-    keeps them above the noise: the conditioning gap of tiny doubled."""
+    Coordinates as channels (Liu et al. 2018, arXiv:1807.03247). 4, to be above the noise: the gap doubled."""
     y, x = ((torch.arange(n, device=device) + 0.5) / n * 2 - 1 for n in (height, width))
     plane = torch.stack(torch.meshgrid(y, x, indexing="ij"))                          # (2, H, W)
     angles = torch.cat([plane * math.pi / 2 * k for k in (1, 2, 4)])
@@ -358,8 +357,7 @@ def choose_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name or next(k for k, found in there.items() if found)
     if not there.get(kind):
-        choices = ", ".join(k for k, found in there.items() if found)
-        raise ValueError(f"--device {name} is not here. Choose from {choices}")
+        raise ValueError(f"--device {name} is not here. Choose from {[k for k in there if there[k]]}")
     if kind != "cuda":
         return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -566,8 +564,7 @@ class State:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The two files of a checkpoint, {"ema", "train"}, under plain names."""
-        train = {f"weights.{name}": value for name, value in self.net.state_dict().items()}
-        train["updates"] = self.updates
+        train = {"updates": self.updates, **{f"weights.{k}": v for k, v in self.net.state_dict().items()}}
         for name, p in self.net.named_parameters():
             parts = self.optimizer.state.get(p, {})
             train |= {f"optimizer.{name}.{part}": value for part, value in parts.items()}
@@ -702,7 +699,7 @@ class Cache:
 
     def __init__(self, name: Path | str, fingerprint: str, content: bytes | None = None):
         self.name, self.fingerprint, self.found = name, fingerprint, {}      # hash -> function to read, mark
-        self.fix = "" if content is None else "Write the shards again"
+        self.fix = "Delete it or use another --text-cache" if content is None else "Write the shards again"
         for source in sorted(name.glob("*.safetensors")) if content is None else filter(None, [content]):
             self.open(source)
 
@@ -716,11 +713,10 @@ class Cache:
                 marks, read = file.metadata(), file.get_tensor
             made_by = marks.pop("fingerprint")
         except Exception as e:                                 # safetensors raises nearly anything
-            name, fix = (self.name, self.fix) if isinstance(source, bytes) else (source, "Delete it")
-            raise ValueError(f"{name} is damaged: {' '.join(str(e).split())[:200]}. {fix}") from None
+            name = self.name if isinstance(source, bytes) else source
+            raise ValueError(f"{name} is damaged: {' '.join(str(e).split())[:200]}. {self.fix}") from None
         if self.fingerprint not in made_by:
-            raise ValueError(f"{self.name} was made with {made_by}, this run uses {self.fingerprint}. "
-                             f"{self.fix or 'Delete it or use another --text-cache'}")
+            raise ValueError(f"{self.name} was made with {made_by}, not {self.fingerprint}. {self.fix}")
         self.found |= {key: (read, mark) for key, mark in marks.items()}
 
     def key(self, text: str) -> str:
@@ -757,16 +753,14 @@ class Cache:
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)
         if key not in self.found:
-            fix = self.fix or "Start again to add it"
-            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
+            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. Start again, or: {self.fix}")
         read, mark = self.found[key]
         try:
             entry = tuple(read(f"{key}.{i}") for i in range(mark.count(" ")))
             if self.mark(entry) != mark:
                 raise ValueError("it does not match its checksum")
         except Exception as e:
-            fix = self.fix or "Delete it"
-            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {fix}") from None
+            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {self.fix}") from None
         return entry
 
 
@@ -864,11 +858,6 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 7, 16 - a, 12 - a]).real.max())
 
 
-def response(updates: int, width: float, edges: np.ndarray) -> np.ndarray:
-    """What the updates between `edges` weigh, all in all, in the power average of the first `updates`."""
-    return np.diff(np.minimum(edges / updates, 1) ** (exponent(width) + 1))
-
-
 def save_snapshot(folder: Path, step: int, tensors: dict[str, Tensor], updates: int, most: int) -> None:
     """Write `folder`/STEP.safetensors, whole or not at all; of all of them the newest and most even stay."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -893,8 +882,8 @@ def reconstruct(folder: Path, step: int, width: float, warn=print) -> dict[str, 
         with safe_open(path, "pt") as f:
             counts.append(int(f.metadata()["updates"]))
     edges = np.linspace(0, counts[-1], min(counts[-1], 10000) + 1)
-    columns = np.stack([response(n, profile, edges) for n in counts for profile in PROFILES], 1)
-    wanted = response(counts[-1], width, edges)
+    weigh = lambda n, width: np.diff(np.minimum(edges / n, 1) ** (exponent(width) + 1))      # of n updates
+    columns, wanted = np.stack([weigh(n, p) for n in counts for p in PROFILES], 1), weigh(counts[-1], width)
     last = columns[:, -1:]                                     # shares sum to 1: fit what is not the last
     shares = np.linalg.lstsq(columns[:, :-1] - last, wanted - last[:, 0])[0]
     shares = np.append(shares, 1 - shares.sum())
