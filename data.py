@@ -421,7 +421,7 @@ def copy_shard(path: str, target: str, beside: Callable[[list[str]], bytes]) -> 
     with tarfile.open(path, "r:") as old, tarfile.open(f"{target}.part", "w") as new:
         for member in old:
             old.fileobj.seek(member.offset_data)
-            if not member.name.endswith(".t5.safetensors"):
+            if not member.name.lower().endswith(".t5.safetensors"):
                 new.addfile(member, old.fileobj if member.isreg() else None)
             if member.offset_data in rows:
                 content = beside(source.captions(rows[member.offset_data]))

@@ -589,6 +589,7 @@ class State:
             self.net.load_state_dict({k[8:]: v for k, v in train.items() if k.startswith("weights.")})
         except RuntimeError as e:
             raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+        train.setdefault("updates", next((v for k, v in train.items() if k.endswith(".step")), self.updates))
         for name, value in [*self.snapshot().items(), ("updates", self.updates)]:
             value.copy_(train[name])
         named = dict(self.net.named_parameters())
@@ -655,15 +656,15 @@ def _fsync(path: Path) -> None:
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, str]) -> None:
     """Write one safetensors file with `meta` and its own checksum, whole or not at all; it is on disk
     afterwards, else OSError."""
-    meta, temp = {"format": FORMAT, **meta}, path.with_name(f".tmp-{os.getpid()}")
+    meta, temp = {"format": FORMAT, **meta}, path.with_name(f".tmp-{os.getpid()}-{path.name}")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     try:
         save_file(tensors, temp, metadata={**meta, "sha256": checksum(tensors, meta)})
     except SafetensorError as e:                               # a full disk, say
+        temp.unlink(missing_ok=True)
         code = re.search(r"os error (\d+)", str(e))
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(str(e)) from e
-    umask = os.umask(0)
-    os.umask(umask)
+    os.umask(umask := os.umask(0))
     os.chmod(temp, 0o666 & ~umask)                             # safetensors creates it 0600
     _fsync(temp)
     os.replace(temp, path)

@@ -75,8 +75,9 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
             unread(encoder, texts)
             said[key] = {text: entry for text in texts
                          for _, *entry in text_encoder.encode_captions(encoder.to(device), [text])}
+            encoder.counts.clear()                             # they have been warned of
             encoder.to("meta")                                 # frees the weights, whoever holds the encoder
-        return said[key].__getitem__
+        return lambda text: said[key][text_encoder.clean(text)]
     return cached
 
 
@@ -365,19 +366,18 @@ def main(argv: list[str]) -> None:
     args = arguments(argv)
     device, out = model.choose_device(args.device), Path(args.out)
     (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)  # at once
-    if args.rank:                                              # opened already, its weights come later
-        text_encoder.load_text_encoder(text_encoder.TextConfig([args.rank]), lambda *_: None)
+    if args.rank:                                              # read and dropped: its faults come early
+        text_encoder.load_image_encoder(args.rank, config := text_encoder.TextConfig([args.rank]))
+        text_encoder.load_text_encoder(config, lambda *_: None)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or model.cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name in LISTS:
         if len(paths) < len(given := getattr(args, name)):
             raise ValueError(f"{LISTS[name][0]} has {len(given)} values for {len(paths)} stage(s)")
-    if not all(prompt.strip() for prompt in args.wanted):
-        print("note: empty prompt, drawing without one")
+    if not all(prompt.strip() for prompt in args.wanted): print("note: empty prompt, drawing without one")
     prompts, pictures = [prompt for prompt in args.wanted for _ in range(args.n)], None
     load = partial(load_stage, device=device, cached=reader([*prompts, args.negative], device))
-    if args.autoguide:
-        load(Path(args.autoguide))                             # its words first, too
+    if args.autoguide: load(Path(args.autoguide))              # its words first, too
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
         pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures)

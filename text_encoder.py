@@ -585,7 +585,7 @@ class CachedEncoder(TextEncoder):
 
     def tokenize(self, captions: list[str]):
         none = torch.zeros(0, self.dim), torch.zeros(self.pooled_dim)
-        found = [self.lookup(caption) if caption else none for caption in captions]
+        found = [self.lookup(caption) if clean(caption) else none for caption in captions]
         rows = [torch.cat([F.pad(x, (0, 0, 0, self.length - len(x))).flatten(), y]) for x, y in found]
         self.first += len(self.found) - 2                       # the number of the nan before the rows
         self.found = F.pad(torch.stack(rows).bfloat16(), (0, 0, 1, 1), value=math.nan)

@@ -78,7 +78,7 @@ LADDER = {256: 64, 1024: 256}                                                 # 
 MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
          "optimizer", "max_aug", "t_density", "t_mean", "t_std"]                # a row may end early
 PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
-    (64, "tiny"):   (5100,   16,  .0015, 50,   3500,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5),
+    (64, "tiny"):   (4600,   16,  .0015, 50,   3200,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5),
     (64, "small"):  (50000,  256, 3e-4,  1000, 5000,  .999,  "v",  64, 0),
     (64, "base"):   (200000, 512, 1e-4,  1000, 20000, .9999, "v",  64, 0),
     (64, "large"):  (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
@@ -160,10 +160,11 @@ def parse(argv: list[str]) -> Configs:
     lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
     row = (64 if not lowres else 256 if known.size <= 256 else 1024), name
     parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
-                        min_size=known.size if lowres else 8, out=f"runs/{known.size}")
+                        min_size=known.size if lowres else 8)
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
         die(f"{twice[0]} is given twice. Give all of its values once")
     values = vars(parser.parse_args(argv))
+    values["out"] = values["out"] or f"runs/{values['size']}"
     configs = tuple(cls(**{f.name: tuple(values[f.name]) if isinstance(f.default, tuple) else values[f.name]
                            for f in dataclasses.fields(cls)}) for cls in get_args(Configs))
     check(*configs)
@@ -246,9 +247,8 @@ def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> t
     for config in configs:                                    # shape must match, the rest is noted
         for name, value in dataclasses.asdict(config).items():
             group, flag = type(config).__name__, f"--{name.replace('_', '-')}"
-            old = stored.get(group, {}).get(name, value)
-            if name in MACHINE or json.dumps(old) == json.dumps(value):
-                continue
+            old = stored.get(group, {}).get(name, getattr(type(config)(), name))
+            if name in MACHINE or json.dumps(old) == json.dumps(value): continue
             if name in SHAPE or group in SHAPE:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
             say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
@@ -405,7 +405,7 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
         cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         ours = (c for pictures in sets for c in pictures.captions() if zlib.crc32(c.encode()) % world == rank)
         filling = cache.fill(until_stop(ours), lambda texts: load() and until_stop(
-            text_encoder.encode_captions(encoder.to(device), texts)))
+            text_encoder.encode_captions(encoder.to(device), texts)), 1024)   # the ranks meet after each part
         while model.agreed(next(filling, 0), world) and not model.agreed(len(stop), world): pass
         if model.agreed(len(stop), world):
             raise SystemExit(say("stopping before the first step; run the same command to continue"))
@@ -421,20 +421,20 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
     for pictures in sets:
         pictures.embedded = text_cfg.text_cache == "shards"
     text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
-    if text_cfg.text_shards:
+    if text_cfg.text_shards and not cfg.dry_run:
         shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
-        names = {path.name for path in shards if path.suffix == ".tar"}
         damaged = [line for line in sets[0].warnings if "damaged after" in line]
-        if not caches or not shards or len(names) < len(shards) or data_cfg.limit or damaged:
+        apart = len({path.name for path in shards if path.suffix == ".tar"}) == len(shards) > 0
+        if not caches or not apart or data_cfg.limit or damaged:
             raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
                              "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
                              f"names of their own. {' '.join(damaged)}".rstrip())
         os.makedirs(text_cfg.text_shards, exist_ok=True)
         for path in until_stop(shards[rank::world]):
-            if not (target := Path(text_cfg.text_shards, path.name)).exists():
-                data.copy_shard(str(path), str(target), beside)
-                say(f"wrote {target}")
-        raise SystemExit
+            target = Path(text_cfg.text_shards, path.name)
+            if fresh := not target.exists(): data.copy_shard(str(path), str(target), beside)
+            say(f"wrote {target}" if fresh else f"kept {target}, which was there")
+        raise SystemExit(say("stopping; run the same command to continue") if stop else None)
     planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
     unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
                       diff_cfg.learn_sigma)

@@ -54,13 +54,15 @@ def quality(args: argparse.Namespace, device: torch.device) -> None:
                        steps=args.sample_steps, sampler=args.sampler, guidance_scale=args.guidance)
         drawn = draw(lowres=small)
         scores[aug] = compare(f"aug {aug:4.2f}", drawn, truth)
+        if scores[aug] == max(scores.values()):
+            best = drawn
         if own is not None:
             again = sample.resized(draw(lowres=own), "colour", own.shape[-1])
             compare(f"own, aug {aug:4.2f}", again, sample.resized(own, "colour"))
     seconds = (time.time() - started) / (len(args.aug) * args.n * (1 if own is None else 2))
     print(f"best: --aug {max(scores, key=scores.get)}; {seconds:.1f} seconds a picture")
     if args.out:
-        columns = [torch.cat(list(view[:4]), 2) for view in (bicubic, drawn, truth)]
+        columns = [torch.cat(list(view[:4]), 2) for view in (bicubic, best, truth)]
         sample.to_image(torch.cat(columns, 1)).save(args.out)
 
 
@@ -109,7 +111,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--batch-size", type=int, default=8, help="[images]")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--device", default="")
-    p.add_argument("--out", default="", help="a .png: bicubic, drawn, true")
+    p.add_argument("--out", default="", help="a .png: bicubic, drawn with the best --aug, true")
     args = p.parse_args(argv)
     device = model.choose_device(args.device)
     if args.layout == "both":

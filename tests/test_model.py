@@ -716,9 +716,9 @@ def test_a_checkpoint_is_published_in_the_order_that_survives_a_power_cut(tmp_pa
     monkeypatch.setattr(os, "replace", replace)
     monkeypatch.setattr(model.shutil, "rmtree", rmtree)
     save_steps(tmp_path, [2], keep=1)
-    part = f".tmp-{os.getpid()}"
+    part = f".tmp-{os.getpid()}-"
     assert calls == [*(call for name in ("ema.safetensors", "train.safetensors") for call in
-                       (f"fsync {part}", f"rename {part} {name}", "fsync .tmp-000002")),
+                       (f"fsync {part}{name}", f"rename {part}{name} {name}", "fsync .tmp-000002")),
                      "rename .tmp-000002 000002", "fsync checkpoints", "rename 000001 .tmp-000001",
                      "rmtree .tmp-000001"]
 

@@ -1147,7 +1147,7 @@ def test_training_from_the_text_cache_never_reads_the_encoder(byt5, tmp_path, mo
     monkeypatch.undo()
     assert sample.load_stage(tmp_path / "again", torch.device("cpu")).text.dim == (32 if beside else 24)
     (byt5 / "config.json").write_text((byt5 / "config.json").read_text().replace("t5", "mt5"))
-    with pytest.raises(ValueError, match=r"was made with byt5 d=24 .*, this run uses byt5 d=24 .*Delete it"):
+    with pytest.raises(ValueError, match=r"was made with byt5 d=24 .*, not byt5 d=24 .*Delete it"):
         run(tmp_path / "other", *cached)
 
 
@@ -1212,6 +1212,23 @@ def test_training_from_embeddings_inside_shards(byt5, tmp_path, monkeypatch, bes
     assert lines[0] == lines[1]
 
 
+def test_a_run_goes_on_with_its_own_optimizer_alone(tmp_path):
+    run(tmp_path / "run", "--steps 1", "--optimizer adamw")
+    with pytest.raises(ValueError, match="the checkpoint has --optimizer adamw, not muon"):
+        run(tmp_path / "run", "--steps 2", "--optimizer muon")
+
+
+def test_a_checkpoint_of_before_muon_counts_its_updates_by_its_steps():
+    net = nn.Linear(3, 2)
+    state, other = (model.State(net, 0.1, 1.0, 0.9, False) for _ in range(2))
+    for _ in range(3):
+        net(torch.randn(4, 3)).sum().backward()
+        state.update(0.1)
+    tensors = {key: value.clone() for key, value in state.tensors()["train"].items() if key != "updates"}
+    other.load(state.tensors()["ema"], tensors, {})
+    assert other.updates == state.updates == 3
+
+
 @pytest.mark.parametrize("wrong", [
     "--text-cache cache --limit 8", "--text-cache cache --data loose", "--data before",
     "--text-cache cache --data before --limit 2", "--text-cache cache --data torn",
@@ -1236,7 +1253,7 @@ def test_stale_torn_and_missing_embeddings_end_training(byt5, tmp_path, capfd):
         run("writer", *same, f"--data {before}", "--text-cache cache", "--text-shards after")
     capfd.readouterr()
     inside = [*same, "--data after", "--text-cache shards"]
-    with pytest.raises(ValueError, match=r"00000/\d{4} was made with byt5 d=24 length=64 .*this run uses "
+    with pytest.raises(ValueError, match=r"00000/\d{4} was made with byt5 d=24 length=64 .*not "
                                          r"byt5 d=24 length=32 .*\. Write the shards again$"):
         run("stale", *inside, "--text-length 32")
     with pytest.raises(ValueError, match=r"00000/\d{4} has no embedding of 'a .*'. Write the shards again"):
