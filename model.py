@@ -393,8 +393,7 @@ def memory_peak(device: torch.device) -> int:
 
 def compiled(net: nn.Module, device: torch.device, wanted: bool | None, warn: Callable) -> nn.Module:
     """torch.compile(net), where that is wanted (on CUDA it is) and works, which is tried on one number."""
-    if wanted is False or (wanted is None and device.type != "cuda"):
-        return net
+    if wanted is False or (wanted is None and device.type != "cuda"): return net
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(1, device=device))
     except Exception as e:                                     # of whatever compiler is or is not there
@@ -754,7 +753,8 @@ class Cache:
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)
         if key not in self.found:
-            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. Start again, or: {self.fix}")
+            fix = self.fix.replace("Delete it", "Start again")
+            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
         read, mark = self.found[key]
         try:
             entry = tuple(read(f"{key}.{i}") for i in range(mark.count(" ")))
