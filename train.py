@@ -380,7 +380,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     torch.manual_seed(cfg.seed)
     stop: list[int] = []                                                      # read once the loop runs
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: stop.append(got))
+        signal.signal(number, lambda got, _: stop.append(got) or signal.signal(got, signal.SIG_IGN))  # once
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
