@@ -276,8 +276,7 @@ class UNet(nn.Module):
             h = self._run(blocks, torch.cat([h, skip], 1), emb, text)
         h = self.conv_out(F.silu(self.norm_out(h)))
         out = F.pixel_shuffle(h, patch).float()                                       # (B, out, H, W)
-        if lowres is None:
-            return out
+        if lowres is None: return out
         return torch.cat([known + gain * out[:, :x_t.shape[1]], out[:, x_t.shape[1]:]], 1)
 
 
@@ -358,8 +357,7 @@ def choose_device(name: str) -> torch.device:
     kind = name or next(k for k, found in there.items() if found)
     if not there.get(kind):
         raise ValueError(f"--device {name} is not here. Choose from {[k for k in there if there[k]]}")
-    if kind != "cuda":
-        return torch.device(kind)
+    if kind != "cuda": return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > count:         # on every rank alike
         raise ValueError(f"{ranks} ranks do not have a GPU each. Use --nproc-per-node {count}")
@@ -368,8 +366,7 @@ def choose_device(name: str) -> torch.device:
 
 def clock(device: torch.device) -> float:
     """Seconds, after the device has finished what it was given."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
+    if device.type != "cpu": getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
@@ -386,8 +383,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 def memory_peak(device: torch.device) -> int:
     """The most memory that was in use up to now, of the GPU or else of this process [bytes]."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -406,8 +402,7 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None, warn: Ca
 def agreed(value: float, world: int) -> float:
     """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
     tensor = torch.tensor([value], dtype=torch.float64)
-    if world > 1:
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    if world > 1: dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return float(tensor)
 
 
@@ -420,8 +415,7 @@ def leave() -> None:
     """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for threads
     that may wait for the interpreter's lock, which it holds (torch 2.13; such a run never ended)."""
     error = sys.exc_info()[1]
-    if error and not isinstance(error, SystemExit):
-        traceback.print_exc()
+    if error and not isinstance(error, SystemExit): traceback.print_exc()
     os._exit(getattr(error, "code", 1) if error else 0)
 
 
@@ -469,6 +463,7 @@ VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "python": platf
 PROFILES = 0.05, 0.1  # the widths of the averages that snapshots hold (Karras et al. 2023, section 3.2)
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
+PARTS = {"emb": 2, "text_kv": 2}  # matrices of their own, so half the work: scale and shift, keys and values
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -480,6 +475,12 @@ def orthogonal(x: Tensor) -> Tensor:
         square = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=b, alpha=c), wide, beta=a)
     return wide.mT if x.shape[1] > x.shape[2] else wide
+
+
+def _apart(stacked: Tensor, group: list[Tensor]) -> list[Tensor]:
+    """Views of a stack of matrices (n, rows, columns) in the shapes of the weights it is made of."""
+    parts = stacked.flatten().split([p.numel() for p in group])
+    return [part.view(len(p), *p.shape[2:], p.shape[1]).movedim(-1, 1) for part, p in zip(parts, group)]
 
 
 class State:
@@ -495,12 +496,13 @@ class State:
                  snapshots: int = 0, train_only: str = "", muon: bool = False):
         self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
         self.ema = copy.deepcopy(net).requires_grad_(False).eval()
-        self.weights, self.frozen, self.matrices = list(net.parameters()), [], {}
+        self.weights, self.frozen, self.matrices, matrices = list(net.parameters()), [], [], {}
         for name, p in net.named_parameters():
             if not re.search(train_only, name):
                 self.frozen.append(p)
             elif muon and p.ndim > 1 and re.match(r"unet\.(down|mid|up)\.", name):
-                self.matrices.setdefault(p.shape, []).append(p)
+                rows = len(p) // PARTS.get(name.split(".")[-2], 1)
+                matrices.setdefault((rows, p[0].numel()), []).append(p)
         if len(self.frozen) == len(self.weights):
             raise ValueError(f"--train-only {train_only} is no weight, as {next(iter(net.state_dict()))} is")
         self.updates = torch.zeros((), device=self.weights[0].device)         # without skipped ones
@@ -510,8 +512,11 @@ class State:
         groups = [{"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay},
                   {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
-        for p in (p for group in self.matrices.values() for p in group):
-            self.optimizer.state[p]["momentum"] = torch.zeros_like(p)
+        for shape, group in matrices.items():
+            momentum = torch.cat([p.detach().flatten() for p in group]).view(-1, *shape).zero_()
+            self.matrices.append((group, momentum))
+            for p, own in zip(group, _apart(momentum, group)):
+                self.optimizer.state[p]["momentum"] = own
         self.scaler = torch.amp.GradScaler(self.weights[0].device.type, enabled=fp16)
 
     @torch.no_grad()
@@ -521,8 +526,7 @@ class State:
         function of time (Karras et al. 2023, arXiv:2312.02696, section 3.1), but at most its cap: exponent 0
         is the plain average up to n = 1 / (1 - ema_decay), then the exponential one. Returns the gradient's
         norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device."""
-        for p in self.frozen:
-            p.grad = None
+        for p in self.frozen: p.grad = None
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
         bad = (~norm.isfinite()).float()
@@ -530,8 +534,8 @@ class State:
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for shape, group in self.matrices.items():
-            self._turn(shape, group, lr * (1 - bad))
+        for group, momentum in self.matrices:
+            self._turn(group, momentum, lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -542,18 +546,15 @@ class State:
             torch._foreach_lerp_(average, self.weights, [weight] * len(average))
         return norm, bad
 
-    def _turn(self, shape: torch.Size, group: list[Tensor], lr: Tensor) -> None:
-        """Muon for matrices of one shape; lr () 0: nothing moves. AdamW then finds no gradient of theirs."""
-        grads = [p.grad.nan_to_num(0, 0, 0) for p in group]
-        momenta = [self.optimizer.state[p]["momentum"] for p in group]
-        torch._foreach_lerp_(momenta, grads, [0.05 * (lr > 0)] * len(group))
-        torch._foreach_lerp_(grads, momenta, 0.95)             # Nesterov's
-        flat = orthogonal(torch.stack([g.movedim(1, -1).flatten(1) for g in grads]))      # (n, out, ... * in)
-        steps = flat.float().view(-1, shape[0], *shape[2:], shape[1]).movedim(-1, 2)
+    def _turn(self, group: list[Tensor], momentum: Tensor, lr: Tensor) -> None:
+        """Muon, of momentum (n, rows, columns); lr () 0: nothing moves. AdamW then finds no gradient here."""
+        grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in group]).view_as(momentum)
+        momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
+        steps = orthogonal(grads.lerp_(momentum, 0.95)).float()               # Nesterov's
+        steps *= 0.2 * math.sqrt(max(steps.shape[1:])) * lr
         torch._foreach_mul_(group, 1 - lr * self.optimizer.param_groups[0]["weight_decay"])
-        torch._foreach_sub_(group, list((0.2 * math.sqrt(max(flat.shape[1:])) * lr * steps).unbind()))
-        for p in group:
-            p.grad = None
+        torch._foreach_sub_(group, _apart(steps, group))
+        for p in group: p.grad = None
 
     def size(self) -> float:
         """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
@@ -595,7 +596,7 @@ class State:
         for key in [key for key in train if key.startswith("optimizer.")]:
             name, part = key[10:].rsplit(".", 1)               # moments in the memory layout of weights
             like = self.updates if part == "step" else named[name]
-            self.optimizer.state[named[name]][part] = torch.empty_like(like).copy_(train[key])
+            self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like)).copy_(train[key])
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
 
@@ -822,8 +823,7 @@ def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str
     if found := load_checkpoint(path, warn=warn):
         return found[0], found[1][0], found[2]
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). "
-                     "Name a run directory")
+    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors ({inside}). Name a run directory")
 
 
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:

@@ -204,8 +204,7 @@ class Net(nn.Module):
         super().__init__()
         self.unet, self.config, self.max_aug, sizes = unet, config, max_aug, (size, lowres or size)
         unet.levels = self.schedule, self.small_schedule = [diffusion.make_schedule(config, n) for n in sizes]
-        if text.trainable:
-            self.text_encoder = text
+        if text.trainable: self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
         self.importance = diffusion.Importance() if config.t_density == "importance" else None
 
@@ -216,8 +215,7 @@ class Net(nn.Module):
 
     def draw_t(self, u: Tensor) -> tuple[Tensor, Tensor | float]:
         """Times t (B,) of uniform u (B,), and what their losses weigh."""
-        if self.importance:
-            return self.importance.draw(u)
+        if self.importance: return self.importance.draw(u)
         return diffusion.draw_t(u, self.config, self.schedule), 1.0
 
     def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
@@ -369,8 +367,7 @@ time        {steps * batch_size / speed / 3600:.2f} hours for {steps} steps of {
 # --------------------------------------------------------------------------------------------------- the loop
 def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, list[int]]:
     """Take the run directory, start the ranks, seed. Returns the device, and a list of arriving signals."""
-    if writes:
-        model.lock(Path(cfg.out))
+    if writes: model.lock(Path(cfg.out))
     device = model.choose_device(cfg.device)
     if world > 1:
         if sys.platform == "linux":
@@ -387,8 +384,12 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
         if cfg.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             say("note: no bf16 on this GPU, using fp16 with loss scaling")
             cfg.dtype = "fp16"
-    elif device.type == "cpu" and not cfg.device:
-        say(f"note: no GPU found, using the CPU and --model {cfg.model}")
+    elif device.type == "cpu":
+        torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
+        if sys.platform == "linux":                           # malloc keeps what is freed: a tenth faster
+            for limit in (-1, -3): ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
+        if not cfg.device:
+            say(f"note: no GPU found, using the CPU and --model {cfg.model}")
     return device, stop
 
 
@@ -589,8 +590,7 @@ def main(argv: list[str]) -> None:
     finally:
         bar.close()
         batches.close()
-        if world > 1:
-            model.leave()
+        if world > 1: model.leave()
 
 
 if __name__ == "__main__":

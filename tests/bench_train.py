@@ -1,9 +1,10 @@
 """How near a training step comes to what the machine can do: python tests/bench_train.py [flags of train.py]
 
 In one process, in turn: a bare 3x3 convolution, forward and backward, of each width and side of the network,
-and training steps (pictures, noise, forward, backward, clipping, AdamW, average). Prints both rates, their
-ratio, and where the time goes by the profiler.
+and training steps (pictures, noise, forward, backward, clipping, optimizer, average). Prints both rates,
+their ratio, and where the time goes by the profiler.
 """
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -37,10 +38,12 @@ def convolution(device: torch.device, dtype: torch.dtype, batch: int, channels: 
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, model_cfg, *_ = train.parse(argv)
-    device, dtype = model.choose_device(cfg.device), text_encoder.DTYPES[cfg.dtype]
+    (device, _), dtype = train.launch(cfg, 1, writes=False), text_encoder.DTYPES[cfg.dtype]
+    signal.signal(signal.SIGINT, signal.default_int_handler)                  # Ctrl-C ends it, as before
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
     text, net = train.build(configs, device)
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16")
+    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16",
+                        muon=cfg.optimizer == "muon")
     autocast = torch.autocast(device.type, dtype, enabled=cfg.dtype != "fp32")
     run, batch, step = model.compiled(net, device, cfg.compile, print), cfg.micro_batch or cfg.batch_size, 0
     with autocast:

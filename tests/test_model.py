@@ -383,6 +383,7 @@ def make_state(muon: bool = False) -> model.State:
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(2, 3))
     inside = torch.nn.Sequential(torch.nn.Conv2d(6, 4, 3), torch.nn.Linear(2, 5))
+    inside.emb, inside.text_kv = torch.nn.Linear(6, 8), torch.nn.Linear(6, 12)
     net.unet = torch.nn.ModuleDict({"mid": inside})
     net.to(memory_format=torch.channels_last)
     return model.State(net, weight_decay=0.1, clip=1.0, ema_decay=0.75, fp16=False, muon=muon)
@@ -436,10 +437,14 @@ def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatc
     monkeypatch.setattr(model, "PASSES", [(3.4445, -4.7750, 2.0315)] * 5)     # those of torch.optim.Muon
     state = make_state(muon=True)
     inside = {name: p for name, p in state.net.named_parameters() if name.startswith("unet.") and p.ndim > 1}
-    assert set(inside) == {"unet.mid.0.weight", "unet.mid.1.weight"}
-    flat = lambda x: x.movedim(1, -1).flatten(1)
-    twins = {name: torch.nn.Parameter(flat(p.detach()).clone()) for name, p in inside.items()}
-    muon = torch.optim.Muon(twins.values(), 0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    assert set(inside) == {f"unet.mid.{name}.weight" for name in ("0", "1", "emb", "text_kv")}
+    parts = {"unet.mid.emb.weight": 2, "unet.mid.text_kv.weight": 2}       # scale and shift; keys and values
+    flat = lambda name, x: x.movedim(1, -1).flatten(1).chunk(parts.get(name, 1))
+    twins = {name: [torch.nn.Parameter(part.detach().clone()) for part in flat(name, p)]
+             for name, p in inside.items()}
+    assert len(twins["unet.mid.text_kv.weight"]) == 2
+    every = [twin for found in twins.values() for twin in found]
+    muon = torch.optim.Muon(every, 0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         update(state, step)                                    # of gradients of norm 1, after clipping
         g = torch.Generator().manual_seed(step)
@@ -448,11 +453,12 @@ def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatc
         for p, grad in zip(state.weights, grads):
             for name in inside:
                 if inside[name] is p:
-                    twins[name].grad = flat(grad) / norm
+                    for twin, part in zip(twins[name], flat(name, grad)):
+                        twin.grad = part / norm
         muon.step()
     for name, p in inside.items():
-        moved = (flat(p) - twins[name]).norm() / twins[name].norm()
-        assert moved < 0.02, name                              # bfloat16 inside, and 1% of the norm
+        twin = torch.cat(list(twins[name]))
+        assert (torch.cat(flat(name, p)) - twin).norm() / twin.norm() < 0.02, name    # bfloat16 inside
 
 
 def test_size_tells_states_apart_and_is_infinite_where_one_weight_is_not_finite():
