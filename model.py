@@ -18,6 +18,7 @@ import resource
 import shutil
 import socket
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
@@ -76,16 +77,14 @@ PRESETS = {stage: ModelConfig(*row) for stage, row in {
 # ----------------------------------------------------------------------------------------------- the U-Net
 class GroupNorm(nn.GroupNorm):
     """GroupNorm (Wu and He 2018, arXiv:1803.08494) in groups of 16 channels or more, float32 inside.
-    local: over the channels of one position instead, so that a crop and its whole picture are treated alike.
-    """
+    local: over the channels of one position instead, so that a crop and its whole picture are alike."""
     local = False
 
     def __init__(self, channels: int):
         super().__init__(min(32, max(1, channels // 16)), channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.local:
-            return super().forward(x)
+        if not self.local: return super().forward(x)
         x = F.layer_norm(x.permute(0, 2, 3, 1), (self.num_channels,), self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
@@ -112,8 +111,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
+        if self.resample == "down": return F.avg_pool2d(x, 2)
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def forward(self, x: Tensor, emb: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
@@ -145,8 +143,7 @@ class Attention(nn.Module):
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)                # (B, N, C)
         k, v = self.text_kv(context).view(B, context.shape[1], 2, -1, self.head_dim).unbind(2)
         k = self.text_k_norm(k)                                                       # (B, L+1, K, head_dim)
-        if self.place:
-            tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
+        if self.place: tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
         q, *own = self.qkv(tokens).view(B, H * W, -1, C // self.head_dim, self.head_dim).unbind(2)
         if own:
             k, v = torch.cat([self.k_norm(own[0]), k], 1), torch.cat([own[1], v], 1)  # (B, N+L+1, K, ...)
@@ -165,8 +162,7 @@ class UNet(nn.Module):
     size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
     of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
-    activations in the backward pass; where there is lowres set `levels`, the schedules of x_t and of lowres.
-    """
+    activations in the backward pass; where there is lowres set `levels`, schedules of x_t and of lowres."""
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
                  lowres: int = 0, learn_sigma: bool = False):
@@ -218,15 +214,13 @@ class UNet(nn.Module):
 
     def init_weights(self) -> None:
         for m in self.modules():
-            if isinstance(m, GroupNorm):
-                m.local = self.config.conv_only
+            if isinstance(m, GroupNorm): m.local = self.config.conv_only
             if isinstance(m, nn.Conv2d | nn.Linear):           # keeps the variance of a unit input
                 nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(m.weight[0].numel()))
                 nn.init.zeros_(m.bias)
         last = {ResBlock: "conv2", Attention: "out", UNet: "conv_out"}
         for m in self.modules():                               # blocks start as the identity, the output as 0
-            if type(m) in last:
-                nn.init.zeros_(getattr(m, last[type(m)]).weight)
+            if type(m) in last: nn.init.zeros_(getattr(m, last[type(m)]).weight)
         nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
 
@@ -312,9 +306,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) -> None:
     """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built."""
     def must(right: bool, message: str) -> None:
-        if not right:
-            raise ValueError(f"--{message}")
-
+        if not right: raise ValueError(f"--{message}")
     for name in ("patch", "channel_mult", "num_res_blocks"):
         value = getattr(config, name)
         must(min(np.atleast_1d(value), default=0) > 0, f"{name.replace('_', '-')} {value} must be at least 1")
@@ -421,8 +413,7 @@ def leave() -> None:
 
 def side_by_side(*views: Tensor, lowres: Tensor | None = None, **_) -> Tensor:
     """Pictures (B, C, H, W) in [-1, 1] in a row behind low-resolution ones, uint8; grey is repeated."""
-    if lowres is not None:
-        views = F.interpolate(lowres, views[0].shape[-2:]), *views
+    if lowres is not None: views = F.interpolate(lowres, views[0].shape[-2:]), *views
     row = torch.cat([view.expand(-1, max(v.shape[1] for v in views), -1, -1) for view in views], 3)
     return ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
@@ -438,6 +429,25 @@ def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
             content.save(path)
     except OSError as e:
         warn(f"warning: {path} not written ({e.strerror}); training continues")
+
+
+def save_png(image: Image.Image, path: Path, notes: dict, warn: Callable) -> Path:
+    """Write a picture with its notes inside, whole or not at all; to the temporary folder if `path` fails.
+    As NAME, NAME-2, NAME-3, ..., the first that does not exist: nothing is overwritten."""
+    info, spare = PngImagePlugin.PngInfo(), Path(tempfile.gettempdir(), path.name)
+    info.add_itxt("limn", json.dumps(notes))
+    for wanted in (path, spare):
+        names = (wanted.with_stem(wanted.stem + f"-{n}" * (n > 1)) for n in range(1, sys.maxsize))
+        target = next(name for name in names if not name.exists())
+        part = target.with_name(f".{target.stem}.{os.getpid()}.part")
+        try:
+            image.save(part, "PNG", pnginfo=info)
+            return part.replace(target)
+        except OSError as e:
+            if wanted == spare: raise
+            warn(f"cannot write {path} ({e.strerror or e}); writing {spare} instead")
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def contact_sheet(pictures, captions: list[str], columns: int = 4) -> Image.Image:
@@ -532,10 +542,8 @@ class State:
         bad = (~norm.isfinite()).float()
         if not self.scaler.is_enabled():                       # fused AdamW skips by what scalers use
             self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for group, momentum in self.matrices:
-            self._turn(group, momentum, lr * (1 - bad))
+        for group in self.optimizer.param_groups: group["lr"] = lr
+        for group, momentum in self.matrices: self._turn(group, momentum, lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -597,8 +605,7 @@ class State:
             name, part = key[10:].rsplit(".", 1)               # moments in the memory layout of weights
             like = self.updates if part == "step" else named[name]
             self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like)).copy_(train[key])
-        if scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(scaler)
+        if scaler and self.scaler.is_enabled(): self.scaler.load_state_dict(scaler)
 
 
 @torch.no_grad()
@@ -630,8 +637,7 @@ def lock(run: Path) -> None:
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
     os.truncate(fd, 0)
     os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    for left in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(left)
+    for left in (run / "checkpoints").glob(".tmp-*"): shutil.rmtree(left)
 
 
 def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
@@ -642,8 +648,7 @@ def checksum(tensors: dict[str, Tensor], meta: dict[str, str]) -> str:
         h.update(memoryview(t.reshape(-1).view(torch.uint8).numpy()))  # without the GIL: threads help
         return h.digest()
 
-    with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(one, sorted(tensors)))
+    with ThreadPoolExecutor() as pool: parts = list(pool.map(one, sorted(tensors)))
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode() + b"".join(parts)).hexdigest()
 
 
@@ -759,8 +764,7 @@ class Cache:
         read, mark = self.found[key]
         try:
             entry = tuple(read(f"{key}.{i}") for i in range(mark.count(" ")))
-            if self.mark(entry) != mark:
-                raise ValueError("it does not match its checksum")
+            if self.mark(entry) != mark: raise ValueError("it does not match its checksum")
         except Exception as e:
             raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {e}. {self.fix}") from None
         return entry
@@ -800,8 +804,7 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
 def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
                     warn=print) -> tuple[Path, list[dict[str, Tensor]], dict[str, str]] | None:
     """The newest checkpoint of `run` whose `files` all verify: (folder, tensors of each file, meta), or None.
-    Calls `warn` with one line for each damaged one it passes over; ValueError when all of them are damaged.
-    """
+    Calls `warn` with one line for each damaged one it passes over; ValueError when all are damaged."""
     folders = checkpoint_folders(run)
     for folder in reversed(folders):
         try:
@@ -818,12 +821,10 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",),
 def read(path: Path, warn=print) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
     """Path, weights and meta of a run (its newest checkpoint that verifies), a checkpoint or a file."""
     file = path / "ema.safetensors" if path.is_dir() else path
-    if file.exists() or not path.is_dir():
-        return path, *load_tensors(file)
-    if found := load_checkpoint(path, warn=warn):
-        return found[0], found[1][0], found[2]
+    if file.exists() or not path.is_dir(): return path, *load_tensors(file)
+    if found := load_checkpoint(path, warn=warn): return found[0], found[1][0], found[2]
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors ({inside}). Name a run directory")
+    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). Name a run")
 
 
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
@@ -880,8 +881,7 @@ def reconstruct(folder: Path, step: int, width: float, warn=print) -> dict[str, 
         raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
     counts = []
     for path in found:
-        with safe_open(path, "pt") as f:
-            counts.append(int(f.metadata()["updates"]))
+        with safe_open(path, "pt") as f: counts.append(int(f.metadata()["updates"]))
     edges = np.linspace(0, counts[-1], min(counts[-1], 10000) + 1)
     weigh = lambda n, width: np.diff(np.minimum(edges / n, 1) ** (exponent(width) + 1))      # of n updates
     columns, wanted = np.stack([weigh(n, p) for n in counts for p in PROFILES], 1), weigh(counts[-1], width)

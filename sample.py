@@ -1,15 +1,12 @@
 """Prompts to pictures: `python sample.py "a house"` draws from the newest run.
 
-It needs nothing but a checkpoint: the network, the schedule and the text encoder are rebuilt from its
-metadata. A picture depends on its prompt, its seed and the settings, not on the others of its batch.
-"""
+A checkpoint is all it needs: network, schedule and text encoder are rebuilt from its metadata. A picture
+depends on its prompt, its seed and the settings, not on the others of its batch."""
 import argparse
 import inspect
 import json
-import os
 import re
 import sys
-import tempfile
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -17,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torch import Tensor, nn
 
 import data
@@ -59,6 +56,7 @@ class Stage:
 
 def unread(text: nn.Module, prompts: Iterable[str]) -> None:
     """Warn of what a text encoder cannot read of the prompts."""
+    text.counts.clear()
     text.tokenize(prompts)
     if (n := text.counts)["unknown"] or n["cut"]:
         warn(f"{n['unknown']} of {n['tokens']} tokens unknown, {n['cut']:d} prompts cut to {text.length}")
@@ -75,7 +73,6 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
             unread(encoder, texts)
             said[key] = {text: entry for text in texts
                          for _, *entry in text_encoder.encode_captions(encoder.to(device), [text])}
-            encoder.counts.clear()                             # they have been warned of
             encoder.to("meta")                                 # frees the weights, whoever holds the encoder
         return lambda text: said[key][text_encoder.clean(text)]
     return cached
@@ -97,21 +94,19 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]), cached)
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        levels = [diffusion.make_schedule(config, side) for side in (size, pictures.lowres or size)]
         planes, small = (len(data.MODES[mode]) for mode in (pictures.picture_mode, pictures.lowres_mode))
         unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
                           small if pictures.lowres else 0, config.learn_sigma)
-        unet.levels = levels
+        unet.levels = [diffusion.make_schedule(config, side) for side in (size, pictures.lowres or size)]
         parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
         parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
-    except torch.OutOfMemoryError:
-        raise
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
+        if isinstance(e, torch.OutOfMemoryError): raise
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
     if meta["text"] != text.fingerprint:
         raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
     unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    return Stage(unet, text, cached, levels[0], config, pictures, size, device, step, digest=meta["sha256"])
+    return Stage(unet, text, cached, unet.levels[0], config, pictures, size, device, step, meta["sha256"])
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
@@ -166,8 +161,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
     dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of Settings.
     Raises ValueError where these do not fit together, and when the network's output is not finite."""
-    planes = len(data.MODES[stage.data.picture_mode])
-    s, shape, done = Settings(**settings), (planes, stage.size, stage.size), []
+    s, done, shape = Settings(**settings), [], (len(data.MODES[stage.data.picture_mode]), *[stage.size] * 2)
     if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
@@ -192,10 +186,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         part = slice(start, start + batch_size)
         batch, x, small = prompts[part], diffusion.gaussian(keys[part], shape, stage.device), {}
         if found:
-            t, clean = x.new_full((len(x),), s.aug), resized(lowres[part], stage.data.lowres_mode).to(x)
-            eps = diffusion.noise_source(keys[part], clean.shape[1:], stage.device)(-1)    # no step's own
-            noisy = diffusion.noised(clean / 127.5 - 1, eps, t, stage.unet.levels[1])
-            small = {"lowres": noisy, "lowres_t": t}
+            t, low = x.new_full((len(x),), s.aug), resized(lowres[part], stage.data.lowres_mode).to(x)
+            eps = diffusion.noise_source(keys[part], low.shape[1:], stage.device)(-1)    # no step's own
+            small = {"lowres": diffusion.noised(low / 127.5 - 1, eps, t, stage.unet.levels[1]), "lowres_t": t}
         noise = diffusion.noise_source(keys[part], shape, stage.device)
         run = partial(sampler, **options)
         if s.init:
@@ -224,10 +217,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
 @torch.no_grad()
 def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch.device,
                 batch_size: int = 16) -> Tensor:
-    """CLIP score of each picture, uint8 (N, 3 or 1, H, W), with its prompt: (N,), from 0 to 2.5, the better.
-    2.5 max(cosine, 0) (Hessel et al. 2021, arXiv:2104.08718, section 3), without its "A photo depicts".
-    folder: of the CLIP, which is in memory only here."""
-    config, scores = text_encoder.TextConfig([folder], text_dtype="fp32"), []
+    """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
+    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of the CLIP."""
+    config, scores = text_encoder.TextConfig([folder], text_dtype="fp32"), [torch.empty(0, device=device)]
     tower = text_encoder.load_image_encoder(folder, config).to(device)
     words = text_encoder.load_text_encoder(config).to(device)
     for start in range(0, len(prompts), batch_size):
@@ -249,26 +241,6 @@ def file_name(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:80].strip("-") or "picture"
 
 
-def save_png(image: Image.Image, path: Path, notes: dict) -> Path:
-    """Write a picture with its notes inside, whole or not at all; to the temporary folder if `path` fails.
-    As NAME, NAME-2, NAME-3, ..., the first that does not exist: nothing is overwritten."""
-    info, spare = PngImagePlugin.PngInfo(), Path(tempfile.gettempdir(), path.name)
-    info.add_itxt("limn", json.dumps(notes))
-    for wanted in (path, spare):
-        names = (wanted.with_stem(wanted.stem + f"-{n}" * (n > 1)) for n in range(1, sys.maxsize))
-        target = next(name for name in names if not name.exists())
-        part = target.with_name(f".{target.stem}.{os.getpid()}.part")
-        try:
-            image.save(part, "PNG", pnginfo=info)
-            return part.replace(target)
-        except OSError as e:
-            if wanted == spare:
-                raise
-            warn(f"cannot write {path} ({e.strerror or e}); writing {spare} instead")
-        finally:
-            part.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------------------------------- the command line
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked: [1..9] in a help are limits. A mistake ends the program in one line."""
@@ -283,6 +255,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     which("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [0..4096 pixels]")
     add("--lowres", default="", metavar="PICTURE", help="enlarge this one instead of drawing the first")
     add("--keep-stages", **switch, help="write those below, too")
+    add("--validate", type=int, default=0, metavar="N", help="first compare N held-out pictures, made small, "
+        "with what the last stage makes of them, over levels of --aug [0..10000 images]")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
@@ -303,8 +277,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    if args.lowres and args.guidance_scale == Settings.guidance_scale:         # what is given is still text
-        args.guidance_scale = 1.0                              # as above the first stage
+    args.usual = args.guidance_scale == Settings.guidance_scale               # what is given is still text
     for action in p._actions:
         given, flag = getattr(args, action.dest, None), "".join(action.option_strings[:1])
         if action.dest in LISTS:
@@ -319,19 +292,37 @@ def arguments(argv: list[str]) -> argparse.Namespace:
                     die(f"{flag} {value} is outside {least} to {most}")
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
-    if args.rank and not Path(args.rank).is_dir():
-        die(f"--rank {args.rank} is not a folder. Name the folder of a CLIP, as published")
     args.wanted = [args.prompt]
     if args.prompts is not None:
         lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
-        args.wanted = [line.strip() for line in lines if line.strip()] or die(
-            f"--prompts {args.prompts} has no prompt in it. Write one a line")
+        args.wanted = [line.strip() for line in lines if line.strip()]
+        if not args.wanted: die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
 
 
-def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str], below: Tensor | None):
+def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds, below: Tensor) -> None:
+    """Print how near a stage comes to held-out pictures that were made small, over levels of --aug, and the
+    best. Of pictures that the stage below drew there is no truth: they are made small again."""
+    truth, small = (torch.from_numpy(held[name]) for name in ("picture", "lowres"))
+    best, mode = (0.0, ""), max(stage.data.picture_mode, stage.data.lowres_mode)      # grey, if one is
+    rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
+    for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
+        again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1)
+        rows.append((f"--aug {aug}", again(held["captions"], range(len(truth)), lowres=small), truth))
+        drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
+        rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
+    for name, a, b in rows:
+        error = (a.double() - b).flatten(2)                                           # (N, C, H * W)
+        psnr = (10 * torch.log10(255**2 / error.square().mean((1, 2)).clamp(min=1e-4))).mean().item()
+        print(f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {error.mean(2).abs().mean():5.2f}/255")
+        best = max(best, (psnr, name)) if b is truth else best
+    print(f"best of {len(truth)} pictures: {best[1]}")
+
+
+def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str], below, held: dict):
     """The pictures of the i-th stage and the notes of each; `below`: the pictures of the stage before."""
-    given = {name: getattr(args, name) for name in LISTS} | {"guidance_scale": (*args.guidance_scale, 1.0)}
+    scale = (1.0,) if args.usual and stage.data.lowres else (*args.guidance_scale, 1.0)
+    given = {name: getattr(args, name) for name in LISTS} | {"guidance_scale": scale}
     at = {name: values[min(i, len(values) - 1)] for name, values in given.items()}
     settings = {f.name: at.get(f.name, f.default if i and f.name in FIRST else getattr(args, f.name))
                 for f in fields(Settings)}
@@ -341,7 +332,9 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     if args.lowres and not i:
         below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
     seeds, dtype = [at["seed"] + k % args.n for k in range(len(prompts))], text_encoder.DTYPES[args.dtype]
-    pictures = generate(stage, prompts, seeds, args.batch_size, dtype, below, **settings)
+    draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
+    pictures = draw(prompts, seeds, lowres=below)
+    if held: validate(stage, draw, held, prompts, seeds, below)
     for k, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
@@ -359,16 +352,14 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         images = [model.contact_sheet(pictures, [one["prompt"] for one in made], columns)]
         names, made = ["grid"], [{"pictures": made}]
     for image, name, notes in zip(images, names, made):
-        print(save_png(image, file or Path(args.out, f"{name}.png"), notes))
+        print(model.save_png(image, file or Path(args.out, f"{name}.png"), notes, warn))
 
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     device, out = model.choose_device(args.device), Path(args.out)
     (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)  # at once
-    if args.rank:                                              # read and dropped: its faults come early
-        text_encoder.load_image_encoder(args.rank, config := text_encoder.TextConfig([args.rank]))
-        text_encoder.load_text_encoder(config, lambda *_: None)
+    if args.rank: clip_scores(args.rank, torch.empty(0), [], device)          # its faults come early
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or model.cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name in LISTS:
@@ -376,19 +367,28 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"{LISTS[name][0]} has {len(given)} values for {len(paths)} stage(s)")
     if not all(prompt.strip() for prompt in args.wanted): print("note: empty prompt, drawing without one")
     prompts, pictures = [prompt for prompt in args.wanted for _ in range(args.n)], None
-    load = partial(load_stage, device=device, cached=reader([*prompts, args.negative], device))
+    held = {}
+    if args.validate:                                          # before any work
+        stored = json.loads(model.read(paths[-1], warn)[2]["config"])
+        whole = data.DataConfig(**stored["DataConfig"] | {"crop": 0})
+        val = data.Pictures(whole, stored["TrainConfig"]["size"], 0, "val")
+        held = data.collect(val, 0, min(args.validate, len(val)))
+        for line in [*val.warnings, *held["replaced"]]: warn(line)
+        if "lowres" not in held: die(f"--validate checks a stage that enlarges, and {paths[-1]} is a base")
+    words = [*prompts, *held.get("captions", ()), args.negative]
+    load = partial(load_stage, device=device, cached=reader(words, device))
     if args.autoguide: load(Path(args.autoguide))              # its words first, too
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
-        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures)
+        check = held if path == paths[-1] else {}
+        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, check)
         made, n = [one | {"below": below} for one, below in zip(notes, made)] or notes, args.n
         if args.rank and path == paths[-1]:
             n, scores = args.best or n, clip_scores(args.rank, pictures, prompts, device, args.batch_size)
             best = scores.view(-1, args.n).topk(n).indices + torch.arange(0, len(scores), args.n)[:, None]
             pictures = pictures[best.flatten()]
             made = [made[k] | {"clip_score": round(scores[k].item(), 4)} for k in best.flatten().tolist()]
-        if args.keep_stages or path == paths[-1]:
-            write(pictures, made, n, args)
+        if args.keep_stages or path == paths[-1]: write(pictures, made, n, args)
 
 
 if __name__ == "__main__":

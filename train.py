@@ -76,9 +76,10 @@ class TrainConfig:
 # What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
 LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
 MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
-         "optimizer", "max_aug", "t_density", "t_mean", "t_std"]                # a row may end early
+         "optimizer", "max_aug", "t_density", "t_mean", "t_std", "loss_weight"]       # a row may end early
 PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
-    (64, "tiny"):   (4600,   16,  .0015, 50,   3200,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5),
+    (64, "tiny"):   (4600,   16,  .0015, 50,   3200,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5,
+                     "learned"),
     (64, "small"):  (50000,  256, 3e-4,  1000, 5000,  .999,  "v",  64, 0),
     (64, "base"):   (200000, 512, 1e-4,  1000, 20000, .9999, "v",  64, 0),
     (64, "large"):  (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
@@ -247,7 +248,7 @@ def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> t
             group, flag = type(config).__name__, f"--{name.replace('_', '-')}"
             old = stored.get(group, {}).get(name, getattr(type(config)(), name))
             if name in MACHINE or json.dumps(old) == json.dumps(value): continue
-            if name in SHAPE or group in SHAPE:
+            if name in SHAPE or group in SHAPE or {"learned", "importance"} & {str(old), str(value)}:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
             say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
     state.load(*tensors, scaler=json.loads(meta["scaler"]))
@@ -387,7 +388,7 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
     elif device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
         if sys.platform == "linux":                           # malloc keeps what is freed: a tenth faster
-            for limit in (-1, -3): ctypes.CDLL(None).mallopt(limit, 2**31 - 1)
+            for limit in ((-3, 2**25), (-3, 2**31 - 1), (-1, 2**31 - 1)): ctypes.CDLL(None).mallopt(*limit)
         if not cfg.device:
             say(f"note: no GPU found, using the CPU and --model {cfg.model}")
     return device, stop
@@ -514,9 +515,9 @@ def main(argv: list[str]) -> None:
                         "checkpoint is good; try a lower --lr or --dtype fp32", status=1)
                 if line["skipped"]:
                     say(f"warning: step {step}: {line['skipped']} updates were not finite and were skipped")
-                bar.set_postfix({k: line[k] for k in ("loss", "pictures/s")})
-                if bar.disable:
-                    say("  ".join(f"{k} {line[k]}" for k in ("step", "loss", "grad_norm", "pictures/s")))
+                brief = {k: line[k] for k in ("loss", "raw_loss", "pictures/s")}
+                bar.set_postfix(brief)
+                if bar.disable: say("  ".join(f"{k} {v}" for k, v in ({"step": step} | brief).items()))
                 put("metrics.jsonl", line)
                 if cfg.dry_run and (last or step == 6):
                     return report(configs, parameters, flops, line["pictures/s"], peak, device)
@@ -542,8 +543,7 @@ def main(argv: list[str]) -> None:
                 with autocast:
                     put(f"samples/{step:06d}.png", sample_grid(state.ema, text, shown, device))
             since += model.clock(device) - began if save or val or sample else 0
-            if last:
-                return
+            if last: return
 
             # One update: micro-batches, their exact mean over the ranks, the finite gate, the average.
             batch = next(batches)

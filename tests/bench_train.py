@@ -39,7 +39,7 @@ def convolution(device: torch.device, dtype: torch.dtype, batch: int, channels: 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, model_cfg, *_ = train.parse(argv)
     (device, _), dtype = train.launch(cfg, 1, writes=False), text_encoder.DTYPES[cfg.dtype]
-    signal.signal(signal.SIGINT, signal.default_int_handler)                  # Ctrl-C ends it, as before
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)      # as before
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
     text, net = train.build(configs, device)
     state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16",

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -21,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import data
 import diffusion
 import model
 import sample
@@ -499,6 +501,30 @@ def test_a_cascade_stops_where_it_is_told_and_starts_from_a_picture(up, cli):
             for name in own[1].split()] == [(5.0, 3), (1.0, 2)]
 
 
+def test_a_stage_is_compared_with_held_out_pictures_over_levels_of_aug(up, cli):
+    drawn = cli("a house", "--stop-at", 32, "--n", 2)[1].split()
+    status, out, err = cli("a house", "--stop-at", 32, "--n", 2, "--validate", 3)
+    *rows, best, one, other = out.splitlines()                # and the pictures are those without it
+    assert (status, err) == (0, "")
+    assert [Path(name).read_bytes() for name in (one, other)] == [Path(name).read_bytes() for name in drawn]
+    found = {row.split("  ")[0]: [float(n) for n in re.findall(r"[\d.]+(?= dB|/255)", row)] for row in rows}
+    levels = ("0.0", "0.05", "0.1", "0.2", "0.4")
+    assert list(found) == ["bicubic", *(f"--aug {aug}{kind}" for aug in levels for kind in ("", ", below"))]
+    best_of = max((row for row in found if "below" not in row), key=lambda row: found[row][0])
+    assert best == f"best of 3 pictures: {best_of}"
+
+    stage = sample.load_stage(Path("runs/32"), torch.device("cpu"))
+    held = data.collect(data.Pictures(data.DataConfig(lowres=16), 32, 0, "val"), 0, 3)
+    drawn = sample.generate(stage, held["captions"], [0, 1, 2], lowres=torch.from_numpy(held["lowres"]),
+                            steps=2, guidance_scale=1.0, aug=0.1)
+    wide = [Image.fromarray(small.transpose(1, 2, 0)).resize((32, 32), Image.Resampling.BICUBIC)
+            for small in held["lowres"]]
+    for name, pictures in (("--aug 0.1", drawn), ("bicubic", [data.array(image) for image in wide])):
+        error = np.stack(pictures).astype(float) - held["picture"]
+        psnr = np.mean([10 * np.log10(255**2 / (one**2).mean()) for one in error])
+        assert found[name] == pytest.approx([psnr, abs(error.mean((2, 3))).mean()], abs=0.006)
+
+
 def test_each_stage_says_what_it_cannot_read(up, cli):
     status, _, err = cli("a house " * 9, "--stop-at", 32)
     assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n" * 2)
@@ -525,6 +551,8 @@ def test_a_damaged_config_is_named(up, cli):
     (["a", "--stop-at", "16", "--ckpt", "runs/16,runs/32"], "--ckpt: not allowed with argument --stop-at"),
     (["a", "--guidance", "5,-1"], "--guidance -1.0 is outside"),
     (["a", "--lowres", "nowhere.png"], "--init, --mask or --lowres is no picture"),
+    (["a", "--stop-at", "16", "--validate", "2"], "--validate checks a stage that enlarges, and runs/16 is"),
+    (["a", "--validate", "-1"], "--validate -1 is outside"),
     (["a", "--aug", "2"], "--aug 2.0 is outside")])
 def test_bad_input_for_a_cascade_is_one_line(up, cli, argv, words):
     status, out, err = cli(*argv)
@@ -608,6 +636,13 @@ def test_what_a_frozen_text_encoder_said_is_what_it_says(frozen, monkeypatch):
         assert said["context"].abs().max() > 0.1
 
 
+def test_a_frozen_text_encoder_reads_the_captions_of_held_out_pictures(watched, cli, tmp_path):
+    status, out, err = cli("a house", "--validate", 2, "--out", tmp_path)
+    assert (status, len(out.splitlines())) == (0, 13)
+    assert err == "sample.py: warning: 0 of 52 tokens unknown, 1 prompts cut to 32\n"     # not of "a house"
+    assert watched == ["byt5", "unet", "unet"]
+
+
 def test_what_a_frozen_text_encoder_cannot_read_is_warned_of_once(frozen, cli, monkeypatch, tmp_path):
     monkeypatch.chdir(frozen)
     status, _, err = cli("a house " * 9, "--ckpt", "runs/16", "--n", 2, "--out", tmp_path)
@@ -651,7 +686,7 @@ def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(here, capsys, m
 
     monkeypatch.setattr(Image.Image, "save", full)
     (here / "wanted").mkdir()
-    target = sample.save_png(image, here / "wanted" / "a.png", {"prompt": "a"})
+    target = model.save_png(image, here / "wanted" / "a.png", {"prompt": "a"}, sample.warn)
     assert target == here / "temporary" / "a.png"
     assert notes_of(target) == {"prompt": "a"}
     assert list((here / "wanted").iterdir()) == []
@@ -796,11 +831,11 @@ BAD = [
     (["a", "--n", "8", "--best", "9", "--rank", "runs"], "--best 9 needs as many pictures, --n 8,"),
     (["a", "--n", "8", "--best", "2"], "--best 2 needs as many pictures, --n 8, and scores, --rank DIR"),
     (["a", "--best", "-1"], "--best -1 is outside 0 to 10000"),
-    (["a", "--rank", "nowhere"], "--rank nowhere is not a folder"),
+    (["a", "--rank", "nowhere"], "--rank nowhere is no folder"),
     (["a", "--rank", "runs"], "runs has no config.json (found 16)"),
     (["a", "--ckpt", "nowhere"], "nowhere is missing"),
     (["a", "--ckpt", "temporary"], "temporary has no checkpoints/STEP/ema.safetensors (found: nothing)"),
-    (["a", "--ckpt", "runs"], "(found: 16). Name a run directory"),
+    (["a", "--ckpt", "runs"], "(found: 16). Name a run"),
     (["a", "--ckpt", "blank.txt"], "blank.txt is damaged"),
     (["a", "--ckpt", "foreign.safetensors"], "not a checkpoint of limn (first tensor: transformer.h.0)"),
     (["a", "--ckpt", "torn.safetensors"], "torn.safetensors is damaged: checksum mismatch"),

@@ -877,7 +877,7 @@ def test_a_bad_clip_folder_ends_in_one_clear_line(edit, message, clip_folder, tm
 
 
 def test_no_folder_and_no_pictures_are_clear():
-    with pytest.raises(ValueError, match="--text-encoder nowhere is neither bytes nor a folder"):
+    with pytest.raises(ValueError, match="--text-encoder or --rank nowhere is no folder"):
         load_text_encoder(TextConfig(["nowhere"]))
 
 

@@ -506,7 +506,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     out = run(tmp_path / "run", "--limit 8", "--steps 120", "--lr 3e-3", "--log-every 30", "--val-every 120",
               "--val-images 8", "--ema-decay 0.9")
     *logs, validation = metrics(out)
-    assert logs[-1]["loss"] < 0.5 * logs[0]["loss"]
+    assert logs[-1]["raw_loss"] < 0.5 * logs[0]["raw_loss"]
     assert validation["val_loss"] < 0.08
 
 
@@ -650,8 +650,8 @@ def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypa
 @pytest.mark.parametrize(("change", "message"), [
     ("--channels 64", "--channels 32, not 64"), ("--size 64,--patch 4", "--size 16, not 64"),
     ("--prediction eps", "--prediction v, not eps"), ("--byte-width 64", "--byte-width 32, not 64"),
-    ("--learn-sigma", "--learn-sigma False, not True"), ("--loss-weight learned", "does not fit"),
-    ("--t-density importance", "does not fit"), ("--profiles 4", "--profiles 0, not 4")])
+    ("--learn-sigma", "--learn-sigma False, not True"), ("--loss-weight uniform", "--loss-weight learned, not uniform"),
+    ("--t-density importance", "--t-density logit_normal, not importance"), ("--profiles 4", "--profiles 0, not 4")])
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
     before = digest(run(tmp_path / "run", "--steps 1"))
     with pytest.raises(ValueError, match=message):
