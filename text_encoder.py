@@ -489,7 +489,7 @@ def open_folder(name: str, config: TextConfig, tower: str) -> tuple[Path, dict, 
     """Where config.json lies, what it says (of CLIP's towers: of this one), and the weights, still unread."""
     path = Path(name) / "config.json"
     if not path.parent.is_dir():
-        raise ValueError(f"--text-encoder or --rank {name} is no folder. Name that of a published one, or bytes")
+        raise ValueError(f"--text-encoder or --rank {name} is no folder. Name a published one, or bytes")
     content = read_json(path)
     if content.get("model_type") == "clip":
         half = (content.get(f"{tower}_config") or {}) | (content.get(f"{tower}_config_dict") or {})

@@ -6,7 +6,6 @@ their ratio, and where the time goes by the profiler.
 """
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -95,5 +94,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with suppress(KeyboardInterrupt):
-        main(sys.argv[1:])
+    main(sys.argv[1:])

@@ -650,8 +650,9 @@ def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypa
 @pytest.mark.parametrize(("change", "message"), [
     ("--channels 64", "--channels 32, not 64"), ("--size 64,--patch 4", "--size 16, not 64"),
     ("--prediction eps", "--prediction v, not eps"), ("--byte-width 64", "--byte-width 32, not 64"),
-    ("--learn-sigma", "--learn-sigma False, not True"), ("--loss-weight uniform", "--loss-weight learned, not uniform"),
-    ("--t-density importance", "--t-density logit_normal, not importance"), ("--profiles 4", "--profiles 0, not 4")])
+    ("--learn-sigma", "--learn-sigma False, not True"), ("--profiles 4", "--profiles 0, not 4"),
+    ("--loss-weight uniform", "--loss-weight learned, not uniform"),
+    ("--t-density importance", "--t-density logit_normal, not importance")])
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path, change, message):
     before = digest(run(tmp_path / "run", "--steps 1"))
     with pytest.raises(ValueError, match=message):
