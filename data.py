@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -77,8 +77,7 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
     total = sum(weights)
     for source, weight in enumerate(weights):               # the last one takes all that are left
         before = position * weight // total
-        if (position + 1) * weight // total > before:
-            return source, before
+        if (position + 1) * weight // total > before: return source, before
         position, total = position - before, total - weight
 
 
@@ -147,6 +146,7 @@ font = cache(ImageFont.load_default)
 array = lambda image: np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))    # (C, H, W)
 
 
+@lru_cache(64)
 def scene(index: int) -> Scene:
     """The scene of a built-in picture, a pure function of its index: 81% one thing, 15% two, 4% a sign."""
     draws = iter(keyed(0, "scene", index).random(16).tolist())
@@ -267,8 +267,7 @@ def read_captions(text: bytes, sidecar: bytes) -> list[str]:
         listed, single = fields.get("captions"), [fields.get("caption"), fields.get("text")]
     for found in (listed, text.decode("utf-8-sig", "replace").splitlines(), single):
         kept = [clean(c) for c in found if isinstance(c, str)] if isinstance(found, list) else []
-        if any(kept):
-            return [c for c in kept if c]
+        if any(kept): return [c for c in kept if c]
     return []
 
 
@@ -284,8 +283,7 @@ def join(name: str, parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, list[st
     groups, last = {}, None
     for key, part, *where in parts:
         runs = groups.setdefault(key, [])
-        if key != last or part in runs[-1]:
-            runs.append({})
+        if key != last or part in runs[-1]: runs.append({})
         runs[-1][part], last = where, key
     rows, keys, twice = [], [], 0
     for key, runs in groups.items():
@@ -515,6 +513,8 @@ class Pictures:
 
     def views(self, shown: np.ndarray, position: int) -> dict[str, np.ndarray]:
         """{"picture", "lowres" with --lowres}: made of the whole picture, cut at matching places, by keys."""
+        if (self.config.lowres, self.config.crop, self.config.picture_mode) == (0, 0, "colour"):
+            return {"picture": shown}                           # as it is
         config, rng = self.config, keyed(self.seed, f"{self.split} view", position)
         right, down, blurred, sigma = rng.random(4).tolist()
         image = Image.fromarray(shown.transpose(1, 2, 0))
