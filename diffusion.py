@@ -84,8 +84,7 @@ class Schedule:
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         logsnr = self.logsnr(t)
-        if self.flow:
-            return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
+        if self.flow: return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
         return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
     def inverse(self, logsnr: Tensor) -> Tensor:
@@ -287,8 +286,10 @@ def losses(model: Callable, x0: Tensor, eps: Tensor, t: Tensor, schedule: Schedu
     output = model(x_t, t, **condition).float()                                           # (B, C or 2C, H, W)
     output, head = output[:, :x0.shape[1]], output[:, x0.shape[1]:]
     a, b = TARGETS[config.prediction](alpha, sigma)
-    error = (output - (a * x0 + b * eps)).square().flatten(1).mean(1)                     # (B,)
-    guess = x0_eps(output.detach(), x_t, alpha, sigma, config.prediction)[0]
+    target, guess = x0, output.detach()
+    if config.prediction != "x0":  # where it is the same, with more passes over the pictures
+        target, guess = a * x0 + b * eps, x0_eps(guess, x_t, alpha, sigma, config.prediction)[0]
+    error = (output - target).square().flatten(1).mean(1)                                 # (B,)
     raw = (guess.clamp(-1, 1) - x0).square().flatten(1).mean(1)
     weighted = error
     if config.loss_weight not in ("uniform", "learned"):
@@ -426,8 +427,7 @@ def guided(model: Callable, schedule: Schedule, config: DiffusionConfig, conditi
     """Guidance of one condition: one call, of B rows when guidance_scale is 1, else 2B. `negative`, that of a
     negative prompt, replaces the empty one; `weak`, a denoiser, both (autoguidance). options: guidance's."""
     good = denoiser(model, schedule, config, condition)
-    if guidance_scale == 1:
-        return good
+    if guidance_scale == 1: return good
     pair = branches(model, schedule, config, [condition], [1.0], negative or unconditional(condition))
     both = (lambda x_t, t: (good(x_t, t), weak(x_t, t))) if weak else pair
     return guidance(both, guidance_scale, **options)

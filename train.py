@@ -387,8 +387,6 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
             cfg.dtype = "fp16"
     elif device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
-        if sys.platform == "linux":                           # malloc keeps what is freed: a tenth faster
-            for limit in ((-3, 2**25), (-3, 2**31 - 1), (-1, 2**31 - 1)): ctypes.CDLL(None).mallopt(*limit)
         if not cfg.device:
             say(f"note: no GPU found, using the CPU and --model {cfg.model}")
     return device, stop

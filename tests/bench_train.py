@@ -50,10 +50,12 @@ def main(argv: list[str]) -> None:
         condition = train.condition_of(net, text, data.collect(pictures, 0, 1), device)
         flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition)
 
-    def update() -> float:
+    def update() -> tuple[float, float]:
+        """Seconds of a step, and of drawing its pictures."""
         nonlocal step
         start = model.clock(device)
         found = data.collect(pictures, step * batch, (step + 1) * batch)
+        drawing = model.clock(device) - start
         u, kept, keys = train.draws(cfg.seed, "noise", found["positions"], cfg.uncond_prob)
         x0 = train.scaled(found["picture"], device)
         eps = diffusion.gaussian(keys, x0.shape[1:], device)
@@ -63,25 +65,27 @@ def main(argv: list[str]) -> None:
         (weight * loss).mean().backward()
         state.update(1e-4)
         step += 1
-        return model.clock(device) - start
+        return model.clock(device) - start, drawing
 
     for _ in range(3):
         update()
     sides = [one.shape[-1] // model_cfg.patch // 2**i for i in range(len(model_cfg.channel_mult))]
     widths = [model_cfg.channels * mult for mult in model_cfg.channel_mult]
-    best, rates = float("inf"), dict.fromkeys(zip(widths, sides), 0.0)
+    best, rates = (float("inf"), 0.0), dict.fromkeys(zip(widths, sides), 0.0)
     for _ in range(ROUNDS):
         for width, side in rates:
             found = convolution(device, dtype, batch, width, side, 5)
             rates[width, side] = max(rates[width, side], found)
         best = min([best, *(update() for _ in range(STEPS))])
+    best, drawing = best
     used = 3 * flops * batch / best
     print(f"{cfg.model} at {cfg.size} pixels, batch {batch}, {cfg.dtype}, {device}, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads, {flops / 1e9:.3f} GFLOPs a picture")
     for (width, side), rate in rates.items():
         print(f"bare convolution, {width} channels at {side}x{side}: {rate / 1e9:6.0f} GFLOP/s; "
               f"the step reaches {used / rate:.0%} of it")
-    print(f"training step: {1e3 * best:.1f} ms, {batch / best:.1f} pictures/s, {used / 1e9:.0f} GFLOP/s")
+    print(f"training step: {1e3 * best:.1f} ms, {batch / best:.1f} pictures/s, {used / 1e9:.0f} GFLOP/s; "
+          f"{1e3 * drawing:.1f} ms to draw the pictures, {used / 1e9 * best / (best - drawing):.0f} without")
 
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as found:
