@@ -525,6 +525,19 @@ def test_a_stage_is_compared_with_held_out_pictures_over_levels_of_aug(up, cli):
         assert found[name] == pytest.approx([psnr, abs(error.mean((2, 3))).mean()], abs=0.006)
 
 
+def test_a_stage_is_gone_before_the_next_one_is_made(up, cli, monkeypatch):
+    made, alive, build = [], [], model.UNet.__init__
+
+    def init(self, *args, **options):
+        alive.append(sum(unet() is not None for unet in made))
+        made.append(weakref.ref(self))
+        build(self, *args, **options)
+
+    monkeypatch.setattr(model.UNet, "__init__", init)
+    assert cli("a house", "--validate", 1)[0] == 0
+    assert alive == [0, 0, 0]
+
+
 def test_each_stage_says_what_it_cannot_read(up, cli):
     status, _, err = cli("a house " * 9, "--stop-at", 32)
     assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n" * 2)
