@@ -420,15 +420,17 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
 
     for pictures in sets:
         pictures.embedded = text_cfg.text_cache == "shards"
-    text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
-    if text_cfg.text_shards and not cfg.dry_run:
+    if text_cfg.text_shards:                                  # before the cache is filled
         shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
         damaged = [line for line in sets[0].warnings if "damaged after" in line]
         apart = len({path.name for path in shards if path.suffix == ".tar"}) == len(shards) > 0
-        if not caches or not apart or data_cfg.limit or damaged:
+        frozen = text_cfg.text_cache not in ("", "shards") and set(text_cfg.text_encoder) != {"bytes"}
+        if not frozen or not apart or data_cfg.limit or damaged:
             raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
                              "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
                              f"names of their own. {' '.join(damaged)}".rstrip())
+    text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
+    if text_cfg.text_shards and not cfg.dry_run:
         os.makedirs(text_cfg.text_shards, exist_ok=True)
         for path in until_stop(shards[rank::world]):
             target = Path(text_cfg.text_shards, path.name)

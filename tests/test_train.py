@@ -1245,6 +1245,7 @@ def test_shards_that_cannot_be_written_are_an_error(byt5, tmp_path, wrong):
         run("run", f"--text-encoder {byt5}", "--text-shards after", "--text-length 64",
             *(f"--{change}".strip() for change in wrong.split("--")[1:]))
     assert not Path("after").exists()
+    assert not Path("cache/0").exists()                       # said before any work
 
 
 def test_stale_torn_and_missing_embeddings_end_training(byt5, tmp_path, capfd):
