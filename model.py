@@ -60,7 +60,7 @@ PIXEL, DETAIL = 0.3, 0.0025  # variance of pictures in [-1, 1], and of what is l
 # pixels, of 64 or 256 below it, with 128 text tokens of width 128; a test counts them again.
 PRESETS = {stage: ModelConfig(*row) for stage, row in {
     #                channels, levels, blocks, attention, head, patch, emb, eff., conv only weights, FLOPs
-    (64, "tiny"):    (64,  (1, 2),       (1,),         (),          32, 4, 512),             #   4.2 M 0.546 G
+    (64, "tiny"):    (128, (1, 1),       (1,),         (8,),        64, 4, 256),             #   5.2 M  1.26 G
     (64, "small"):   (128, (1, 2, 2, 3), (2,),         (16, 8),     64, 1, 512),             #  62.8 M    50 G
     (64, "base"):    (192, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 768),             #   306 M   202 G
     (64, "large"):   (384, (1, 2, 3, 4), (3,),         (32, 16, 8), 64, 1, 1536),            #  1221 M   779 G
@@ -424,10 +424,8 @@ def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
     """Append a line to a log, or write a picture. Training can do without: a full disk is a warning."""
     try:
         path.parent.mkdir(exist_ok=True)
-        if isinstance(content, dict):
-            with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(content) + "\n")
-        else:
-            content.save(path)
+        if isinstance(content, Image.Image): return content.save(path)
+        with open(path, "a", encoding="utf-8") as f: f.write(json.dumps(content) + "\n")
     except OSError as e:
         warn(f"warning: {path} not written ({e.strerror}); training continues")
 
@@ -478,14 +476,16 @@ PARTS = {"emb": 2, "text_kv": 2}  # matrices of their own, so half the work: sca
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz iterations with
-    the coefficients of Amsel et al. 2025, arXiv:2505.16932, algorithm 1."""
-    wide = (x.mT if x.shape[1] > x.shape[2] else x).bfloat16()
+    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
+    Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
+    if x.shape[1] > x.shape[2]: return orthogonal(x.mT).mT
+    wide = x.bfloat16()
     wide = wide / (1.01 * wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for a, b, c in PASSES:
-        square = wide @ wide.mT
-        wide = torch.baddbmm(wide, torch.baddbmm(square, square, square, beta=b, alpha=c), wide, beta=a)
-    return wide.mT if x.shape[1] > x.shape[2] else wide
+    gram, turn = wide @ wide.mT, torch.eye(wide.shape[1], device=x.device).to(wide).expand(len(x), -1, -1)
+    for i, (a, b, c) in enumerate(PASSES):
+        square = turn @ gram @ turn if i else gram             # from the start, so errors do not add up
+        turn = torch.baddbmm(turn, torch.baddbmm(square, square, square, beta=b, alpha=c), turn, beta=a)
+    return turn @ wide
 
 
 def _apart(stacked: Tensor, group: list[Tensor]) -> list[Tensor]:
@@ -559,8 +559,8 @@ class State:
         """Muon, of momentum (n, rows, columns); lr () 0: nothing moves. AdamW then finds no gradient here."""
         grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in group]).view_as(momentum)
         momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
-        steps = orthogonal(grads.lerp_(momentum, 0.95)).float()               # Nesterov's
-        steps *= 0.2 * math.sqrt(max(steps.shape[1:])) * lr
+        size = 0.2 * math.sqrt(max(grads.shape[1:])) * lr
+        steps = (orthogonal(grads.lerp_(momentum, 0.95)) * size).float()      # Nesterov's
         torch._foreach_mul_(group, 1 - lr * self.optimizer.param_groups[0]["weight_decay"])
         torch._foreach_sub_(group, _apart(steps, group))
         for p in group: p.grad = None

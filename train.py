@@ -78,7 +78,7 @@ LADDER = {256: 64, 1024: 256}                                                 # 
 MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
          "optimizer", "max_aug", "t_density", "t_mean", "t_std", "loss_weight"]       # a row may end early
 PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
-    (64, "tiny"):   (4600,   16,  .0015, 50,   3200,  .998,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5,
+    (64, "tiny"):   (1850,   40,  .0023, 50,   1300,  .995,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5,
                      "learned"),
     (64, "small"):  (50000,  256, 3e-4,  1000, 5000,  .999,  "v",  64, 0),
     (64, "base"):   (200000, 512, 1e-4,  1000, 20000, .9999, "v",  64, 0),
@@ -126,8 +126,7 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         message = " ".join((f"rank {rank}: " * (rank != "0") + str(message)).split())
         print(f"train.py: error: {message}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)
+    else: time.sleep(2)
     raise SystemExit(status)
 
 
@@ -166,6 +165,9 @@ def parse(argv: list[str]) -> Configs:
         die(f"{twice[0]} is given twice. Give all of its values once")
     values = vars(parser.parse_args(argv))
     values["out"] = values["out"] or f"runs/{values['size']}"
+    if (at := values["attn_resolutions"]) is model.PRESETS[row].attn_resolutions:     # where they occur
+        sides = [values["size"] / max(1, values["patch"]) / 2**i for i in range(len(values["channel_mult"]))]
+        values["attn_resolutions"] = [n for n in at if n in sides]
     configs = tuple(cls(**{f.name: tuple(values[f.name]) if isinstance(f.default, tuple) else values[f.name]
                            for f in dataclasses.fields(cls)}) for cls in get_args(Configs))
     check(*configs)
@@ -387,8 +389,8 @@ def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, li
             cfg.dtype = "fp16"
     elif device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
-        if not cfg.device:
-            say(f"note: no GPU found, using the CPU and --model {cfg.model}")
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)          # its parts in bfloat16, too
+        if not cfg.device: say(f"note: no GPU found, using the CPU and --model {cfg.model}")
     return device, stop
 
 
@@ -418,8 +420,7 @@ def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 
             cache.pack({text: cache[text] for text in texts}, tensors, meta)
         return safetensors.torch.save(tensors, meta)
 
-    for pictures in sets:
-        pictures.embedded = text_cfg.text_cache == "shards"
+    for pictures in sets: pictures.embedded = text_cfg.text_cache == "shards"
     if text_cfg.text_shards:                                  # before the cache is filled
         shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
         damaged = [line for line in sets[0].warnings if "damaged after" in line]
@@ -530,8 +531,7 @@ def main(argv: list[str]) -> None:
                         "The same command goes on from the last checkpoint", status=1)
                 if writes:
                     publish(out, step, state, meta | {"images": str(images)}, cfg.keep, last)
-            if leaving:
-                return say(f"stopping at step {step}; run the same command to continue")
+            if leaving: return say(f"stopping at step {step}; run the same command to continue")
 
             # Validate and draw samples with the averaged weights.
             if val and not cfg.dry_run:

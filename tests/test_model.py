@@ -418,23 +418,28 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, muon):
         assert moments == [{p.stride()}] * 2
 
 
-@pytest.mark.parametrize("shape", [(3, 16, 40), (2, 40, 16), (1, 24, 24)])
+@pytest.mark.parametrize("shape", [(3, 32, 288), (2, 288, 32), (1, 40, 64)])
 def test_orthogonal_keeps_the_directions_and_evens_the_singular_values(shape):
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(0, -1.5, shape[2])
     turned = model.orthogonal(x).float()
     u, s, vt = torch.linalg.svd(x, full_matrices=False)
     new = torch.linalg.svdvals(turned)
-    assert (s[:, -1] < 0.2 * s[:, 0]).all()
+    assert (s[:, -1] < 0.5 * s[:, 0]).all()
     assert turned.shape == x.shape
-    assert new.max() < 2.1
+    assert new.max() < 3
     assert (new[:, -1] > 0.08 * new[:, 0]).all()
     assert (torch.cosine_similarity(turned.flatten(1), (u @ vt).flatten(1)) > 0.85).all()
+    exact = s.double() / (1.01 * s.double().norm(dim=1, keepdim=True))         # what the passes make of each
+    for a, b, c in model.PASSES:
+        exact = a * exact + b * exact**3 + c * exact**5
+    exact = u.double() * exact[:, None] @ vt.double()
+    assert (turned - exact).norm() < 0.1 * exact.norm()                        # in bfloat16
     assert not model.orthogonal(torch.zeros(shape)).any()
 
 
 def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatch):
-    monkeypatch.setattr(model, "PASSES", [(3.4445, -4.7750, 2.0315)] * 5)     # those of torch.optim.Muon
+    monkeypatch.setattr(model, "PASSES", [(3.4445, -4.7750, 2.0315)] * 3)     # those of torch.optim.Muon
     state = make_state(muon=True)
     inside = {name: p for name, p in state.net.named_parameters() if name.startswith("unet.") and p.ndim > 1}
     assert set(inside) == {f"unet.mid.{name}.weight" for name in ("0", "1", "emb", "text_kv")}
@@ -444,7 +449,7 @@ def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatc
              for name, p in inside.items()}
     assert len(twins["unet.mid.text_kv.weight"]) == 2
     every = [twin for found in twins.values() for twin in found]
-    muon = torch.optim.Muon(every, 0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(every, 0.05, weight_decay=0.1, ns_steps=3, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         update(state, step)                                    # of gradients of norm 1, after clipping
         g = torch.Generator().manual_seed(step)

@@ -336,6 +336,14 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(size, name):
     assert cfg.steps == train.PRESETS[size, name]["steps"]
 
 
+def test_a_preset_has_attention_where_its_sides_occur_and_a_flag_is_taken_at_its_word():
+    for name, size, sides in (("small", 64, (16, 8)), ("small", 128, (16,)), ("base", 32, (32, 16, 8))):
+        assert train.parse(["--model", name, "--size", str(size)])[2].attn_resolutions == sides
+    assert train.parse(["--model", "small", "--attn-resolutions", "8"])[2].attn_resolutions == (8,)
+    with pytest.raises(ValueError, match="--attn-resolutions 8 is not a side"):
+        train.parse(["--model", "small", "--size", "128", "--attn-resolutions", "8"])
+
+
 def test_flags_have_the_types_of_their_fields():
     cfg, pictures, shape, noise, text = train.parse(
         ["--no-compile", "--channel-mult", "1", "2", "--attn-resolutions", "16", "--patch", "4",
