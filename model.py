@@ -73,6 +73,7 @@ PRESETS = {stage: ModelConfig(*row) for stage, row in {
     (1024, "base"):  (128, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 512, True, True), #   627 M 10300 G
     (1024, "large"): (192, (1, 2, 4, 8), (2, 4, 8, 8), (),          64, 2, 768, True, True), #  1410 M 23157 G
 }.items()}
+sides = lambda config, size: [size // max(1, config.patch) // 2**i for i in range(len(config.channel_mult))]
 
 
 # ----------------------------------------------------------------------------------------------- the U-Net
@@ -330,9 +331,9 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) 
              f"Try {max(32, width // 32 * 32)}")
     must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
          f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
-    sides = [size // config.patch // 2**i for i in range(levels)]
     for n in config.attn_resolutions:
-        must(n in sides, f"attn-resolutions {n} is not a side of a feature map here. Choose from {sides}")
+        must(n in (here := sides(config, size)),
+             f"attn-resolutions {n} is not a side of a feature map here. Choose from {here}")
 
 
 def count_flops(model: nn.Module, *args, **kwargs) -> int:
@@ -479,8 +480,7 @@ def orthogonal(x: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
     Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
     if x.shape[1] > x.shape[2]: return orthogonal(x.mT).mT
-    wide = x.bfloat16()
-    wide = wide / (1.01 * wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    wide = (x := x.bfloat16()) / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     gram, turn = wide @ wide.mT, torch.eye(wide.shape[1], device=x.device).to(wide).expand(len(x), -1, -1)
     for i, (a, b, c) in enumerate(PASSES):
         square = turn @ gram @ turn if i else gram             # from the start, so errors do not add up

@@ -163,11 +163,10 @@ def parse(argv: list[str]) -> Configs:
                         min_size=known.size if lowres else 8)
     if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
         die(f"{twice[0]} is given twice. Give all of its values once")
-    values = vars(parser.parse_args(argv))
+    values = vars(args := parser.parse_args(argv))
     values["out"] = values["out"] or f"runs/{values['size']}"
     if (at := values["attn_resolutions"]) is model.PRESETS[row].attn_resolutions:     # where they occur
-        sides = [values["size"] / max(1, values["patch"]) / 2**i for i in range(len(values["channel_mult"]))]
-        values["attn_resolutions"] = [n for n in at if n in sides]
+        values["attn_resolutions"] = [n for n in at if n in model.sides(args, args.size)]
     configs = tuple(cls(**{f.name: tuple(values[f.name]) if isinstance(f.default, tuple) else values[f.name]
                            for f in dataclasses.fields(cls)}) for cls in get_args(Configs))
     check(*configs)

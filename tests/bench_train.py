@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
 
     for _ in range(3):
         update()
-    sides = [one.shape[-1] // model_cfg.patch // 2**i for i in range(len(model_cfg.channel_mult))]
+    sides = model.sides(model_cfg, one.shape[-1])
     widths = [model_cfg.channels * mult for mult in model_cfg.channel_mult]
     best, rates = (float("inf"), 0.0), dict.fromkeys(zip(widths, sides), 0.0)
     for _ in range(ROUNDS):

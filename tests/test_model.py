@@ -418,8 +418,9 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path, muon):
         assert moments == [{p.stride()}] * 2
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 288), (2, 288, 32), (1, 40, 64)])
-def test_orthogonal_keeps_the_directions_and_evens_the_singular_values(shape):
+@pytest.mark.parametrize(("shape", "most"), [
+    ((3, 32, 288), 2.1), ((2, 128, 512), 2.1), ((1, 40, 64), 2.1), ((2, 288, 32), 2.6)])   # last: skewed
+def test_orthogonal_keeps_the_directions_and_evens_the_singular_values(shape, most):
     torch.manual_seed(0)
     x = torch.randn(shape) * torch.logspace(0, -1.5, shape[2])
     turned = model.orthogonal(x).float()
@@ -427,7 +428,7 @@ def test_orthogonal_keeps_the_directions_and_evens_the_singular_values(shape):
     new = torch.linalg.svdvals(turned)
     assert (s[:, -1] < 0.5 * s[:, 0]).all()
     assert turned.shape == x.shape
-    assert new.max() < 3
+    assert new.max() < most
     assert (new[:, -1] > 0.08 * new[:, 0]).all()
     assert (torch.cosine_similarity(turned.flatten(1), (u @ vt).flatten(1)) > 0.85).all()
     exact = s.double() / (1.01 * s.double().norm(dim=1, keepdim=True))         # what the passes make of each
