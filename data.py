@@ -1,8 +1,9 @@
-"""Pictures in: built-in pictures, folders and tar shards; decoding, captions, and the order of the data.
+"""Pictures in and out: folders, tar shards, built-in ones; captions, caches, the loader; sheets.
 
-Every random choice is a pure function of (seed, purpose, position), so the stream has no state: position p
-shows the same picture, crop and caption for any number of ranks and workers, and to resume is to start at p.
-Letters: H W pixels, B pictures in a batch, N pictures in a source.  Pictures are uint8 (3, H, W), RGB."""
+Every random choice is a pure function of (seed, purpose, position), so the stream has no state:
+position p shows the same picture, crop and caption for any number of ranks and workers, and to
+resume is to start at p. Letters: H W pixels, B pictures in a batch, N pictures in a source.
+Pictures are uint8 (3, H, W), RGB."""
 import atexit
 import glob
 import hashlib
@@ -15,25 +16,33 @@ import re
 import signal
 import sys
 import tarfile
+import tempfile
+import textwrap
 import warnings
+import zlib
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.torch
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
+from torch import Tensor
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")     # beside pictures, only .txt and .json are read
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")             # by content: other parsers are out of reach
+SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")     # of files that hold a picture
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")     # by content: other parsers are out of reach
 MAX_PIXELS = 64 * 2**20                   # a larger picture is refused before decoding
-MAX_TRIES, MAX_CAPTION = 20, 2000         # unreadable pictures in a row; a longer caption is cut [characters]
-ENDLESS = 2**40              # built-in pictures
-VIEWS, MODES = ("picture", "lowres"), {"colour": "RGB", "grey": "L"}    # a channel a letter
+MAX_TRIES = 20                            # unreadable pictures in a row
+MAX_CAPTION = 2000                        # a longer caption is cut [characters]
+MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
 
 
 @dataclass
@@ -41,9 +50,9 @@ class DataConfig:
     data: list[str] = field(default_factory=list)  # folders, tars, patterns: PATH or PATH:WEIGHT; or built-in
     limit: int = 0  # use only the first so many pictures of each source, 0 = all [images]
     held_out: int = 1024  # kept for validation, at most 1 in 20 of a source, none with --limit [images]
-    min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0..1]
+    min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0.01..1]
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
-    min_size: int = 8  # a picture that gives a smaller square is refused before decoding [pixels]
+    min_size: int = 8  # a picture that gives a smaller square is refused before decoding [1..65536 pixels]
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
     lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [pixels]
     lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
@@ -51,48 +60,964 @@ class DataConfig:
     crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [pixels]
 
 
-# ---------------------------------------------------------------------------------- the order of the data
+# ---------------------------------------------------------------------------- the order of the data
 def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
-    """A random generator that is a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
+    """A random generator, a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
     digest = hashlib.blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def permute(index: int, n: int, key: bytes) -> int:
-    """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`: no state, no table. A
-    Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and Rogaway 2002)."""
-    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`, without a table.
+    A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and
+    Rogaway 2002)."""
+    bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    mask = (1 << bits) - 1
+
     while True:
-        left, right = index >> half, index & (1 << half) - 1
+        left = index >> bits
+        right = index & mask
+
         for turn in range(6):
             digest = hashlib.blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "little") & (1 << half) - 1
-        index = left << half | right
-        if index < n: return index
+            mixed = left ^ (int.from_bytes(digest, "little") & mask)
+            left, right = right, mixed
+
+        index = left << bits | right
+        if index < n:
+            return index
 
 
 def interleave(position: int, weights: list[int]) -> tuple[int, int]:
-    """The source that serves a position, and how often it has before: shares are exact within one all along.
-    Of the first p positions a source of share w takes floor(p w), the others share the rest in that way."""
+    """The source that serves a position, and how often it has before.
+    Of the first p positions a source of share w takes floor(p w), the others share the rest in that
+    way: shares are exact within one all along."""
     total = sum(weights)
-    for source, weight in enumerate(weights):               # the last one takes all that are left
+    for chosen, weight in enumerate(weights):               # the last one takes all that are left
         before = position * weight // total
-        if (position + 1) * weight // total > before: return source, before
-        position, total = position - before, total - weight
+        after = (position + 1) * weight // total
+        if after > before:
+            return chosen, before
+
+        position -= before
+        total -= weight
 
 
-# -------------------------------------------------------------------------------------- built-in pictures
-COLOURS = {"red": (216, 34, 44), "orange": (246, 130, 22), "yellow": (252, 214, 36), "green": (46, 152, 66),
-           "blue": (34, 92, 214), "purple": (126, 52, 172), "pink": (250, 132, 184), "brown": (122, 74, 40),
-           "white": (250, 250, 248), "black": (36, 36, 42)}
-GROUNDS = {"white": (246, 245, 240), "yellow": (253, 232, 150), "green": (172, 220, 160),
-           "black": (46, 50, 72), "blue": (160, 208, 244), "pink": (250, 198, 216),
-           "purple": (208, 188, 236), "grey": (172, 176, 184)}
-TONES = {"ink": (40, 40, 50), "snow": (252, 252, 250), "wood": (132, 86, 52), "leaf": (62, 140, 70),
-         "glass": (196, 230, 250), "cream": (252, 236, 196), "rose": (244, 150, 160), "flame": (255, 190, 60)}
-SPECIAL = {"yellow": {"shade": (240, 186, 30)},             # darkened, it looks green; details of the rest
-           "white": {"shade": (214, 214, 212), "tint": (224, 224, 222), "snow": (180, 180, 178)},
-           "black": {"shade": (66, 66, 72), "tint": (120, 120, 126), "ink": (112, 112, 118)}}
+# ----------------------------------------------------------------------------------------- decoding
+def array(image: Image.Image) -> np.ndarray:
+    """An image as uint8 (C, H, W)."""
+    pixels = np.atleast_3d(np.asarray(image))                               # (H, W, C)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """The one resize kernel: means of blocks by a whole factor, antialiased bicubic the rest."""
+    return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0)
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """An image upright and in RGB: alpha over white, 16 bits scaled to 8."""
+    with suppress(Exception):                               # damaged tags: as it lies
+        ImageOps.exif_transpose(image, in_place=True)
+
+    if image.mode.startswith("I"):                  # 16-bit grey: convert() would clip it to white
+        grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
+        image = Image.fromarray(grey.astype(np.uint8))
+
+    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+    return image.convert("RGB")
+
+
+def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
+           least=8) -> np.ndarray:
+    """A square of an encoded picture, uint8 (3, size, size): upright, on white, 8 bits.
+    It keeps a part of the short side, `least` pixels or more, placed in the rest by fractions, as
+    stored; cut before it is resized, a JPEG decoded at the smallest scale that leaves twice the
+    size, to save memory. Pixels, uint8 (3, H, W), are treated alike, but stay as they are, whatever
+    the crop, where they have the size already. Raises ValueError or Pillow's errors for all but a
+    whole, sane picture in FORMATS."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # of bombs and damaged tags: the limits are ours
+        if isinstance(data, np.ndarray):
+            if data.shape == (3, size, size):
+                return data
+            image = Image.fromarray(data.transpose(1, 2, 0))
+        else:
+            try:
+                image = Image.open(io.BytesIO(data), formats=FORMATS)
+            except Image.UnidentifiedImageError:
+                raise ValueError(f"not a whole {'/'.join(FORMATS)} picture") from None
+
+        width, height = image.size
+        kept = keep * min(width, height)
+        if width * height > MAX_PIXELS or kept < least:
+            raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels "
+                             f"or under {least}")
+
+        scale = 2 * size / kept
+        image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+
+        side = max(1, round(keep * min(image.size)))
+        left = round(right * (image.width - side))
+        top = round(down * (image.height - side))
+        image = image.crop((left, top, left + side, top + side))
+
+        return array(shrink(plain(image), size))
+
+
+# ----------------------------------------------------------------------------------------- captions
+def printable(name: str) -> str:
+    """A file's name, safe to print: control characters and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line, else its name."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def clean(text: str) -> str:
+    """A caption on one line, without control characters and lone surrogates, not too long."""
+    text = text[:4 * MAX_CAPTION].encode("utf-8", "replace").decode("utf-8")
+    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
+    return " ".join(words)[:MAX_CAPTION].rstrip()
+
+
+def read_meta(sidecar: bytes) -> dict:
+    """The fields of a .json; {} where it is empty or broken, as if it were not there."""
+    with suppress(ValueError, RecursionError):
+        meta = json.loads(sidecar)
+        if isinstance(meta, dict):
+            return meta
+    return {}
+
+
+def read_captions(text: bytes, meta: dict) -> list[str]:
+    """All captions of a picture: "captions" of its .json, else lines of its .txt, else .json's one.
+    """
+    lines = text.decode("utf-8-sig", "replace").splitlines()
+    for found in (meta.get("captions"), lines, [meta.get("caption"), meta.get("text")]):
+        if not isinstance(found, list):
+            continue
+
+        cleaned = [clean(caption) for caption in found if isinstance(caption, str)]
+        kept = list(filter(None, cleaned))
+        if kept:
+            return kept
+    return []
+
+
+# ------------------------------------------------------------------------------------------ sources
+Sample = namedtuple("Sample", "picture captions meta")
+
+
+class Source:
+    """Pictures with captions, by number: a subclass has __len__ and sample, the rest is inherited.
+    A line in SOURCES, at the end of this file, gives it a name for --data; it is called with the
+    side of the pictures that are wanted [pixels], for sources that draw."""
+    name = "pictures"           # in messages
+    warned = []                 # lines for the user, about all of it
+    embedded = False            # set from outside: meta["embeddings"] is wanted
+    endless = False             # there are samples behind the end, too: the held-out ones
+
+    def sample(self, i: int) -> Sample:
+        """(picture, captions, meta): encoded bytes in FORMATS, or pixels, uint8 (3, H, W); a list
+        of str; the parsed .json, {} if none, and where `embedded` is set "embeddings": the bytes of
+        KEY.t5.safetensors. Any error it raises costs this picture alone: it is replaced and
+        counted."""
+        raise NotImplementedError
+
+    def captions(self, i: int) -> list[str]:
+        return self.sample(i).captions
+
+    def key(self, i: int) -> str:
+        """What a picture is called, and by what it is held out: it stays when others are added."""
+        return f"{self.name}/{i}"
+
+    def keys(self) -> Iterable[str]:
+        return map(self.key, range(len(self)))
+
+    def fingerprint(self) -> bytes:
+        """What tells whether two runs see the same pictures."""
+        return "\n".join(self.keys()).encode()
+
+
+# Rows of an index are int64 (N, 3, 4): [file, at, size] by the parts of a sample, file -1 for none.
+PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2, "t5.safetensors": 3}
+NAME = re.compile(rf"(.*)\.({'|'.join(PARTS)})", re.IGNORECASE | re.DOTALL)     # KEY.PART
+
+
+def join(name: str, parts: list[tuple]) -> tuple:
+    """Samples of a list of (key, part, file, at, size): rows, keys, a warning of keys used twice.
+    Of those only the first picture and what stands with it is kept: none gets another one's
+    caption."""
+    runs_of = {}
+    last = None
+    for key, part, *where in parts:
+        runs = runs_of.setdefault(key, [])
+        if key != last or part in runs[-1]:
+            runs.append({})
+        runs[-1][part] = where
+        last = key
+
+    rows = []
+    keys = []
+    twice = 0
+    for key, runs in runs_of.items():
+        sample = {}
+        for run in runs:
+            sample |= run
+        if len(sample) < sum(map(len, runs)):
+            twice += 1
+            sample = next((run for run in runs if 0 in run), {})
+        if 0 in sample:
+            places = [sample.get(part, (-1, 0, 0)) for part in range(4)]
+            rows.append(list(zip(*places)))
+            keys.append(printable(key).encode())
+
+    warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
+    return np.array(rows, np.int64).reshape(-1, 3, 4), np.array(keys, "S"), warned
+
+
+def scan_tar(path: str) -> tuple:
+    """Rows, keys and warnings of a shard.
+    Names are only keys: nothing is extracted, no link is followed. tarfile takes a damaged header
+    for the end without a word; a whole shard has two zero blocks there."""
+    name = printable(os.path.basename(path))
+    parts = []
+    end = 0
+    problem = ""
+    with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members.clear()                     # or it keeps them all in memory
+                    end = tar.offset
+                    named = NAME.fullmatch(member.name)
+                    if named and member.isreg() and not member.issparse():
+                        key, part = named.groups()
+                        parts.append((key, PARTS[part.lower()], 0, member.offset_data, member.size))
+
+            tail = os.pread(file.fileno(), 2**16, end)
+            if len(tail) < 1024 or any(tail):
+                problem = "no end mark"
+        except Exception as error:                  # tarfile raises nearly anything on garbage
+            problem = one_line(error)
+
+    whole = [part for part in parts if part[3] + part[4] <= total]
+    rows, keys, warned = join(name, whole)
+    if problem:
+        warned.append(f"{name}: damaged after {len(rows)} pictures ({problem}); using those")
+    return rows, keys, warned
+
+
+def index_tar(path: str) -> tuple:
+    """scan_tar, once: kept in the user's cache folder until path, size or time change."""
+    state = os.stat(path)
+    mark = f"2 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
+    digest = hashlib.blake2b(os.fsencode(mark), digest_size=16).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    kept = Path(home, "limn", f"{digest}.npz")
+
+    with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
+        return stored["rows"], stored["keys"], stored["warned"].tolist()
+
+    rows, keys, warned = scan_tar(path)
+    with suppress(OSError):                         # no room for it: scanned again next time
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, rows=rows, keys=keys, warned=np.array(warned, "U"))
+        temporary.replace(kept)
+    return rows, keys, warned
+
+
+def expand(pattern: str) -> list[str]:
+    """The paths a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
+    ValueError where one is not there."""
+    brace = re.search(r"\{([^{}]*)\}", pattern)
+    if not brace or os.path.exists(pattern):
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ValueError(f"--data {printable(pattern)} is not on a local disk; "
+                             "give folders, tars, patterns")
+        return found
+
+    choices = brace[1].split(",")
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    if numbers:
+        first, last = numbers.groups()
+        counted = range(int(first), int(last) + 1)
+        choices = [str(number).zfill(len(first)) for number in counted] or choices
+
+    paths = []
+    for choice in choices:
+        paths += expand(pattern[:brace.start()] + choice + pattern[brace.end():])
+    return paths
+
+
+class Files(Source):
+    """Loose pictures with captions beside them, and tar shards, read by offset: a --data entry."""
+
+    def __init__(self, pattern: str):
+        self.name = printable(pattern)
+        self.warned = []
+        self.files = []                                     # path, size [bytes]
+        rows = []
+        keys = []
+        loose = []
+        for path, name in self.walk(pattern):
+            number = len(self.files)
+            size = os.path.getsize(path)
+            self.files.append((path, size))
+            named = NAME.fullmatch(name)
+            if name.lower().endswith(".tar"):
+                shard_rows, shard_keys, warned = index_tar(path)
+                shard_rows[:, 0] += np.where(shard_rows[:, 0] < 0, 0, number)
+                rows.append(shard_rows)
+                keys.append(np.char.add(printable(name[:-4]).encode() + b"/", shard_keys))
+                self.warned += warned
+            elif named:
+                key, part = named.groups()
+                loose.append((key, PARTS[part.lower()], number, 0, size))
+
+        loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
+        loose_rows, loose_keys, warned = join(self.name, loose)
+        self.rows = np.concatenate([*rows, loose_rows])
+        self.names = np.concatenate([*keys, loose_keys])
+        self.warned += warned
+
+        if not len(self.rows):
+            found = f"{len(self.files)} files"
+            if self.files:
+                found += f", e.g. {printable(os.path.basename(self.files[0][0]))}"
+            reason = " ".join(self.warned[:1])
+            raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); "
+                             f"found {found} {reason}".rstrip())
+        bare = np.count_nonzero(self.rows[:, 2, 1:3].sum(1) == 0)       # no bytes of text
+        if bare:
+            self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
+
+    def walk(self, pattern: str) -> Iterator[tuple]:
+        """All files and their names below a folder, in order; links to folders are not followed."""
+        def lost(error):
+            self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
+
+        for root in expand(pattern):
+            if os.path.isfile(root):
+                yield root, os.path.basename(root)
+                continue
+
+            for folder, folders, files in os.walk(root, onerror=lost):
+                folders.sort()
+                for name in folders + sorted(files):
+                    path = os.path.join(folder, name)
+                    if os.path.isfile(path):
+                        yield path, os.path.relpath(path, root)
+                    elif os.path.islink(path) and os.path.isdir(path):
+                        self.warned.append(f"{printable(path)}: a link to a folder, not followed")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def part(self, i: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
+        """The first bytes of a part of a sample (see PARTS); empty when it has none."""
+        file, at, size = self.rows[i, :, part].tolist()
+        if file < 0:
+            return b""
+
+        path, whole = self.files[file]
+        with open(path, "rb", buffering=0) as stream:
+            if os.fstat(stream.fileno()).st_size != whole:
+                raise ValueError("changed since it was indexed")
+            return os.pread(stream.fileno(), min(size, most), at)
+
+    def texts(self, i: int) -> tuple:
+        """Captions and .json of a sample; of longer texts the first mebibyte."""
+        text = self.part(i, 1, most=2**20)
+        meta = read_meta(self.part(i, 2, most=2**20))
+        return read_captions(text, meta), meta
+
+    def sample(self, i):
+        picture = self.part(i, 0)
+        texts, meta = self.texts(i)
+        if self.embedded:
+            meta["embeddings"] = self.part(i, 3)
+        return Sample(picture, texts, meta)
+
+    def captions(self, i):
+        return self.texts(i)[0]
+
+    def key(self, i):
+        return self.names[i].decode()
+
+    def fingerprint(self):
+        return self.names.tobytes() + self.rows[:, 2, :3].tobytes()
+
+    def shards(self) -> list[str]:
+        """The files that pictures lie in."""
+        return [self.files[file][0] for file in np.unique(self.rows[:, 0, 0])]
+
+
+def copy_shard(path: str, target: str, beside: Callable) -> None:
+    """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors.
+    Its content, for what it had, is what `beside` makes of the captions: list of str -> bytes. The
+    other members stay as they are; `target` appears whole or not at all."""
+    source = Files(path)
+    numbers = {at: i for i, at in enumerate(source.rows[:, 1, 0].tolist())}
+    unfinished = f"{target}.part"
+
+    with tarfile.open(path, "r:") as old, tarfile.open(unfinished, "w") as new:
+        for member in old:
+            at = member.offset_data
+            old.fileobj.seek(at)
+            if not member.name.lower().endswith(".t5.safetensors"):
+                new.addfile(member, old.fileobj if member.isreg() else None)
+
+            if at in numbers:
+                content = beside(source.captions(numbers[at]))
+                added = tarfile.TarInfo(member.name.rpartition(".")[0] + ".t5.safetensors")
+                added.size = len(content)
+                new.addfile(added, io.BytesIO(content))
+    os.replace(unfinished, target)
+
+
+# ------------------------------------------------------------------------------------------- caches
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checksum(entry: tuple) -> str:
+    """The shapes of a text's tensors, and the checksum of their bytes."""
+    shapes = ["x".join(map(str, tensor.shape)) for tensor in entry]
+    crc = 0
+    for tensor in entry:
+        crc = zlib.crc32(tensor.flatten().view(torch.int16).numpy(), crc)
+    return " ".join([*shapes, str(crc)])
+
+
+class Cache:
+    """What an encoder makes of texts: cache[text] -> its tensors, bfloat16, as many as it has.
+    A folder of safetensors files, which are mapped, or the content of one. The hash of a text and
+    its encoder (fingerprint: which weights, which settings) names the tensors, and in the metadata
+    their shapes and checksum. Raises ValueError for a file that is torn or of another encoder, and
+    for a text that is not there: none gets another one's tensors."""
+
+    def __init__(self, name: Path | str, fingerprint: str, content: bytes | None = None):
+        self.name = name
+        self.fingerprint = fingerprint
+        self.content = content
+        self.found = {}                                         # hash -> function to read, checksum
+        if content is None:
+            self.fix = "Delete it or use another --text-cache"
+            sources = sorted(name.glob("[!.]*.safetensors"))    # .tmp-*: being written
+        else:
+            self.fix = "Write the shards again"
+            sources = filter(None, [content])
+        for source in sources:
+            self.open(source)
+
+    def __reduce__(self):
+        """A copy, of another process say, opens the files again."""
+        return Cache, (self.name, self.fingerprint, self.content)
+
+    def open(self, source: Path | bytes) -> None:
+        try:
+            if isinstance(source, bytes):
+                size = int.from_bytes(source[:8], "little")
+                checksums = json.loads(source[8:8 + size])["__metadata__"]
+                read = safetensors.torch.load(source).__getitem__
+            else:
+                file = safetensors.safe_open(source, "pt")
+                checksums = file.metadata()
+                read = file.get_tensor
+            made_by = checksums.pop("fingerprint")
+        except Exception as error:                              # safetensors raises nearly anything
+            name = self.name if isinstance(source, bytes) else source
+            raise ValueError(f"{name} is damaged: {one_line(error)[:200]}. {self.fix}") from None
+
+        if self.fingerprint not in made_by:
+            raise ValueError(f"{self.name} was made with {made_by}, not {self.fingerprint}. "
+                             f"{self.fix}")
+        self.found |= {key: (read, text) for key, text in checksums.items()}
+
+    def key(self, text: str) -> str:
+        return hashlib.blake2b(f"{self.fingerprint} {text}".encode(), digest_size=16).hexdigest()
+
+    def __getitem__(self, text: str) -> tuple[Tensor, ...]:
+        key = self.key(text)
+        if key not in self.found:
+            fix = self.fix.replace("Delete it", "Start again")
+            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
+
+        read, expected = self.found[key]
+        try:
+            entry = tuple(read(f"{key}.{i}") for i in range(expected.count(" ")))
+            if checksum(entry) != expected:
+                raise ValueError("it does not match its checksum")
+        except Exception as error:
+            raise ValueError(f"{self.name} is damaged at {text[:80]!r}: {error}. "
+                             f"{self.fix}") from None
+        return entry
+
+    def pack(self, entries: dict, meta: dict | None = None) -> tuple[dict, dict]:
+        """The tensors and the metadata of a file of what texts have become, {text: tensors}.
+        meta: what other encoders have in the same file already."""
+        others = meta["fingerprint"] + " " if meta else ""
+        marks = {"fingerprint": others + self.fingerprint}
+        tensors = {}
+        for text, entry in entries.items():
+            key = self.key(text)
+            marks[key] = checksum(entry)
+            for i, tensor in enumerate(entry):
+                tensors[f"{key}.{i}"] = tensor.contiguous().clone()
+        return tensors, marks
+
+    def fill(self, texts: Iterable[str], encode: Callable, part: int = 8192) -> Iterator[int]:
+        """Write what is missing, `part` texts to a file, and yield how many.
+        encode(texts) yields (index, *tensors) in any order; what it leaves out stays missing. A
+        file appears whole or not at all, named by its texts: a stopped run goes on where it was,
+        two at once write the same."""
+        missing = {}
+        for text in texts:
+            key = self.key(text)
+            if key not in self.found:
+                missing[key] = text
+        order = [missing[key] for key in sorted(missing)]
+
+        for start in range(0, len(order), part):
+            entries = {}
+            for i, *entry in encode(order[start:start + part]):
+                entries[order[start + i]] = entry
+
+            if entries:
+                tensors, meta = self.pack(entries)
+                names = " ".join(sorted(meta))
+                self.name.mkdir(parents=True, exist_ok=True)
+                path = self.name / f"{self.key(names)}.safetensors"
+                write(path, safetensors.torch.save(tensors, meta))
+                self.open(path)
+            yield len(entries)
+
+
+# --------------------------------------------------------------------------- the stream of pictures
+def parse_source(entry: str) -> tuple:
+    """PATH or PATH:WEIGHT; what exists under the whole name has no weight."""
+    path, _, weight = entry.rpartition(":")
+    if os.path.exists(entry) or not re.fullmatch(r"\d*\.?\d+", weight):
+        return entry, None
+    return path, Fraction(weight)
+
+
+class Pictures:
+    """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys.
+    Every pass over a source shows each of its pictures once, in an order keyed by (seed, source,
+    pass). Sources are interleaved by weight, by default their numbers of pictures. The "val" split,
+    fixed and centred, is those whose hashed key is below a threshold; with --limit, or too few,
+    those of training.
+    To be set from outside, for what the workers do besides: `reader`, with read(caption, bytes) ->
+    an entry and batch(entries) -> a dict of arrays; `embedded`, whether these bytes are those of
+    KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays. Raises ValueError for
+    --data and --blur that make no sense."""
+
+    def __init__(self, config: DataConfig, size: int, seed: int,
+                 split: Literal["train", "val"] = "train"):
+        self.config = config
+        self.size = size
+        self.split = split
+        self.seed = seed if split == "train" else 0
+        self.embedded = False
+        self.reader = None
+        self.draws = None
+
+        entries = [parse_source(entry) for entry in config.data] or [("built-in", None)]
+        weights = [weight for _, weight in entries]
+        if set(weights) != {None} and not all(weights):
+            given = printable(" ".join(config.data))
+            raise ValueError(f"--data {given}: give all a weight above 0, or none")
+        blur = config.blur
+        if len(blur) != 3 or not 0 <= blur[0] <= 1 or not 0 <= blur[1] <= blur[2]:
+            raise ValueError(f"--blur {blur} is not a share from 0 to 1 and two rising sigmas")
+
+        self.sources = []
+        self.warnings = []
+        for name, _ in entries:
+            source = SOURCES[name](size) if name in SOURCES else Files(name)
+            self.sources.append(source)
+            self.warnings += source.warned
+        self.rows = [self.choose(source) for source in self.sources]
+
+        if None in weights:
+            weights = [Fraction(len(rows)) for rows in self.rows]
+        scale = math.lcm(*(weight.denominator for weight in weights))
+        self.weights = [int(weight * scale) for weight in weights]
+
+        contents = b"".join(source.fingerprint() for source in self.sources)
+        self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
+        counts = [f"{s.name}: {len(rows):,} pictures" for s, rows in zip(self.sources, self.rows)]
+        self.summary = "; ".join(counts)
+
+    def choose(self, source: Source) -> range | np.ndarray:
+        """The numbers of the pictures of a source that belong to this split."""
+        limit = self.config.limit
+        held_out = self.config.held_out
+        count = len(source)
+        if limit:
+            return range(min(count, limit))
+        if source.endless and self.split == "val":
+            return range(count, count + max(1, held_out))
+        if source.endless or not held_out:
+            return range(count)
+
+        keys = source.keys()
+        hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+        threshold = int(min(0.05, held_out / count) * 2**64)
+        held = np.frombuffer(b"".join(hashes), "<u8") < threshold
+        if not held.any():
+            self.warnings.append(f"{source.name}: {count} pictures, none to hold out; "
+                                 "validating on them")
+            return range(count)
+        return np.flatnonzero(held == (self.split == "val"))
+
+    def shards(self) -> list[str]:
+        """The tar files of all sources, to be copied; ValueError where this is not all there is."""
+        paths = []
+        for source in self.sources:
+            paths += source.shards() if isinstance(source, Files) else [source.name]
+        names = {os.path.basename(path) for path in paths if path.endswith(".tar")}
+
+        reasons = [line for line in self.warnings if "damaged after" in line]
+        if self.config.limit:
+            reasons.append("there is a --limit")
+        if len(names) < len(paths):
+            reasons.append("not all of it are tar shards with names of their own")
+        if reasons:
+            raise ValueError(f"--data is not whole: {reasons[0]}")
+        return paths
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def captions(self) -> Iterator[str]:
+        """Every caption that can be drawn; of built-in pictures they do not end without --limit."""
+        for source, rows in zip(self.sources, self.rows):
+            for row in rows:
+                with suppress(Exception):           # replaced and counted when it is drawn
+                    yield from source.captions(int(row))
+
+    def __getitem__(self, position: int) -> dict:
+        """{"position", "picture", "lowres" (see views), "caption", "key", "replaced", "words"}.
+        A picture that cannot be read is replaced by another one of its source, by keys again: no
+        other position changes; "replaced" lists f"{key}: {reason}". "words" is the reader's entry.
+        Raises ValueError after MAX_TRIES."""
+        chosen, visit = interleave(position, self.weights)
+        source = self.sources[chosen]
+        source.embedded = self.embedded
+        rows = self.rows[chosen]
+        turn, index = divmod(visit, len(rows))
+        if self.split == "train":
+            index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
+
+        rng = keyed(self.seed, self.split, position)
+        keep, right, down, which = rng.random(4).tolist()
+        crop = (1.0, 0.5, 0.5)
+        if self.split == "train" and self.config.min_crop < 1:
+            crop = (1 - keep * (1 - self.config.min_crop), right, down)
+
+        replaced = []
+        for _ in range(MAX_TRIES):
+            row = int(rows[index])
+            key = source.key(row)
+            try:
+                picture, texts, meta = source.sample(row)
+                shown = decode(picture, self.size, *crop, self.config.min_size)
+                item = self.views(shown, position)
+                caption = texts[int(which * len(texts))] if texts else ""
+                if self.reader:
+                    embeddings = meta.get("embeddings", b"") if self.embedded else b""
+                    item["words"] = self.reader.read(caption, embeddings)
+            except Exception as error:              # decoders raise nearly anything on garbage
+                replaced.append(f"{key}: {one_line(error)}")
+                index = int(rng.integers(len(rows)))
+                continue
+
+            item |= {"position": position, "key": key, "caption": caption, "replaced": replaced}
+            return item
+        raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, "
+                         f"last {replaced[-1]}")
+
+    def views(self, shown: np.ndarray, position: int) -> dict:
+        """{"picture", "lowres" with --lowres}: of the whole picture, cut at matching places."""
+        config = self.config
+        if (config.lowres, config.crop, config.picture_mode) == (0, 0, "colour"):
+            return {"picture": shown}                           # as it is
+
+        rng = keyed(self.seed, f"{self.split} view", position)
+        right, down, blurred, sigma = rng.random(4).tolist()
+        image = Image.fromarray(shown.transpose(1, 2, 0))
+        views = {"picture": image.convert(MODES[config.picture_mode])}
+
+        if config.lowres:
+            small = shrink(image, config.lowres).convert(MODES[config.lowres_mode])
+            share, *sigmas = config.blur
+            if self.split == "train" and blurred < share:
+                radius = float(np.interp(sigma, (0, 1), sigmas))
+                small = small.filter(ImageFilter.GaussianBlur(radius))
+            views["lowres"] = small
+
+        cells = config.lowres or self.size                      # the places where a crop may begin
+        side = (config.crop or self.size) * cells // self.size
+        room = cells - side + 1
+        left = int(right * room)
+        top = int(down * room)
+
+        cut = {}
+        for name, view in views.items():
+            cell = view.width // cells
+            box = [cell * edge for edge in (left, top, left + side, top + side)]
+            cut[name] = array(view.crop(box))
+        return cut
+
+    def batch(self, items: list[dict]) -> dict:
+        """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
+        `draws` make of them, and the lists "captions", "positions", "keys" and "replaced"."""
+        def column(name):
+            return [item[name] for item in items]
+
+        batch = {name: np.stack(column(name)) for name in ("picture", "lowres") if name in items[0]}
+        batch["captions"] = column("caption")
+        batch["positions"] = column("position")
+        batch["keys"] = column("key")
+        batch["replaced"] = list(chain(*column("replaced")))
+        if self.reader:
+            batch |= self.reader.batch(column("words"))
+        if self.draws:
+            batch |= self.draws(batch["positions"])
+        return batch
+
+
+def collect(dataset: Pictures, first: int, last: int) -> dict:
+    """The batch of positions first..last-1."""
+    return dataset.batch([dataset[position] for position in range(first, last)])
+
+
+# ------------------------------------------------------------------------------------------ workers
+def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
+    """A worker process: its batches into a pipe, which holds each back until it is wanted."""
+    ours.close()                            # or it would not break when the trainer is gone
+    torch.set_num_threads(1)                # a forked process has no thread pool
+    with suppress(BrokenPipeError):         # the trainer is gone
+        try:
+            for first in firsts:
+                pipe.send(collect(dataset, first, min(first + share, stop)))
+        except ValueError as error:
+            pipe.send(error)
+
+
+def start_worker(*job) -> tuple:
+    """A process at work on (dataset, firsts, share, stop), and our end of its pipe."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(ours, theirs, *job), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def receive(process, pipe, timeout: float) -> dict:
+    """The next batch of a worker, or what it ended with."""
+    if not pipe.poll(timeout):
+        raise TimeoutError(f"no data in {timeout} s")
+    try:
+        batch = pipe.recv()
+    except (EOFError, OSError):             # between two messages, or within one
+        process.join()
+        raise ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
+                                "memory); use fewer --workers or a smaller --batch-size") from None
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
+
+
+def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
+           workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
+    """Batches of start..stop-1: those of Pictures.batch, with each array as a tensor.
+    Rank r gets the r-th contiguous block of each global batch, B = batch_size / world. Workers have
+    a pipe each, read in turn: the same for any number. They are forked, safe as they touch neither
+    CUDA nor torch's threads, and send numpy, not shared memory, which containers ration. `pin`
+    page-locks tensors. close() it. ValueError above --max-bad, ChildProcessError of a dead worker,
+    TimeoutError after `timeout` [seconds]."""
+    share = batch_size // world
+    firsts = range(start + rank * share, stop, batch_size)
+    team = []
+
+    def end():
+        for process, pipe in team:
+            process.kill()                  # SIGTERM is blocked there, and a kill is safe
+            process.join()
+            pipe.close()
+    atexit.register(end)
+
+    seen = 0
+    bad = 0
+    try:
+        # Workers inherit blocked signals: only the trainer handles SIGTERM and Ctrl-C.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        try:
+            for worker in range(workers):
+                team.append(start_worker(dataset, firsts[worker::workers], share, stop))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+        for turn, first in enumerate(firsts):
+            if workers:
+                batch = receive(*team[turn % workers], timeout)
+            else:
+                batch = collect(dataset, first, min(first + share, stop))
+
+            seen += len(batch["keys"])
+            bad += len(batch["replaced"])
+            if bad > dataset.config.max_bad * max(seen, 1000):
+                last = batch["replaced"][-1]
+                raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
+                                 f"--max-bad {dataset.config.max_bad} allows fewer")
+
+            for name, value in batch.items():
+                if isinstance(value, np.ndarray):
+                    tensor = torch.from_numpy(value)
+                    batch[name] = tensor.pin_memory() if pin else tensor
+            yield batch
+    finally:
+        end()
+        atexit.unregister(end)
+
+
+# ------------------------------------------------------------------------------------- pictures out
+def side_by_side(*views: Tensor) -> Tensor:
+    """Pictures, each uint8 (B, 3 or 1, H, W), in a row: uint8 (B, channels, H, W of all).
+    Smaller ones are enlarged to the largest by repeating pixels, grey ones get colours where
+    another one has them."""
+    shapes = [view.shape[1:] for view in views]
+    channels, *sides = (max(lengths) for lengths in zip(*shapes))
+
+    row = []
+    for view in views:
+        large = F.interpolate(view.cpu(), sides, mode="nearest")
+        row.append(large.expand(-1, channels, -1, -1))
+    return torch.cat(row, 3)
+
+
+def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
+                  columns: int = 4) -> Image.Image:
+    """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it."""
+    n, _, height, width = pictures.shape
+    scale = max(1, 128 // height)                               # small pictures are shown larger
+    columns = min(columns, n)
+    letters = ImageFont.load_default(11)
+    lines = []
+    for caption in captions:
+        wrapped = textwrap.wrap(caption, max(8, width * scale // 6))
+        lines.append(wrapped[:3] or ["(no caption)"])
+
+    gap = 8
+    wide = width * scale + gap
+    high = height * scale + gap + 14 * max(map(len, lines))
+    rows = math.ceil(n / columns)
+    sheet = Image.new("RGB", (gap + columns * wide, gap + rows * high), "white")
+    pen = ImageDraw.Draw(sheet)
+
+    tiles = np.broadcast_to(pictures, (n, 3, height, width)).transpose(0, 2, 3, 1)
+    for i, tile in enumerate(tiles):
+        left = gap + i % columns * wide
+        top = gap + i // columns * high
+        large = np.repeat(np.repeat(tile, scale, 0), scale, 1)
+        sheet.paste(Image.fromarray(large), (left, top))
+
+        text = "\n".join(lines[i])
+        pen.text((left, top + height * scale + 1), text, "black", letters, spacing=1)
+    return sheet
+
+
+def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
+    """Append a line to a log, or write a picture; a full disk is a warning: training goes on."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(content, Image.Image):
+            content.save(path)
+        else:
+            with open(path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(content) + "\n")
+    except OSError as error:
+        warn(f"warning: {path} not written ({error.strerror}); training continues")
+
+
+def free_name(path: Path) -> Path:
+    """NAME, NAME-2, NAME-3, ...: the first that does not exist."""
+    free = path
+    number = 1
+    while free.exists():
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free
+
+
+def save_png(image: Image.Image, path: Path, notes: dict, warn: Callable) -> Path:
+    """Write a picture with its notes inside, whole or not at all; returns where.
+    To the temporary folder if `path` fails, OSError if both do. Nothing is overwritten: see
+    free_name."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("limn", json.dumps(notes))
+    spare = Path(tempfile.gettempdir(), path.name)
+
+    for wanted in (path, spare):
+        target = free_name(wanted)
+        unfinished = target.with_name(f".{target.stem}.{os.getpid()}.unfinished")
+        try:
+            image.save(unfinished, "PNG", pnginfo=info)
+            return unfinished.replace(target)
+        except OSError as error:
+            if wanted == spare:
+                raise
+            warn(f"cannot write {path} ({error.strerror or error}); writing {spare} instead")
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------- built-in pictures
+def rgb(**colours: str) -> dict:
+    return {name: ImageColor.getrgb(colour) for name, colour in colours.items()}
+
+
+COLOURS = rgb(red="#d8222c", orange="#f68216", yellow="#fcd624", green="#2e9842", blue="#225cd6",
+              purple="#7e34ac", pink="#fa84b8", brown="#7a4a28", white="#fafaf8", black="#24242a")
+GROUNDS = rgb(white="#f6f5f0", yellow="#fde896", green="#acdca0", black="#2e3248", blue="#a0d0f4",
+              pink="#fac6d8", purple="#d0bcec", grey="#acb0b8")
+TONES = rgb(ink="#282832", snow="#fcfcfa", wood="#845634", leaf="#3e8c46", glass="#c4e6fa",
+            cream="#fcecc4", rose="#f496a0", flame="#ffbe3c")
+SPECIAL = {                                 # darkened, yellow looks green; details of the rest
+    "yellow": rgb(shade="#f0ba1e"),
+    "white": rgb(shade="#d6d6d4", tint="#e0e0de", snow="#b4b4b2"),
+    "black": rgb(shade="#424248", tint="#78787e", ink="#707076"),
+}
+ENDLESS = 2**40                                            # pictures to train on
 SIZES = {"small": 0.25, "": 0.34, "large": 0.42}           # half a thing's side, of the picture's
 PLACES = {"in the middle": (0, 0), "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0),
           "on the right": (1, 0), "at the top left": (-1, -1), "at the top right": (1, -1),
@@ -101,11 +1026,11 @@ RELATIONS = {"left of": ("right of", -1, 0), "right of": ("left of", 1, 0),     
              "above": ("below", 0, -1), "below": ("above", 0, 1)}
 WORDS = ("ART", "BAR", "CAFE", "FOOD", "GO", "HELLO", "HOME", "ICE", "JAZZ", "KEY", "LOVE", "MAP", "MOON",
          "OPEN", "PARK", "PIZZA", "SHOP", "STOP", "TAXI", "TEA", "WOW", "YES", "ZOO")
-Thing = namedtuple("Thing", "kind colour x y half")         # its centre and half its side, of the picture's
+Thing = namedtuple("Thing", "kind colour x y half")         # centre, half its side, of the picture's
 Scene = namedtuple("Scene", "things background size place relation word", defaults=("", "", "", ""))
 
-# A thing fills the square -100..100, y down: shape, tone, coordinates; + draws it again with x mirrored.
-# Tones: its own colour (main), a shade and a tint of it, the background (ground), TONES. Most of it is main.
+# A thing fills the square -100..100, y down: shape, tone, coordinates; + draws it again with x
+# mirrored. Tones: its own colour (main), a shade and a tint of it, the background (ground), TONES.
 KINDS = {
     "house": "box shade 42 -88 68 -20, poly shade -100 -18 0 -96 100 -18, box main -78 -20 78 94, "
         "box+ glass 26 8 58 42, box shade -16 32 16 94",
@@ -143,458 +1068,158 @@ KINDS = {
     "sign": "box wood -9 20 9 98, round shade -100 -72 100 40, round main -93 -65 93 33",
 }
 font = cache(ImageFont.load_default)
-array = lambda image: np.ascontiguousarray(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1))    # (C, H, W)
 
 
 @lru_cache(64)
 def scene(index: int) -> Scene:
-    """The scene of a built-in picture, a pure function of its index: 81% one thing, 15% two, 4% a sign."""
+    """The scene of a built-in picture, by its index alone: 81% one thing, 15% two, 4% a sign."""
     draws = iter(keyed(0, "scene", index).random(16).tolist())
-    pick = lambda table, *but: (left := [x for x in table if x not in but])[int(next(draws) * len(left))]
-    near = lambda x: x + 0.02 * (2 * next(draws) - 1)
-    layout, kind, colour = next(draws), pick(KINDS, "sign"), pick(COLOURS)
+
+    def pick(names, *but):
+        left = [name for name in names if name not in but]
+        return left[int(next(draws) * len(left))]
+
+    def near(x):
+        return x + 0.02 * (2 * next(draws) - 1)
+
+    layout = next(draws)
+    kind = pick(KINDS, "sign")
+    colour = pick(COLOURS)
+
     if layout < 0.15:
         relation = pick(RELATIONS)
-        x, y = (0.24 * step for step in RELATIONS[relation][1:])
-        other = pick(KINDS, "sign", kind), pick(COLOURS, colour)
-        things = (Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.22)),
-                  Thing(*other, near(0.5 - x), near(0.5 - y), near(0.22)))
-        return Scene(things, pick(GROUNDS, colour, other[1]), relation=relation)
+        _, right, down = RELATIONS[relation]
+        x = 0.24 * right
+        y = 0.24 * down
+        other = pick(KINDS, "sign", kind)
+        other_colour = pick(COLOURS, colour)
+        first = Thing(kind, colour, near(0.5 + x), near(0.5 + y), near(0.22))
+        second = Thing(other, other_colour, near(0.5 - x), near(0.5 - y), near(0.22))
+        background = pick(GROUNDS, colour, other_colour)
+        return Scene((first, second), background, relation=relation)
+
     background = pick(GROUNDS, colour)
     if layout < 0.19:
-        return Scene((Thing("sign", colour, near(0.5), near(0.5), near(0.42)),), background, word=pick(WORDS))
+        sign = Thing("sign", colour, near(0.5), near(0.5), near(0.42))
+        return Scene((sign,), background, word=pick(WORDS))
+
     size = pick(("large", "large", "large", "", "", "small"))
-    place = "in the middle" if next(draws) < 0.4 or size == "large" else pick(PLACES)
+    place = "in the middle"
+    if next(draws) >= 0.4 and size != "large":
+        place = pick(PLACES)
+    right, down = PLACES[place]
     half = near(SIZES[size])
-    return Scene((Thing(kind, colour, *(near(0.5 + step * (0.46 - half)) for step in PLACES[place]), half),),
-                 background, size, place)
+    room = 0.46 - half
+    only = Thing(kind, colour, near(0.5 + right * room), near(0.5 + down * room), half)
+    return Scene((only,), background, size, place)
+
+
+def a(words: str) -> str:
+    """The words behind their article."""
+    return ("an " if words[0] in "aeio" else "a ") + words
 
 
 def captions(scene: Scene) -> list[str]:
     """True captions of a scene, from short to full, each at most 96 bytes."""
-    a = lambda words: ("an " if words[0] in "aeio" else "a ") + words
     first, *others = scene.things
-    name, ground = a(f"{first.colour} {first.kind}"), f"on {a(scene.background)} background"
+    name = a(f"{first.colour} {first.kind}")
+    ground = f"on {a(scene.background)} background"
+
     if scene.word:
         return [f'a sign with the word "{scene.word}"', f'{name} that says "{scene.word}"',
                 f'{name} with the word "{scene.word}" {ground}']
+
     if others:
-        other, reverse = a(f"{others[0].colour} {others[0].kind}"), RELATIONS[scene.relation][0]
-        return [f"a {first.kind} {scene.relation} a {others[0].kind}", f"{name} {scene.relation} {other}",
-                f"{other} {reverse} {name}", f"{name} {scene.relation} {other} {ground}"]
-    placed = f"{a(f'{scene.size} {first.colour} {first.kind}'.strip())} {scene.place}"
+        second = others[0]
+        other = a(f"{second.colour} {second.kind}")
+        reverse, _, _ = RELATIONS[scene.relation]
+        full = f"{name} {scene.relation} {other}"
+        return [f"a {first.kind} {scene.relation} a {second.kind}", full,
+                f"{other} {reverse} {name}", f"{full} {ground}"]
+
+    sized = f"{scene.size} {first.colour} {first.kind}".strip()
+    placed = f"{a(sized)} {scene.place}"
     return [f"a {first.kind}", name, f"{name} {ground}", placed, f"{placed} {ground}"]
 
 
+def tones_of(thing: Thing, ground: str) -> dict:
+    """The colours by the names that KINDS has for them."""
+    main = COLOURS[thing.colour]
+    shade = tuple(v * 4 // 5 for v in main)
+    tint = tuple(v // 2 + 127 for v in main)
+    tones = {"main": main, "ground": GROUNDS[ground], "shade": shade, "tint": tint}
+    return tones | TONES | SPECIAL.get(thing.colour, {})
+
+
+def draw_thing(pen, thing: Thing, side: int, tones: dict) -> None:
+    """A thing on a canvas of so many pixels."""
+    unit = thing.half * side / 100
+    centre_x = thing.x * side - 0.5         # the centre of a pixel is a whole number
+    centre_y = thing.y * side - 0.5
+    shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
+              "round": partial(pen.rounded_rectangle, radius=18 * unit)}
+
+    for line in KINDS[thing.kind].split(","):
+        shape, tone, *corners = line.split()
+        for mirror in (1, -1) if shape.endswith("+") else (1,):
+            xs = [centre_x + mirror * unit * int(x) for x in corners[::2]]
+            ys = [centre_y + unit * int(y) for y in corners[1::2]]
+            if not shape.startswith("poly"):
+                xs.sort()                   # a mirrored box goes from left to right, too
+            points = list(zip(xs, ys))
+            shapes[shape.strip("+")](points, fill=tones[tone])
+
+
+def draw_word(word: str, thing: Thing) -> Image.Image:
+    """The word on a thing, white on black on 1024 pixels: there a letter stands on whole ones."""
+    sheet = Image.new("L", (1024, 1024))
+    pen = ImageDraw.Draw(sheet)
+    step = 10.24 * thing.half * min(50, 176 / len(word))
+    y = 1024 * (thing.y - 0.16 * thing.half)
+    for i, letter in enumerate(word):       # one by one: no shaping library changes the picture
+        x = 1024 * thing.x + step * (i - (len(word) - 1) / 2)
+        pen.text((x, y), letter, 255, font(round(1.25 * step)), anchor="mm")
+    return sheet
+
+
 def draw(scene: Scene, size: int) -> np.ndarray:
-    """A scene, uint8 (3, size, size), drawn larger, reduced by the one resize kernel, everywhere the same."""
+    """A scene, uint8 (3, size, size): drawn larger, reduced by shrink, everywhere the same."""
     side = size * (4 if size <= 256 else 2)
     canvas = Image.new("RGB", (side, side), GROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        main, unit = COLOURS[thing.colour], thing.half * side / 100
-        middle = thing.x * side - 0.5, thing.y * side - 0.5     # the centre of a pixel is a whole number
-        tones = {"main": main, "ground": GROUNDS[scene.background], "shade": tuple(v * 4 // 5 for v in main),
-                 "tint": tuple(v // 2 + 127 for v in main), **TONES, **SPECIAL.get(thing.colour, {})}
-        shapes = {"poly": pen.polygon, "box": pen.rectangle, "oval": pen.ellipse,
-                  "round": partial(pen.rounded_rectangle, radius=18 * unit)}
-        for shape, tone, *corners in (line.split() for line in KINDS[thing.kind].split(",")):
-            for mirror in (1, -1)[:1 + shape.endswith("+")]:
-                xs = [middle[0] + mirror * unit * int(v) for v in corners[::2]]
-                ys = [middle[1] + unit * int(v) for v in corners[1::2]]
-                points = list(zip(xs if "poly" in shape else sorted(xs), ys))
-                shapes[shape.strip("+")](points, fill=tones[tone])
-    if scene.word:                                          # on 1024 pixels: a letter stands on whole ones
-        sheet, step = Image.new("L", (1024, 1024)), 10.24 * thing.half * min(50, 176 / len(scene.word))
-        for i, letter in enumerate(scene.word):             # one at a time: no shaping library has a say
-            at = 1024 * thing.x + step * (i - (len(scene.word) - 1) / 2), 1024 * (thing.y - 0.16 * thing.half)
-            ImageDraw.Draw(sheet).text(at, letter, 255, font(round(1.25 * step)), anchor="mm")
-        canvas.paste(tones["snow" if sum(main) < 350 else "ink"], mask=shrink(sheet, side))
+        tones = tones_of(thing, scene.background)
+        draw_thing(pen, thing, side, tones)
+
+    if scene.word:                                              # on the only thing, a sign
+        ink = "snow" if sum(tones["main"]) < 350 else "ink"
+        letters = shrink(draw_word(scene.word, thing), side)
+        canvas.paste(tones[ink], mask=letters)
     return array(shrink(canvas, size))
 
 
-# ----------------------------------------------------------------------------------------------- decoding
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """The one resize kernel: means of blocks by a whole factor, antialiased bicubic for the rest."""
-    return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0)
+class BuiltIn(Source):
+    """Scenes without end, drawn at the side that is wanted [pixels]."""
+    name = "built-in pictures"
+    endless = True
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self):
+        return ENDLESS
+
+    def sample(self, i):
+        return Sample(draw(scene(i), self.size), self.captions(i), {})
+
+    def captions(self, i):
+        return captions(scene(i))
+
+    def key(self, i):
+        return f"built-in/{i}"
+
+    def fingerprint(self):
+        return b"version 3"
 
 
-def decode(data: bytes, size: int, keep=1.0, right=0.5, down=0.5, least=8) -> np.ndarray:
-    """A square of an encoded picture, uint8 (3, size, size): upright, alpha over white, 16 bits scaled to 8.
-    It keeps a part of the short side, `least` pixels or more, placed in the rest by fractions, as stored; cut
-    before it is resized, a JPEG decoded at the smallest scale that leaves twice the size, to save memory.
-    Raises ValueError or Pillow's errors for all but a whole, sane picture in FORMATS."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # of bombs and damaged tags: the limits are ours
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-        except Image.UnidentifiedImageError:
-            raise ValueError(f"not a whole {'/'.join(FORMATS)} picture") from None
-        (width, height), short = image.size, min(image.size)
-        if width * height > MAX_PIXELS or keep * short < least:
-            raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels or under {least}")
-        scale = 2 * size / (keep * short)
-        image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
-        side = max(1, round(keep * min(image.size)))
-        left, top = round(right * (image.width - side)), round(down * (image.height - side))
-        image = image.crop((left, top, left + side, top + side))
-        with suppress(Exception):                           # damaged tags: as it lies
-            ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):                      # 16-bit grey: convert() would clip it to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
-        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return array(shrink(image.convert("RGB"), size))
-
-
-def printable(name: str) -> str:
-    """A file's name, safe to print and to encode: control characters and undecodable bytes are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
-def clean(text: str) -> str:
-    """A caption on one line: no control characters, no lone surrogates, at most MAX_CAPTION characters."""
-    text = text[:4 * MAX_CAPTION].encode("utf-8", "replace").decode("utf-8")
-    return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())[:MAX_CAPTION].rstrip()
-
-
-def read_captions(text: bytes, sidecar: bytes) -> list[str]:
-    """All captions of a picture: "captions" of its .json, else the lines of its .txt, else .json's one."""
-    listed, single = [], []
-    with suppress(ValueError, RecursionError, AttributeError):      # empty or broken: as if it were not there
-        fields = json.loads(sidecar)
-        listed, single = fields.get("captions"), [fields.get("caption"), fields.get("text")]
-    for found in (listed, text.decode("utf-8-sig", "replace").splitlines(), single):
-        kept = [clean(c) for c in found if isinstance(c, str)] if isinstance(found, list) else []
-        if any(kept): return [c for c in kept if c]
-    return []
-
-
-# --------------------------------------------------------------------------------- folders and tar shards
-PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2, "t5.safetensors": 3}
-NAME = re.compile(rf"(.*)\.({'|'.join(PARTS)})", re.IGNORECASE | re.DOTALL)     # KEY.PART
-
-
-def join(name: str, parts: list[tuple]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Samples of a list of (key, part, file, at, size): rows, keys and a warning of keys used twice. Rows are
-    int64 (N, 3, 4), [file, at, size] by [picture, .txt, .json, .t5.safetensors], file -1 for none. Of a key
-    used twice only the first picture and what stands with it is kept: none gets another one's caption."""
-    groups, last = {}, None
-    for key, part, *where in parts:
-        runs = groups.setdefault(key, [])
-        if key != last or part in runs[-1]: runs.append({})
-        runs[-1][part], last = where, key
-    rows, keys, twice = [], [], 0
-    for key, runs in groups.items():
-        sample = {part: where for run in runs for part, where in run.items()}
-        if len(sample) < sum(len(run) for run in runs):
-            sample, twice = next((run for run in runs if 0 in run), {}), twice + 1
-        if 0 in sample:
-            keys.append(printable(key).encode())
-            rows.append(list(zip(*(sample.get(part, (-1, 0, 0)) for part in range(4)))))
-    warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
-    return np.array(rows, np.int64).reshape(-1, 3, 4), np.array(keys, "S"), warned
-
-
-def scan_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Rows, keys and warnings of a shard. Names are only keys: nothing is extracted, no link is followed.
-    tarfile takes a damaged header for the end without a word; a whole shard has two zero blocks there."""
-    parts, end, name = [], 0, printable(os.path.basename(path))
-    with open(path, "rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while member := tar.next():
-                    tar.members.clear()
-                    named = NAME.fullmatch(member.name)
-                    if named and member.isreg() and not member.issparse():
-                        parts.append((named[1], PARTS[named[2].lower()], 0, member.offset_data, member.size))
-                    end = tar.offset
-            tail = os.pread(file.fileno(), 2**16, end)
-            problem = "" if len(tail) >= 1024 and not any(tail) else "no end mark"
-        except Exception as error:                          # tarfile raises nearly anything on garbage
-            problem = " ".join(str(error).split()) or type(error).__name__
-        total = os.fstat(file.fileno()).st_size
-    rows, keys, warned = join(name, [part for part in parts if part[3] + part[4] <= total])
-    if problem:
-        warned.append(f"{name}: damaged after {len(rows)} pictures ({problem}); using those")
-    return rows, keys, warned
-
-
-def index_tar(path: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """scan_tar, once: kept in the user's cache folder until the shard changes its path, size or time."""
-    state = os.stat(path)
-    mark = f"2 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}".encode("utf-8", "surrogateescape")
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "limn")
-    kept = os.path.join(folder, hashlib.blake2b(mark, digest_size=16).hexdigest() + ".npz")
-    with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
-        return stored["rows"], stored["keys"], stored["warned"].tolist()
-    rows, keys, warned = scan_tar(path)
-    with suppress(OSError):                                 # no room for it: scanned again next time
-        os.makedirs(folder, exist_ok=True)
-        np.savez(temporary := f"{kept}.{os.getpid()}.npz", rows=rows, keys=keys, warned=np.array(warned, "U"))
-        os.replace(temporary, kept)
-    return rows, keys, warned
-
-
-def expand(pattern: str) -> list[str]:
-    """The paths a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk."""
-    brace = re.search(r"\{([^{}]*)\}", pattern)
-    if brace and not os.path.exists(pattern):
-        first, _, last = brace[1].partition("..")
-        numbers = range(int(first), int(last) + 1) if f"{first}{last}".isdecimal() and last else ()
-        choices = [str(number).zfill(len(first)) for number in numbers] or brace[1].split(",")
-        return [path for c in choices for path in expand(pattern[:brace.start()] + c + pattern[brace.end():])]
-    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
-    if not found:
-        raise ValueError(f"--data {printable(pattern)} is not on a local disk; give folders, tars, patterns")
-    return found
-
-
-class Files:
-    """The samples of a --data entry: loose pictures with captions beside them, tar shards read by offset."""
-    def __init__(self, pattern: str):
-        self.name, self.warned, self.files, loose, tables = printable(pattern), [], [], [], []
-        for path, name in self.walk(pattern):
-            size, named = os.path.getsize(path), NAME.fullmatch(name)
-            if name.lower().endswith(".tar"):
-                rows, keys, warned = index_tar(path)
-                rows[:, 0] += np.where(rows[:, 0] < 0, 0, len(self.files))
-                tables.append((rows, np.char.add(printable(name[:-4]).encode() + b"/", keys)))
-                self.warned += warned
-            elif named:
-                loose.append((named[1], PARTS[named[2].lower()], len(self.files), 0, size))
-            self.files.append((path, size))
-        *alone, warned = join(self.name, sorted(loose, key=lambda part: (part[0], -part[1])))   # .txt first
-        self.warned += warned
-        self.rows, self.keys = (np.concatenate(arrays) for arrays in zip(*tables, alone))
-        if not len(self.rows):
-            example = f", e.g. {printable(os.path.basename(self.files[0][0]))}" if self.files else ""
-            raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); found "
-                             f"{len(self.files)} files{example} {' '.join(self.warned[:1])}".rstrip())
-        if bare := int((self.rows[:, 2, 1:3].sum(1) == 0).sum()):
-            self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
-
-    def walk(self, pattern: str) -> Iterator[tuple[str, str]]:
-        """All files and their names below the folder, in order; links to folders are not followed."""
-        lost = lambda error: self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
-        for root in expand(pattern):
-            if os.path.isfile(root):
-                yield root, os.path.basename(root)
-            for folder, folders, files in os.walk(root, onerror=lost) if os.path.isdir(root) else ():
-                folders.sort()
-                self.warned += [f"{printable(os.path.join(folder, name))}: a link to a folder, not followed"
-                                for name in folders if os.path.islink(os.path.join(folder, name))]
-                for path in filter(os.path.isfile, (os.path.join(folder, name) for name in sorted(files))):
-                    yield path, os.path.relpath(path, root)
-
-    def part(self, row: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
-        """The first bytes of a part of a sample (see join); empty when it has none."""
-        file, at, size = self.rows[row, :, part].tolist()
-        if file < 0: return b""
-        path, whole = self.files[file]
-        with open(path, "rb", buffering=0) as stream:
-            if os.fstat(stream.fileno()).st_size != whole:
-                raise ValueError("changed since it was indexed")
-            return os.pread(stream.fileno(), min(size, most), at)
-
-    key = lambda self, row: self.keys[row].decode()
-    captions = lambda self, row: read_captions(*(self.part(row, part, most=2**20) for part in (1, 2)))
-    show = lambda self, row, size, *crop: decode(self.part(row, 0), size, *crop)
-
-
-class BuiltIn:
-    name, warned, rows, keys = "built-in pictures", [], np.zeros((0, 3, 4)), np.array([b"version 3"])
-    key = staticmethod("built-in/{}".format)
-    captions = staticmethod(lambda row: captions(scene(row)))
-    part = staticmethod(lambda row, part: b"")
-    show = staticmethod(lambda row, size, *crop: draw(scene(row), size))
-
-
-def copy_shard(path: str, target: str, beside: Callable[[list[str]], bytes]) -> None:
-    """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors: what `beside` makes of its
-    captions, for what it had. The other members stay as they are; `target` appears whole or not at all."""
-    source = Files(path)
-    rows = {at: row for row, at in enumerate(source.rows[:, 1, 0].tolist())}
-    with tarfile.open(path, "r:") as old, tarfile.open(f"{target}.part", "w") as new:
-        for member in old:
-            old.fileobj.seek(member.offset_data)
-            if not member.name.lower().endswith(".t5.safetensors"):
-                new.addfile(member, old.fileobj if member.isreg() else None)
-            if member.offset_data in rows:
-                content = beside(source.captions(rows[member.offset_data]))
-                info = tarfile.TarInfo(member.name.rpartition(".")[0] + ".t5.safetensors")
-                info.size = len(content)
-                new.addfile(info, io.BytesIO(content))
-    os.replace(f"{target}.part", target)
-
-
-# --------------------------------------------------------------------------------- the stream of pictures
-def parse_source(entry: str) -> tuple[str, Fraction | None]:
-    """PATH or PATH:WEIGHT; what exists under the whole name has no weight."""
-    path, _, weight = entry.rpartition(":")
-    weighted = re.fullmatch(r"\d*\.?\d+", weight) and not os.path.exists(entry)
-    return (path, Fraction(weight)) if weighted else (entry, None)
-
-
-class Caption(str):
-    """A caption, the .key of its picture and, where they are wanted, the .embeddings its shard has of it."""
-
-
-class Pictures:
-    """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys alone.
-    Every pass over a source shows each of its pictures once, in an order keyed by (seed, source, pass).
-    Sources are interleaved by weight, by default their numbers of pictures. The "val" split, fixed and
-    centred, is those whose hashed key is below a threshold; with --limit, or too few, those of training."""
-    def __init__(self, config: DataConfig, size: int, seed: int, split: Literal["train", "val"] = "train"):
-        self.config, self.size, self.split, self.embedded = config, size, split, False
-        self.seed = seed if split == "train" else 0
-        patterns, weights = zip(*map(parse_source, config.data)) if config.data else ((), ())
-        if set(weights) != {None} and not all(weights):
-            raise ValueError(f"--data {printable(' '.join(config.data))}: give all a weight above 0, or none")
-        if not (len(config.blur) == 3 and 0 <= config.blur[0] <= 1 and 0 <= config.blur[1] <= config.blur[2]):
-            raise ValueError(f"--blur {config.blur} is not a share from 0 to 1 and two rising sigmas")
-        self.sources = [Files(pattern) for pattern in patterns] or [BuiltIn()]
-        self.warnings = [line for source in self.sources for line in source.warned]
-        self.rows = [self.choose(source) for source in self.sources]
-        weights = weights if any(weights) else [Fraction(len(rows)) for rows in self.rows]
-        self.weights = [int(w * math.lcm(*(w.denominator for w in weights))) for w in weights]
-        contents = b"".join(s.keys.tobytes() + s.rows[:, 2:, :3].tobytes() for s in self.sources)
-        self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
-        self.summary = "; ".join(f"{s.name}: {len(r):,} pictures" for s, r in zip(self.sources, self.rows))
-
-    def choose(self, source: Files | BuiltIn) -> range | np.ndarray:
-        """The rows of a source that belong to this split."""
-        limit, held_out, count = self.config.limit, self.config.held_out, len(source.rows)
-        if isinstance(source, BuiltIn) and not limit:       # validation lies behind the end of training
-            return range(ENDLESS) if self.split == "train" else range(ENDLESS, ENDLESS + max(1, held_out))
-        if limit or not held_out:
-            return range(min(count or limit, limit or count))
-        hashes = b"".join(hashlib.blake2b(key, digest_size=8).digest() for key in source.keys.tolist())
-        held = np.frombuffer(hashes, "<u8") < int(min(0.05, held_out / count) * 2**64)
-        if not held.any():
-            self.warnings.append(f"{source.name}: {count} pictures, none to hold out; validating on them")
-            return range(count)
-        return np.flatnonzero(held == (self.split == "val"))
-
-    def __len__(self) -> int:
-        return sum(map(len, self.rows))
-
-    def captions(self) -> Iterator[str]:
-        """Every caption that can be drawn; without --limit, those of the built-in pictures do not end."""
-        for source, row in ((source, row) for source, rows in zip(self.sources, self.rows) for row in rows):
-            with suppress(OSError, ValueError):             # replaced and counted when it is drawn
-                yield from source.captions(row)
-
-    def __getitem__(self, position: int) -> dict:
-        """{"picture", "lowres" (see views), "caption", "key", "replaced": [f"{key}: {reason}"]}. A picture
-        that cannot be read is replaced by another one of its source, by keys again: no other position
-        changes. Raises ValueError after MAX_TRIES."""
-        chosen, visit = interleave(position, self.weights)
-        source, rows, training = self.sources[chosen], self.rows[chosen], self.split == "train"
-        turn, index = divmod(visit, len(rows))
-        if training:
-            index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
-        rng, replaced = keyed(self.seed, self.split, position), []
-        keep, right, down, which = rng.random(4).tolist()
-        free = training and self.config.min_crop < 1
-        crop = (1 - keep * (1 - self.config.min_crop), right, down) if free else (1.0, 0.5, 0.5)
-        for _ in range(MAX_TRIES):
-            row, key = rows[index], source.key(rows[index])
-            try:
-                shown, texts = source.show(row, self.size, *crop, self.config.min_size), source.captions(row)
-                caption = Caption(texts[int(which * len(texts))] if texts else "")
-                caption.key, caption.embeddings = key, source.part(row, 3) if self.embedded else b""
-                return {**self.views(shown, position), "key": key, "caption": caption, "replaced": replaced}
-            except Exception as error:                      # decoders raise nearly anything on garbage
-                replaced.append(f"{key}: {' '.join(str(error).split()) or type(error).__name__}")
-                index = int(rng.integers(len(rows)))
-        raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, last {replaced[-1]}")
-
-    def views(self, shown: np.ndarray, position: int) -> dict[str, np.ndarray]:
-        """{"picture", "lowres" with --lowres}: made of the whole picture, cut at matching places, by keys."""
-        if (self.config.lowres, self.config.crop, self.config.picture_mode) == (0, 0, "colour"):
-            return {"picture": shown}                           # as it is
-        config, rng = self.config, keyed(self.seed, f"{self.split} view", position)
-        right, down, blurred, sigma = rng.random(4).tolist()
-        image = Image.fromarray(shown.transpose(1, 2, 0))
-        views, cells = {"picture": image.convert(MODES[config.picture_mode])}, config.lowres or self.size
-        if config.lowres:
-            small = shrink(image, config.lowres).convert(MODES[config.lowres_mode])
-            share, *sigmas = config.blur
-            blur = ImageFilter.GaussianBlur(float(np.interp(sigma, (0, 1), sigmas)))
-            views["lowres"] = small.filter(blur) if self.split == "train" and blurred < share else small
-        side = (config.crop or self.size) * cells // self.size
-        left, top = (int(x * (cells - side + 1)) for x in (right, down))
-        cut = left, top, left + side, top + side
-        return {key: array(view.crop([view.width // cells * x for x in cut])) for key, view in views.items()}
-
-
-def collect(dataset: Pictures, first: int, last: int) -> dict:
-    """Of positions first..last-1 {"picture", maybe "lowres", "captions", "positions", "keys", "replaced"}."""
-    items = [dataset[position] for position in range(first, last)]
-    views = {name: np.stack([item[name] for item in items]) for name in VIEWS if name in items[0]}
-    return {**views, "positions": list(range(first, last)),
-            "captions": [item["caption"] for item in items], "keys": [item["key"] for item in items],
-            "replaced": [line for item in items for line in item["replaced"]]}
-
-
-def work(ours, pipe, dataset: Pictures, firsts: range, share: int, stop: int) -> None:
-    """A worker process: its batches into a pipe, which holds each back until it is wanted."""
-    ours.close()                                            # or it would not break when the trainer is gone
-    with suppress(BrokenPipeError):                         # the trainer is gone
-        try:
-            for first in firsts:
-                pipe.send(collect(dataset, first, min(first + share, stop)))
-        except ValueError as error:
-            pipe.send(error)
-
-
-def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
-           workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
-    """Batches of start..stop-1: collect()'s, with the pictures, uint8 (b, channels, H, W), as tensors.
-    Rank r gets the r-th contiguous block of each global batch, b = batch_size / world. Workers have a pipe
-    each, read in turn: the same for any number. They are forked, safe as they touch neither torch nor CUDA,
-    and send numpy, not shared memory, which containers ration. `pin` page-locks the pictures. close() it.
-    ValueError above --max-bad, ChildProcessError of a dead worker, TimeoutError after `timeout` [seconds]."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    share, team, seen, bad = batch_size // world, [], 0, 0
-    firsts = range(start + rank * share, stop, batch_size)
-
-    def end():                                              # they hear nothing kinder, and hold nothing
-        for process, pipe in team:
-            process.kill()
-            process.join()
-            pipe.close()
-    atexit.register(end)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))      # born deaf
-    try:
-        for worker in range(workers):
-            pipe, theirs = context.Pipe(duplex=False)
-            job = (pipe, theirs, dataset, firsts[worker::workers], share, stop)
-            process = context.Process(target=work, args=job, daemon=True)
-            process.start()
-            theirs.close()
-            team.append((process, pipe))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        for turn, first in enumerate(firsts):
-            if workers:
-                process, pipe = team[turn % workers]
-                try:
-                    batch = pipe.recv() if pipe.poll(timeout) else TimeoutError(f"no data in {timeout} s")
-                except EOFError:
-                    process.join()
-                    batch = ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
-                                              "memory); use fewer --workers or a smaller --batch-size")
-                if isinstance(batch, Exception): raise batch
-            else:
-                batch = collect(dataset, first, min(first + share, stop))
-            seen, bad = seen + len(batch["keys"]), bad + len(batch["replaced"])
-            if bad > dataset.config.max_bad * max(seen, 1000):
-                raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {batch['replaced'][-1]}); "
-                                 f"--max-bad {dataset.config.max_bad} allows fewer")
-            views = {name: torch.from_numpy(batch[name]) for name in VIEWS if name in batch}
-            yield batch | {name: view.pin_memory() if pin else view for name, view in views.items()}
-    finally:
-        end()
-        atexit.unregister(end)
+SOURCES = {"built-in": BuiltIn}             # what --data knows by name; the rest is Files

@@ -3,18 +3,21 @@
 A checkpoint is all it needs: network, schedule and text encoder are rebuilt from its metadata. A picture
 depends on its prompt, its seed and the settings, not on the others of its batch."""
 import argparse
+import ctypes
 import inspect
 import json
 import re
 import sys
-import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import data
@@ -22,13 +25,8 @@ import diffusion
 import model
 import text_encoder
 
-LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
-    "sampler": ("--sampler", lambda word: diffusion.SAMPLERS[word] and word),      # 5,2: one for each stage
-    "threshold": ("--threshold", lambda word: re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word)[0])}
-FIRST = ("autoguide", "init", "mask", "strength", "resample")  # settings of the first stage alone
 
-
-def die(message: object) -> typing.NoReturn:
+def die(message: object) -> NoReturn:
     """The user's mistake in one line on standard error, exit status 2."""
     print(f"sample.py: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
@@ -36,6 +34,105 @@ def die(message: object) -> typing.NoReturn:
 
 def warn(message: str) -> None:
     print(f"sample.py: warning: {message}", file=sys.stderr)
+
+
+def choose_device(name: str) -> torch.device:
+    """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind in found if found[kind]]
+    kind = name or there[0]
+    if kind not in there:
+        raise ValueError(f"--device {name} is not here. Choose from {there}")
+    if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
+        for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(parameter, limit)
+    return torch.device(kind)
+
+
+# ----------------------------------------------------------------------------------- which runs, which weights
+def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
+    """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
+    pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
+    runs = [path.parent for path in root.glob("*/checkpoints") if model.checkpoint_folders(path.parent)]
+    runs.sort(key=lambda run: model.checkpoint_folders(run)[-1].stat().st_mtime)
+
+    # By the side that a run starts from: itself, and the side that it draws. The newest wins.
+    ways = {}
+    for run in runs:
+        try:
+            recipe = json.loads((run / "config.json").read_text("utf-8"))
+            ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]
+        except (OSError, ValueError, KeyError) as e:
+            raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
+
+    starts = [side for side in ways if bool(side) == lowres]
+    side, path = min(starts, default=-1), []
+    while side in ways and (side != stop_at or not path):
+        run, side = ways[side]
+        path.append(run)
+    if not path:
+        what, size = (" that enlarges pictures", 256) if lowres else ("", 64)
+        raise ValueError(f"no checkpoint in {root}/{what}. Train one first: python train.py --size {size}")
+    if stop_at not in (0, side):
+        raise ValueError(f"--stop-at {stop_at}: the stages in {root}/ end at {side}")
+    return path
+
+
+def exponent(width: float) -> float:
+    """The exponent gamma of the power function whose standard deviation is `width` of its length.
+    Karras et al. 2023, arXiv:2312.02696, eq. 123: width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    ValueError outside of 0.01 to 0.28; at 0.289 the average is the plain one, gamma = 0."""
+    if not 0.01 <= width <= 0.28:
+        raise ValueError(f"width {width} of an average is outside 0.01 to 0.28. 0.05 to 0.20 is usual")
+    a = width**-2
+    return float(np.roots([1, 7, 16 - a, 12 - a]).real.max())
+
+
+def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
+    """The weights of `step` averaged with another width, from the snapshots in `folder`, by their names.
+    The combination of snapshots whose weights of all updates come nearest to the wanted ones, by least
+    squares (Karras et al. 2023, arXiv:2312.02696, section 3.2); with sums where they integrate, and shares
+    that sum to 1, so that weights that stand still stay what they are. ValueError without a snapshot of that
+    step; warns where the snapshots are too few."""
+    found = []
+    for path in sorted(folder.glob("[0-9]*.safetensors")):
+        if int(path.stem) <= step:
+            found.append(path)
+    if not found or int(found[-1].stem) != step:
+        raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
+
+    # A column for each average in each file: how much of it each update is.
+    columns, averages = [], []
+    for path in found:
+        with safe_open(path, "pt") as file:
+            updates = int(file.metadata()["updates"])
+            profiles = {re.match(r"profile\.(0\.\d+)\.", name)[1] for name in file.keys()}  # noqa: SIM118
+        for profile in sorted(profiles, key=float):
+            columns.append((updates, float(profile)))
+            averages.append((path, f"profile.{profile}."))
+    edges = np.linspace(0, updates, min(updates, 10000) + 1)
+
+    def weights(n: int, width: float) -> np.ndarray:
+        return np.diff(np.minimum(edges / n, 1) ** (exponent(width) + 1))
+
+    # Shares sum to 1: fit those but the last one, by what each has beyond the last one.
+    table = np.stack([weights(*column) for column in columns], 1)
+    wanted = weights(updates, width)
+    last = table[:, -1:]
+    shares = np.linalg.lstsq(table[:, :-1] - last, wanted - last[:, 0])[0]
+    shares = np.append(shares, 1 - shares.sum())
+    miss = np.linalg.norm(table @ shares - wanted) / np.linalg.norm(wanted)
+    if miss > 0.2:
+        warn(f"{len(found)} snapshots give the average of width {width} with an error of {miss:.0%}")
+
+    total: model.Tensors = {}
+    loaded = {path: model.load_tensors(path)[0] for path in found}
+    for (path, start), share in zip(averages, shares.tolist()):
+        for name, tensor in loaded[path].items():
+            if name.startswith(start):
+                name = name.removeprefix(start)
+                total[name] = total.get(name, 0) + share * tensor
+    return total
 
 
 # ------------------------------------------------------------------------------------- checkpoint to stage
@@ -46,6 +143,8 @@ class Stage:
     text: nn.Module
     cached: Callable | None  # what frozen text encoders say, see reader
     schedule: diffusion.Schedule
+    small_schedule: diffusion.Schedule  # of the pictures that it enlarges
+    space: diffusion.Pixels
     config: diffusion.DiffusionConfig
     data: data.DataConfig
     size: int  # side of the pictures [pixels]
@@ -53,60 +152,82 @@ class Stage:
     step: int  # of training [steps]
     digest: str  # checksum of the checkpoint
 
-
-def unread(text: nn.Module, prompts: Iterable[str]) -> None:
-    """Warn of what a text encoder cannot read of the prompts."""
-    text.counts.clear()
-    text.tokenize(prompts)
-    if (n := text.counts)["unknown"] or n["cut"]:
-        warn(f"{n['unknown']} of {n['tokens']} tokens unknown, {n['cut']:d} prompts cut to {text.length}")
+    def network(self) -> Callable:
+        """The U-Net, preconditioned around the small picture where there is one."""
+        return diffusion.around(self.unet, self.schedule, self.small_schedule)
 
 
 def reader(prompts: list[str], device: torch.device) -> Callable:
     """For `load_stage`: a frozen text encoder reads the prompts and is freed, before a U-Net needs the room;
     stages share what it said. One prompt at a time: no picture depends on its neighbours."""
-    texts, said = [text for text in dict.fromkeys(map(text_encoder.clean, prompts)) if text], {}
+    texts = [text for text in dict.fromkeys(map(text_encoder.clean, prompts)) if text]
+    said: dict[str, dict] = {}
 
     def cached(_, encoder: nn.Module, load: Callable) -> Callable:
-        if (key := encoder.fingerprint) not in said:
+        key = encoder.fingerprint
+        if key not in said:
             load()
-            unread(encoder, texts)
-            said[key] = {text: entry for text in texts
-                         for _, *entry in text_encoder.encode_captions(encoder.to(device), [text])}
+            unread(encoder.reader, texts)
+            encoder.to(device)
+            said[key] = {}
+            for text in texts:
+                for _, *entry in text_encoder.encode_captions(encoder, [text]):
+                    said[key][text] = entry
             encoder.to("meta")                                 # frees the weights, whoever holds the encoder
-        return lambda text: said[key][text_encoder.clean(text)]
+        return lambda text, beside: said[key][text_encoder.clean(text)]
     return cached
+
+
+def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
+    """Warn of what a text encoder cannot read of the prompts."""
+    words.counts.clear()
+    for prompt in prompts:
+        words.read(prompt)
+    counts = words.counts
+    if counts["unknown"] or counts["cut"]:
+        warn(f"{counts['unknown']} of {counts['tokens']} tokens unknown, {counts['cut']:d} prompts cut to "
+             f"{words.length}")
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None) -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
-    ema: width of another average of the weights, see model.reconstruct; 0 = the one in the checkpoint.
+    ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
     path, tensors, meta = model.read(path, warn)
     if ema:
         run = (path if path.is_dir() else path.parent) / "../.."
-        tensors |= model.reconstruct((run / "profiles").resolve(), int(meta["step"]), ema, warn)
+        tensors |= reconstruct((run / "profiles").resolve(), int(meta["step"]), ema)
     try:
         stored = json.loads(meta["config"])
-        shape = {name: tuple(v) if isinstance(v, list) else v for name, v in stored["ModelConfig"].items()}
+        shape = {}
+        for name, value in stored["ModelConfig"].items():
+            shape[name] = tuple(value) if isinstance(value, list) else value
         config = diffusion.DiffusionConfig(**stored["DiffusionConfig"])
-        text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]), cached)
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        planes, small = (len(data.MODES[mode]) for mode in (pictures.picture_mode, pictures.lowres_mode))
-        unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, planes,
-                          small if pictures.lowres else 0, config.learn_sigma)
-        unet.levels = [diffusion.make_schedule(config, side) for side in (size, pictures.lowres or size)]
-        parts = nn.ModuleDict({"unet": unet} | ({"text_encoder": text} if text.trainable else {}))
-        parts.load_state_dict({k: v for k, v in tensors.items() if k.split(".")[0] in parts})
+        text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]), cached)
+
+        space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
+        small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
+        unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, space.channels, small,
+                          config.learn_sigma)
+        parts = nn.ModuleDict({"unet": unet})
+        if text.trainable:
+            parts["text_encoder"] = text
+        parts.load_state_dict({name: x for name, x in tensors.items() if name.split(".")[0] in parts})
+        schedule = diffusion.make_schedule(config, size)
+        small_schedule = diffusion.make_schedule(config, pictures.lowres or size)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError): raise
+        if isinstance(e, torch.OutOfMemoryError):
+            raise
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
     if meta["text"] != text.fingerprint:
         raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
-    unet, text = (part.to(device).eval().requires_grad_(False) for part in (unet, text))
-    return Stage(unet, text, cached, unet.levels[0], config, pictures, size, device, step, meta["sha256"])
+    for part in (unet, text):
+        part.to(device).eval().requires_grad_(False)
+    return Stage(unet, text, cached, schedule, small_schedule, space, config, pictures, size, device, step,
+                 meta["sha256"])
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
@@ -131,28 +252,56 @@ class Settings:
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree [1..1000]
 
 
+FIRST = ("autoguide", "init", "mask", "strength", "resample")  # settings of the first stage alone
+
+
+def to_image(picture: Tensor, mode: str = "colour") -> Image.Image:
+    """uint8 (3 or 1, H, W) -> a picture in colour or grey."""
+    colour = picture.expand(3, -1, -1).permute(1, 2, 0)
+    return Image.fromarray(colour.numpy()).convert(data.MODES[mode])
+
+
 def resized(pictures: Iterable[Tensor], mode: str, size: int = 0) -> Tensor:
     """uint8 (N, 3 or 1, H, W) -> the same in colour or grey, and of `size` by the kernel of the data."""
-    images = [to_image(picture, mode) for picture in pictures]
-    return torch.stack([torch.tensor(data.array(data.shrink(i, size or i.width))) for i in images])
+    found = []
+    for picture in pictures:
+        image = to_image(picture, mode)
+        found.append(torch.tensor(data.array(data.shrink(image, size or image.width))))
+    return torch.stack(found)
 
 
 def read_pictures(paths: list[str], size: int) -> list[Tensor]:
     """Pictures that lie on one another, uint8 (3, size, size). ValueError where they cannot."""
+    shapes, found = [], []
     try:
-        shapes = ["{}x{}".format(*Image.open(path).size) for path in paths]
-        found = [torch.from_numpy(data.decode(Path(path).read_bytes(), size)) for path in paths]
+        for path in paths:
+            width, height = Image.open(path).size
+            shapes.append(f"{width}x{height}")
+            found.append(torch.from_numpy(data.decode(Path(path).read_bytes(), size)))
     except Exception as e:                                     # of whichever decoder of Pillow
         raise ValueError(f"--init, --mask or --lowres is no picture: {e}") from e
     if len(set(shapes)) > 1:
-        raise ValueError("--init is {} pixels, --mask {}. Give both the same size".format(*shapes))
+        raise ValueError(f"--init is {shapes[0]} pixels, --mask {shapes[1]}. Give both the same size")
     return found
 
 
-def encode(stage: Stage, prompts: list[str]) -> dict[str, Tensor]:
-    """Prompts -> the condition of the U-Net."""
-    ids, mask = stage.text.tokenize(prompts)
-    return dict(zip(("context", "mask", "pooled"), stage.text(ids.to(stage.device), mask.to(stage.device))))
+def weaker(stage: Stage, settings: Settings, times: Tensor) -> Stage | None:
+    """The stage that --autoguide names; ValueError where it does not fit."""
+    if not settings.autoguide:
+        return None
+    weak = load_stage(Path(settings.autoguide), stage.device, cached=stage.cached)
+
+    def process(of: Stage) -> tuple:
+        return of.size, of.data.lowres, of.data.picture_mode, of.schedule.alpha_sigma(times)[0].tolist()
+
+    if settings.negative or process(weak) != process(stage):
+        raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
+    return weak
+
+
+def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
+    """What the network said last of the prompts, whose rows come first."""
+    return network.fraction[:rows]
 
 
 @torch.no_grad()
@@ -161,57 +310,79 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
     dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of Settings.
     Raises ValueError where these do not fit together, and when the network's output is not finite."""
-    s, done, shape = Settings(**settings), [], (len(data.MODES[stage.data.picture_mode]), *[stage.size] * 2)
-    if stage.data.lowres != (found := 0 if lowres is None else lowres.shape[-1]):
-        raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {found}. "
+    s, space = Settings(**settings), stage.space
+    small_side = 0 if lowres is None else lowres.shape[-1]
+    if stage.data.lowres != small_side:
+        raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {small_side}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
     if (not s.init and (s.mask or s.strength != 1)) or (s.resample > 1 and not s.mask):
         raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
-    times = s.strength * (diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps))
+    times = diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps)
+    times = s.strength * times
     given = read_pictures([path for path in (s.init, s.mask) if path], stage.size)
-    weak = load_stage(Path(s.autoguide), stage.device, cached=stage.cached) if s.autoguide else None
-    alike = lambda x: (x.size, x.data.lowres, x.data.picture_mode, x.schedule.alpha_sigma(times)[0].tolist())
-    if weak and (s.negative or alike(weak) != alike(stage)):
-        raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
-    net, sampler = stage.unet, diffusion.SAMPLERS[s.sampler]
+    weak = weaker(stage, s, times)
+
+    # The sampler, and the network that it asks.
+    network, sampler = stage.network(), diffusion.SAMPLERS[s.sampler]
     takes = inspect.signature(sampler).parameters
-    if s.eta >= 0 and "eta" not in takes:
-        raise ValueError(f"--eta {s.eta}: {s.sampler} has no fresh noise. Use --sampler ddim or dpmpp_2m")
-    options = {"eta": s.eta} if s.eta >= 0 else {}
-    if stage.config.learn_sigma and "variance" in takes:
-        net = diffusion.LearnedVariance(net)
-        options["variance"] = lambda: net.fraction[:len(batch)]               # the prompts' rows come first
+    if s.eta >= 0:
+        if "eta" not in takes:
+            raise ValueError(f"--eta {s.eta}: {s.sampler} has no fresh noise. Use --sampler ddim or dpmpp_2m")
+        sampler = partial(sampler, eta=s.eta)
+    learned = stage.config.learn_sigma and "variance" in takes
+    if learned:
+        network = diffusion.LearnedVariance(network)
+
     keys = torch.tensor([int(data.keyed(seed, "sample", 0).integers(2**63)) for seed in seeds])
+    side = stage.size // space.scale
+    drawn = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        batch, x, small = prompts[part], diffusion.gaussian(keys[part], shape, stage.device), {}
-        if found:
-            t, low = x.new_full((len(x),), s.aug), resized(lowres[part], stage.data.lowres_mode).to(x)
-            eps = diffusion.noise_source(keys[part], low.shape[1:], stage.device)(-1)    # no step's own
-            small = {"lowres": diffusion.noised(low / 127.5 - 1, eps, t, stage.unet.levels[1]), "lowres_t": t}
+        shape = (space.channels, side, side)
+        x = diffusion.gaussian(keys[part], shape, stage.device)
         noise = diffusion.noise_source(keys[part], shape, stage.device)
-        run = partial(sampler, **options)
+        small, run = {}, sampler
+        if learned:
+            run = partial(sampler, variance=partial(variance_of, network, len(x)))
+        if small_side:
+            low = space.encode(resized(lowres[part], stage.data.lowres_mode).to(stage.device))
+            eps = diffusion.noise_source(keys[part], low.shape[1:], stage.device)(-1)    # no step's own
+            small = diffusion.augmented(low, eps, x.new_full((len(x),), s.aug), stage.small_schedule)
         if s.init:
-            known = (resized(given[:1], stage.data.picture_mode).to(x) / 127.5 - 1).expand_as(x)
+            known = resized(given[:1], stage.data.picture_mode).to(stage.device)
+            known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
             keep = (given[1].float().mean(0) < 127.5).to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
-            says = lambda of, texts: encode(of, texts) | small
-            worse = weak and diffusion.denoiser(weak.unet, weak.schedule, weak.config, says(weak, batch))
-            push = diffusion.rescaled(s.guidance_rescale, diffusion.projected(s.apg) if s.apg else torch.lerp)
-            guess = diffusion.guided(
-                net, stage.schedule, stage.config, says(stage, batch), s.guidance_scale,
-                says(stage, [s.negative] * len(batch)), worse, interval=s.guidance_interval, combine=push)
-            if s.threshold != "none":
-                guess = diffusion.threshold(guess, None if s.threshold == "static" else float(s.threshold))
-            x = run(guess, x, times, noise, stage.schedule)
+            denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
+            x = run(denoise, x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
-        done.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(done)
+        drawn.append(space.decode(x).cpu())
+    return torch.cat(drawn)
+
+
+def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings, prompts: list[str],
+                small: dict[str, Tensor]) -> Callable:
+    """The denoiser of some prompts: guidance and thresholds around the network."""
+    def condition(of: Stage, texts: list[str]) -> dict[str, Tensor]:
+        return of.text.encode(texts, stage.device) | small
+
+    worse = None
+    if weak:
+        worse = diffusion.denoiser(weak.network(), weak.schedule, weak.config, condition(weak, prompts))
+    combine = diffusion.projected(s.apg) if s.apg else torch.lerp
+    denoise = diffusion.guided(
+        network, stage.schedule, stage.config, condition(stage, prompts), s.guidance_scale,
+        condition(stage, [s.negative] * len(prompts)), worse, interval=s.guidance_interval,
+        combine=diffusion.rescaled(s.guidance_rescale, combine))
+    if s.threshold == "none":
+        return denoise
+    percentile = None if s.threshold == "static" else float(s.threshold)
+    return diffusion.threshold(denoise, percentile, stage.space.limit)
 
 
 @torch.no_grad()
@@ -219,31 +390,38 @@ def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch
                 batch_size: int = 16) -> Tensor:
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
     (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of the CLIP."""
-    config, scores = text_encoder.TextConfig([folder], text_dtype="fp32"), [torch.empty(0, device=device)]
+    config = text_encoder.TextConfig([folder], text_dtype="fp32")
     tower = text_encoder.load_image_encoder(folder, config).to(device)
     words = text_encoder.load_text_encoder(config).to(device)
+    scores = [torch.empty(0, device=device)]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        pooled = words(*(x.to(device) for x in words.tokenize(prompts[part])))[2]
+        pooled = words.encode(prompts[part], device)["pooled"]                            # (B, P)
         seen = tower(pictures[part].expand(-1, 3, -1, -1).to(device))                     # (B, P)
         scores.append(2.5 * torch.cosine_similarity(seen, pooled).clamp(min=0))
     return torch.cat(scores).cpu()
 
 
-# --------------------------------------------------------------------------------------- pictures to files
-def to_image(picture: Tensor, mode: str = "colour") -> Image.Image:
-    """uint8 (3 or 1, H, W) -> a picture in colour or grey."""
-    return Image.fromarray(picture.expand(3, -1, -1).permute(1, 2, 0).numpy()).convert(data.MODES[mode])
-
-
-def file_name(prompt: str) -> str:
-    """A safe name for a prompt: lower-case ASCII letters, digits and dashes, at most 80."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:80].strip("-") or "picture"
-
-
 # ---------------------------------------------------------------------------------------- the command line
-def arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line, checked: [1..9] in a help are limits. A mistake ends the program in one line."""
+def sampler_name(word: str) -> str:
+    if word not in diffusion.SAMPLERS:
+        raise ValueError
+    return word
+
+
+def threshold_name(word: str) -> str:
+    if not re.fullmatch(r"static|none|0?\.\d+|1(\.0*)?", word):
+        raise ValueError
+    return word
+
+
+# Settings that take a value for each stage, 5,2: the flag and the type of a value.
+LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
+         "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name)}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags: those of the program, and each field of Settings. [1..9] in a help are limits."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = die
@@ -261,134 +439,203 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
+
     helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
-    for f in fields(Settings):
-        two = {"nargs": 2} if isinstance(f.default, tuple) else {}
-        kind = float if two else str if f.name in LISTS else type(f.default)
-        flag = LISTS[f.name][0] if f.name in LISTS else "--" + f.name.replace("_", "-")
-        add(flag, dest=f.name, type=kind, default=f.default, help=helps[f.name], **two)
+    for field in fields(Settings):
+        options = {"dest": field.name, "default": field.default, "help": helps[field.name]}
+        if field.name in LISTS:                                # read by `arguments`
+            add(LISTS[field.name][0], **options)
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(field.default, tuple):
+            add(flag, type=float, nargs=2, **options)
+        else:
+            add(flag, type=type(field.default), **options)
+
     add("--seed", default=0, help="of the noise [0..9223372036854775807]")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", **switch, help="one sheet with captions")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [1..4096 images]")
     add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
     add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
+    return p
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line, checked. A mistake ends the program in one line."""
+    p = parser()
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    args.usual = args.guidance_scale == Settings.guidance_scale               # what is given is still text
+    args.guidance_is_usual = args.guidance_scale == Settings.guidance_scale   # what is given is still text
+
     for action in p._actions:
-        given, flag = getattr(args, action.dest, None), "".join(action.option_strings[:1])
+        values = getattr(args, action.dest, None)
+        flag = "".join(action.option_strings[:1])
         if action.dest in LISTS:
+            _, kind = LISTS[action.dest]
             try:
-                given = tuple(map(LISTS[action.dest][1], str(given).split(",")))
-            except (KeyError, TypeError, ValueError):
-                die(f"{flag} {given} is none of: {action.help}; or of these one a stage, a,b")
-            setattr(args, action.dest, given)
-        for least, most in re.findall(r"\[(-?[\de.]+?)\.\.([\de.]+)", action.help):
-            for value in given if isinstance(given, list | tuple) else [given]:
+                values = tuple(kind(word) for word in str(values).split(","))
+            except ValueError:
+                die(f"{flag} {values} is none of: {action.help}; or of these one a stage, a,b")
+            setattr(args, action.dest, values)
+        limits = re.search(r"\[(-?[\d.]+?)\.\.([\de.]+)", action.help)
+        if limits:
+            least, most = limits.groups()
+            for value in values if isinstance(values, list | tuple) else [values]:
                 if not float(least) <= value <= float(most):   # a nan is outside, too
                     die(f"{flag} {value} is outside {least} to {most}")
+
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     args.wanted = [args.prompt]
     if args.prompts is not None:
         lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
         args.wanted = [line.strip() for line in lines if line.strip()]
-        if not args.wanted: die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
+        if not args.wanted:
+            die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
+
+
+def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
+    """The settings of the i-th stage that is drawn, and its seed: a list's last value counts for the rest."""
+    chosen = {}
+    for field in fields(Settings):
+        value = getattr(args, field.name)
+        if field.name in LISTS:
+            value = value[min(i, len(value) - 1)]
+        if field.name in FIRST and i > 0:
+            value = field.default
+        chosen[field.name] = value
+    if (stage.data.lowres and args.guidance_is_usual) or i >= len(args.guidance_scale):
+        chosen["guidance_scale"] = 1.0
+    chosen["seed"] = args.seed[min(i, len(args.seed) - 1)]
+    return chosen
 
 
 def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds, below: Tensor) -> None:
     """Print how near a stage comes to held-out pictures that were made small, over levels of --aug, and the
     best. Of pictures that the stage below drew there is no truth: they are made small again."""
     truth, small = (torch.from_numpy(held[name]) for name in ("picture", "lowres"))
-    best, mode = (0.0, ""), max(stage.data.picture_mode, stage.data.lowres_mode)      # grey, if one is
+    mode = "grey" if "grey" in (stage.data.picture_mode, stage.data.lowres_mode) else "colour"
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
     for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
         again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1)
         rows.append((f"--aug {aug}", again(held["captions"], range(len(truth)), lowres=small), truth))
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
         rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
-    for name, a, b in rows:
-        error = (a.double() - b).flatten(2)                                           # (N, C, H * W)
-        psnr = (10 * torch.log10(255**2 / error.square().mean((1, 2)).clamp(min=1e-4))).mean().item()
-        print(f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {error.mean(2).abs().mean():5.2f}/255")
-        best = max(best, (psnr, name)) if b is truth else best
+
+    best = (0.0, "")
+    for name, made, wanted in rows:
+        error = (made.double() - wanted).flatten(2)                                   # (N, C, H * W)
+        psnr = 10 * torch.log10(255**2 / error.square().mean((1, 2)).clamp(min=1e-4))
+        psnr, shift = psnr.mean().item(), error.mean(2).abs().mean()
+        print(f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255")
+        if wanted is truth:
+            best = max(best, (psnr, name))
     print(f"best of {len(truth)} pictures: {best[1]}")
 
 
 def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str], below, held: dict):
     """The pictures of the i-th stage and the notes of each; `below`: the pictures of the stage before."""
-    scale = (1.0,) if args.usual and stage.data.lowres else (*args.guidance_scale, 1.0)
-    given = {name: getattr(args, name) for name in LISTS} | {"guidance_scale": scale}
-    at = {name: values[min(i, len(values) - 1)] for name, values in given.items()}
-    settings = {f.name: at.get(f.name, f.default if i and f.name in FIRST else getattr(args, f.name))
-                for f in fields(Settings)}
+    settings = settings_of(args, i, stage)
+    seed = settings.pop("seed")
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
-    unread(stage.text, prompts[::args.n])
-    if args.lowres and not i:
-        below = torch.stack(read_pictures([args.lowres], stage.data.lowres or stage.size) * len(prompts))
-    seeds, dtype = [at["seed"] + k % args.n for k in range(len(prompts))], text_encoder.DTYPES[args.dtype]
-    draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
+    unread(stage.text.reader, prompts[::args.n])
+    if args.lowres and i == 0:
+        pictures = read_pictures([args.lowres], stage.data.lowres or stage.size)
+        below = torch.stack(pictures * len(prompts))
+
+    seeds = [seed + k % args.n for k in range(len(prompts))]
+    draw = partial(generate, stage, batch_size=args.batch_size, dtype=text_encoder.DTYPES[args.dtype], **settings)
     pictures = draw(prompts, seeds, lowres=below)
-    if held: validate(stage, draw, held, prompts, seeds, below)
+    if held:
+        validate(stage, draw, held, prompts, seeds, below)
     for k, picture in enumerate(pictures, 1):
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
-    notes = settings | {name: Path(settings[name]).name for name in ("autoguide", "init", "mask")}
-    notes |= {"ema": args.ema, "dtype": args.dtype, "checkpoint": stage.digest, "step": stage.step}
-    return pictures, [notes | {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds)]
+
+    common = {**settings, "ema": args.ema, "dtype": args.dtype, "checkpoint": stage.digest, "step": stage.step}
+    for name in ("autoguide", "init", "mask"):                 # no folders of this machine
+        common[name] = Path(common[name]).name
+    return pictures, [common | {"prompt": prompt, "seed": k} for prompt, k in zip(prompts, seeds)]
+
+
+def file_name(prompt: str) -> str:
+    """A safe name for a prompt: lower-case ASCII letters, digits and dashes, at most 80."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:80].strip("-") or "picture"
 
 
 def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) -> None:
     """Pictures, n of a prompt, with their notes, or a sheet of them: into the folder or the file --out."""
+    prompts = [one["prompt"] for one in made]
     file = Path(args.out) if Path(args.out).suffix.lower() == ".png" else None
-    images, names = map(to_image, pictures), [file_name(one["prompt"]) for one in made]
     if args.grid:
-        columns = min(8, max(2, n if n > 1 else round(len(made) ** 0.5)))
-        images = [model.contact_sheet(pictures, [one["prompt"] for one in made], columns)]
-        names, made = ["grid"], [{"pictures": made}]
-    for image, name, notes in zip(images, names, made):
-        print(model.save_png(image, file or Path(args.out, f"{name}.png"), notes, warn))
+        columns = n if n > 1 else round(len(made) ** 0.5)
+        sheet = data.contact_sheet(pictures, prompts, min(8, max(2, columns)))
+        print(data.save_png(sheet, file or Path(args.out, "grid.png"), {"pictures": made}, warn))
+        return
+    for picture, prompt, notes in zip(pictures, prompts, made):
+        path = file or Path(args.out, f"{file_name(prompt)}.png")
+        print(data.save_png(to_image(picture), path, notes, warn))
+
+
+def held_out(path: Path, count: int) -> dict:
+    """Up to `count` pictures that a run keeps for validation, and their small versions."""
+    stored = json.loads(model.read(path, warn)[2]["config"])
+    whole = data.DataConfig(**stored["DataConfig"] | {"crop": 0})
+    pictures = data.Pictures(whole, stored["TrainConfig"]["size"], 0, "val")
+    held = data.collect(pictures, 0, min(count, len(pictures)))
+    for line in [*pictures.warnings, *held["replaced"]]:
+        warn(line)
+    if "lowres" not in held:
+        die(f"--validate checks a stage that enlarges, and {path} is a base")
+    return held
 
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
-    device, out = model.choose_device(args.device), Path(args.out)
-    (out.parent if out.suffix.lower() == ".png" else out).mkdir(parents=True, exist_ok=True)  # at once
-    if args.rank: clip_scores(args.rank, torch.empty(0), [], device)          # its faults come early
+    device, out = choose_device(args.device), Path(args.out)
+    folder = out.parent if out.suffix.lower() == ".png" else out
+    folder.mkdir(parents=True, exist_ok=True)                  # what is wrong comes before any work
+    if args.rank:
+        clip_scores(args.rank, torch.empty(0), [], device)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
-    paths = paths or model.cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    for name in LISTS:
-        if len(paths) < len(given := getattr(args, name)):
-            raise ValueError(f"{LISTS[name][0]} has {len(given)} values for {len(paths)} stage(s)")
-    if not all(prompt.strip() for prompt in args.wanted): print("note: empty prompt, drawing without one")
-    prompts, pictures = [prompt for prompt in args.wanted for _ in range(args.n)], None
-    held = {}
-    if args.validate:                                          # before any work
-        stored = json.loads(model.read(paths[-1], warn)[2]["config"])
-        whole = data.DataConfig(**stored["DataConfig"] | {"crop": 0})
-        val = data.Pictures(whole, stored["TrainConfig"]["size"], 0, "val")
-        held = data.collect(val, 0, min(args.validate, len(val)))
-        for line in [*val.warnings, *held["replaced"]]: warn(line)
-        if "lowres" not in held: die(f"--validate checks a stage that enlarges, and {paths[-1]} is a base")
+    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
+    for name, (flag, _) in LISTS.items():
+        given = len(getattr(args, name))
+        if given > len(paths):
+            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
+    if not all(prompt.strip() for prompt in args.wanted):
+        print("note: empty prompt, drawing without one")
+    held = held_out(paths[-1], args.validate) if args.validate else {}
+
+    # Frozen text encoders read everything first.
+    prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
     words = [*prompts, *held.get("captions", ()), args.negative]
     load = partial(load_stage, device=device, cached=reader(words, device))
-    if args.autoguide: load(Path(args.autoguide))              # its words first, too
+    if args.autoguide:
+        load(Path(args.autoguide))
+
+    pictures = None
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
-        check = held if path == paths[-1] else {}
-        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, check)
-        made, n = [one | {"below": below} for one, below in zip(notes, made)] or notes, args.n
-        if args.rank and path == paths[-1]:
-            n, scores = args.best or n, clip_scores(args.rank, pictures, prompts, device, args.batch_size)
-            best = scores.view(-1, args.n).topk(n).indices + torch.arange(0, len(scores), args.n)[:, None]
-            pictures = pictures[best.flatten()]
-            made = [made[k] | {"clip_score": round(scores[k].item(), 4)} for k in best.flatten().tolist()]
-        if args.keep_stages or path == paths[-1]: write(pictures, made, n, args)
+        last = path == paths[-1]
+        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, held if last else {})
+        if made:
+            notes = [note | {"below": below} for note, below in zip(notes, made)]
+        made, n = notes, args.n
+        if args.rank and last:
+            n = args.best or n
+            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
+            first = torch.arange(0, len(scores), args.n)[:, None]
+            best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
+            pictures = pictures[best]
+            made = [made[k] | {"clip_score": round(scores[k].item(), 4)} for k in best.tolist()]
+        if args.keep_stages or last:
+            write(pictures, made, n, args)
 
 
 if __name__ == "__main__":

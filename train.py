@@ -3,21 +3,28 @@
 Pictures seen so far are the only state beside the weights: every random choice is a function of (seed,
 position), so the same command run again continues exactly where the last checkpoint stands."""
 import argparse
+import copy
 import ctypes
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
+import math
 import os
+import platform
 import re
+import shutil
 import signal
+import socket
 import sys
 import time
+import traceback
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import timedelta
-from itertools import takewhile
+from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -25,9 +32,10 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
@@ -38,85 +46,116 @@ import text_encoder
 
 @dataclasses.dataclass
 class TrainConfig:
-    size: int = 64                # side of the pictures [pixels]
+    size: int = 64                # side of the pictures [8..4096 pixels]
     model: Literal["tiny", "small", "base", "large"] = "tiny"  # row of presets; small where there is a GPU
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
     init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
     reinit: str = ""              # but not these: a regular expression of names
     train_only: str = ""          # train these weights alone: a regular expression of names
-    steps: int = 5000             # updates of the whole run [steps]
-    batch_size: int = 32          # pictures of one update, all ranks together [images]
+    steps: int = 5000             # updates of the whole run [1..1e9 steps]
+    batch_size: int = 32          # pictures of one update, all ranks together [1..1048576 images]
     micro_batch: int = 0          # pictures of one forward pass on one rank, 0 = no accumulation [images]
-    lr: float = 1e-3              # learning rate between warm-up and cooldown
+    lr: float = 1e-3              # learning rate between warm-up and cooldown [1e-12..1]
     warmup: int = 100             # the rate rises linearly over the first so many steps [steps]
     cooldown: int = 1000          # and falls linearly to 0 over the last so many [steps]
     optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices inside the U-Net; AdamW of all else
-    weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none
+    weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none [0..1]
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
-    ema_decay: float = 0.999      # of the averaged weights, after 1 / (1 - decay) updates averaged plainly
-    profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none
+    ema_decay: float = 0.999      # of the averaged weights, plain up to 1 / (1 - it) updates [0..0.999999]
+    profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none [0..99]
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
-    max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this
-    seed: int = 0                 # of every random choice
+    max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this [0..1]
+    seed: int = 0                 # of every random choice [0..9223372036854775807]
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the matrix products; all else is float32
     compile: bool | None = None   # torch.compile; on for CUDA when not given
     checkpointing: bool = False   # recompute activations in the backward pass: less memory, a third more work
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
-    workers: int = -1             # processes that load pictures, per rank; -1 = 8 beside a GPU, none without
+    workers: int = -1             # processes that load pictures, per rank; -1 = 8 with a GPU, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
-    sample_every: int = 1000       # a grid of samples, and one at the end, 0 = never [steps]
-    val_every: int = 1000          # validation, and once at the end, 0 = never [steps]
-    val_images: int = 256         # pictures of the fixed validation set [images]
+    sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
+    val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
+    val_images: int = 256         # pictures of the fixed validation set [2..1e6 images]
     save_every: int = 500         # a checkpoint, 0 = only at the end [steps]
-    keep: int = 2                 # checkpoints kept
-    timeout: float = 600          # how long to wait for another rank or a data worker [seconds]
+    keep: int = 2                 # checkpoints kept [1..99]
+    timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
 
-# What --size and --model move beside the network's shape; tiny is for minutes on two CPU cores (NOTES.md).
+# What --size and --model move, by stage (base, up to 256 pixels, above) and size of the network. `weights` and
+# `flops` are those of the U-Net for one whole picture of 64, 256 or 1024 pixels, of 64 or 256 below it, with
+# 128 text tokens of width 128. tiny is for minutes on two CPU cores (NOTES.md).
 LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
-MOVED = ["steps", "batch_size", "lr", "warmup", "cooldown", "ema_decay", "prediction", "shift_base", "crop",
-         "optimizer", "max_aug", "t_density", "t_mean", "t_std", "loss_weight"]       # a row may end early
-PRESETS = {stage: dict(zip(MOVED, row)) for stage, row in {
-    (64, "tiny"):   (1850,   40,  .0023, 50,   1300,  .995,  "x0", 32, 0, "muon", 0, "logit_normal", 1, 1.5,
-                     "learned"),
-    (64, "small"):  (50000,  256, 3e-4,  1000, 5000,  .999,  "v",  64, 0),
-    (64, "base"):   (200000, 512, 1e-4,  1000, 20000, .9999, "v",  64, 0),
-    (64, "large"):  (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
-    (256, "tiny"):  (3400,   16,  .0015, 50,   2000,  .995,  "v",  64, 64, "muon", .2, "logit_normal", 2.0),
-    (256, "small"): (100000, 256, 3e-4,  1000, 10000, .999,  "v",  64, 0),
-    (256, "base"):  (300000, 512, 1e-4,  1000, 30000, .9999, "v",  64, 0),
-    (256, "large"): (500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 0),
-    (1024, "tiny"): (2900,   4,   .0015, 50,   1700,  .995,  "v",  64, 256, "muon", .05, "logit_normal", 2.0),
-    (1024, "small"):(100000, 256, 3e-4,  1000, 10000, .999,  "v",  64, 256),
-    (1024, "base"): (300000, 512, 1e-4,  1000, 30000, .9999, "v",  64, 256),
-    (1024, "large"):(500000, 1024, 1e-4, 5000, 50000, .9999, "v",  64, 256),
-}.items()}
+SMALL = dict(head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=1000, cooldown=10000)
+BASE = dict(head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
+LARGE = dict(BASE, steps=500000, batch_size=1024, warmup=5000, cooldown=50000)
+ENLARGES = dict(channel_mult=(1, 2, 4, 8), num_res_blocks=(2, 4, 8, 8), efficient=True)
+ENLARGES_CROPS = dict(ENLARGES, conv_only=True, crop=256)
+TINY_ENLARGES = dict(
+    channel_mult=(1, 2, 4), emb_dim=256, efficient=True, conv_only=True,
+    t_density="logit_normal", t_mean=2.0, optimizer="muon", lr=1.5e-3, warmup=50, ema_decay=0.995)
+PRESETS = {
+    (64, "tiny"): dict(
+        weights=5.21e6, flops=1.26e9, channels=128, channel_mult=(1, 1), attn_resolutions=(8,), head_dim=64,
+        patch=4, emb_dim=256, prediction="x0", shift_base=32, loss_weight="learned",
+        t_density="logit_normal", t_mean=1.0, t_std=1.5, optimizer="muon", max_aug=0.0,
+        steps=1850, batch_size=40, lr=2.3e-3, warmup=50, cooldown=1300, ema_decay=0.995),
+    (64, "small"): dict(
+        SMALL, weights=62.8e6, flops=50.2e9, channels=128, channel_mult=(1, 2, 2, 3), num_res_blocks=(2,),
+        attn_resolutions=(16, 8), patch=1, steps=50000, cooldown=5000),
+    (64, "base"): dict(
+        BASE, weights=306e6, flops=202e9, channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
+        attn_resolutions=(32, 16, 8), patch=1, emb_dim=768, steps=200000, cooldown=20000),
+    (64, "large"): dict(
+        LARGE, weights=1.22e9, flops=779e9, channels=384, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
+        attn_resolutions=(32, 16, 8), patch=1, emb_dim=1536),
+    (256, "tiny"): dict(
+        TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, steps=3400, batch_size=16, cooldown=2000),
+    (256, "small"): dict(
+        SMALL | ENLARGES, weights=104e6, flops=119e9, channels=64, num_res_blocks=(2, 4, 4, 4),
+        attn_resolutions=(16,), emb_dim=256),
+    (256, "base"): dict(
+        BASE | ENLARGES, weights=718e6, flops=694e9, channels=128, attn_resolutions=(16,)),
+    (256, "large"): dict(
+        LARGE | ENLARGES, weights=1.62e9, flops=1.55e12, channels=192, attn_resolutions=(16,), emb_dim=768),
+    (1024, "tiny"): dict(
+        TINY_ENLARGES, weights=3.3e6, flops=42.2e9, crop=256, patch=4, max_aug=0.05, steps=2900, batch_size=4, cooldown=1700),
+    (1024, "small"): dict(
+        SMALL | ENLARGES_CROPS, weights=92e6, flops=1.77e12, channels=64, num_res_blocks=(2, 4, 4, 4), emb_dim=256),
+    (1024, "base"): dict(
+        BASE | ENLARGES_CROPS, weights=627e6, flops=10.3e12, channels=128),
+    (1024, "large"): dict(
+        LARGE | ENLARGES_CROPS, weights=1.41e9, flops=23.2e12, channels=192, emb_dim=768),
+}
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "text_shards", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
          "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
-LIMITS = {"size": (8, 4096), "steps": (1, 10**9), "batch_size": (1, 2**20), "lr": (1e-12, 1), "keep": (1, 99),
-          "weight_decay": (0, 1), "ema_decay": (0, 0.999999), "uncond_prob": (0, 1), "seed": (0, 2**63 - 1),
-          "workers": (-1, 256), "val_images": (2, 10**6), "timeout": (1, 10**6), "profiles": (0, 99),
-          "max_aug": (0, 1), "min_size": (1, 2**16), "min_crop": (0.01, 1)}
-BUCKETS, TEXT = 8, ("context", "mask", "pooled")
-number = lambda x: float(f"{float(x):.6g}")                                   # enough digits for a log
+WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights along
+BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
+PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent (snapshots)
+# What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
+VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
                 text_encoder.TextConfig]
 
 
-# ------------------------------------------------------------------------------------------- flags and errors
+# ------------------------------------------------------------------------------------------ flags and errors
+def emit(message: str, stream) -> None:
+    """Write a line. A closed pipe, a full disk or a terminal that is gone is no reason to stop training."""
+    try:
+        tqdm.write(message, file=stream)
+        stream.flush()
+    except (OSError, ValueError, AttributeError):
+        if stream is not None and not stream.closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def say(message: str) -> None:
-    """One line on standard output, from rank 0; a closed pipe is no reason to stop training."""
+    """One line on standard output, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        try:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        emit(message, sys.stdout)
 
 
 def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
@@ -124,18 +163,76 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
     The first rank of a machine speaks, and the others give it time; `everywhere`: of one rank alone."""
     rank = os.environ.get("RANK", "0")
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        message = " ".join((f"rank {rank}: " * (rank != "0") + str(message)).split())
-        print(f"train.py: error: {message}", file=sys.stderr, flush=True)
-    else: time.sleep(2)
+        who = "" if rank == "0" else f"rank {rank}: "
+        line = " ".join(f"{who}{message}".split())
+        emit(f"train.py: error: {line}", sys.stderr)
+    else:
+        time.sleep(2)
     raise SystemExit(status)
+
+
+def die_of_memory(error: Exception, micro: int) -> None:
+    """End the run with one line if the error is a lack of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+        reason = str(error).splitlines()[0][:100]
+        die(f"out of memory at --micro-batch {micro} ({reason}). Try --micro-batch {micro // 2 or 1}, which gives "
+            "the same result, or --checkpointing", status=1, everywhere=True)
+
+
+class Stopped(Exception):
+    """A signal arrived before the first step."""
+
+
+class Signals:
+    """SIGTERM and SIGINT: at once the end of the program, or remembered where somebody looks at `arrived`."""
+    arrived = awaited = False
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.arrive)
+
+    def arrive(self, number: int, frame) -> None:
+        for either in (signal.SIGTERM, signal.SIGINT):         # a terminal and torchrun send it twice
+            signal.signal(either, signal.SIG_IGN)
+        self.arrived = True
+        if not self.awaited:
+            raise Stopped
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, where) -> None:
+        if kind is Stopped:
+            say("stopping before the first step; run the same command to continue")
+            raise SystemExit(0) from None
+        self.awaited = True
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        if unknown := re.search(r"unrecognized arguments: (\S+)", message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message = f"unknown flag {unknown[1]}. " + (f"Did you mean {near[0]}?" if near else "See --help")
+            hint = f"Did you mean {near[0]}?" if near else "See --help"
+            message = f"unknown flag {unknown[1]}. {hint}"
         die(message)
+
+
+def flag_options(kind: type) -> dict:
+    """How argparse reads a field of a type."""
+    members = [member for member in get_args(kind) if member is not type(None)]
+    if bool in (kind, *members):
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kind) is Literal:
+        return {"choices": members}
+    if get_origin(kind) in (list, tuple):
+        return {"type": members[0], "nargs": "*"}
+    return {"type": kind}
+
+
+def helps(cls: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass."""
+    return dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
 
 
 def parse(argv: list[str]) -> Configs:
@@ -143,54 +240,67 @@ def parse(argv: list[str]) -> Configs:
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for cls in get_args(Configs):
-        group, usual = parser.add_argument_group(cls.__name__), vars(cls())
-        helps = dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+        group = parser.add_argument_group(cls.__name__)
+        comments = helps(cls)
         for name, kind in get_type_hints(cls).items():
-            members = [a for a in get_args(kind) if a is not type(None)]
-            options = ({"action": argparse.BooleanOptionalAction} if bool in (kind, *members) else
-                       {"choices": members} if get_origin(kind) is Literal else
-                       {"type": members[0], "nargs": "*"} if get_origin(kind) in (list, tuple) else
-                       {"type": kind})
-            group.add_argument(f"--{name.replace('_', '-')}", default=usual[name], **options,
-                               help=helps[name].replace("%", "%%"))
+            group.add_argument(f"--{name.replace('_', '-')}", default=getattr(cls(), name),
+                               help=comments[name].replace("%", "%%"), **flag_options(kind))
 
-    parser.set_defaults(model="", lowres=-1)                                  # of these the defaults move
+    # --size and --model choose the row of presets, which moves the other defaults.
+    parser.set_defaults(model="", lowres=-1)
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    name = known.model or ("small" if model.choose_device(known.device).type == "cuda" else "tiny")
+    usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
+    name = known.model or usual
     lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
-    row = (64 if not lowres else 256 if known.size <= 256 else 1024), name
-    parser.set_defaults(**vars(model.PRESETS[row]), **PRESETS[row], model=name, lowres=lowres,
-                        min_size=known.size if lowres else 8)
-    if twice := [flag for flag in argv if flag.startswith("--") and argv.count(flag) > 1]:
+    stage = 64
+    if lowres:
+        stage = 256 if known.size <= 256 else 1024
+    row = dict(PRESETS[stage, name])
+    del row["weights"], row["flops"]
+    parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
+
+    twice = [word for word in argv if word.startswith("--") and argv.count(word) > 1]
+    if twice:
         die(f"{twice[0]} is given twice. Give all of its values once")
-    values = vars(args := parser.parse_args(argv))
-    values["out"] = values["out"] or f"runs/{values['size']}"
-    if (at := values["attn_resolutions"]) is model.PRESETS[row].attn_resolutions:     # where they occur
-        values["attn_resolutions"] = [n for n in at if n in model.sides(args, args.size)]
-    configs = tuple(cls(**{f.name: tuple(values[f.name]) if isinstance(f.default, tuple) else values[f.name]
-                           for f in dataclasses.fields(cls)}) for cls in get_args(Configs))
+    args = parser.parse_args(argv)
+    args.out = args.out or f"runs/{args.size}"
+    if args.attn_resolutions is row.get("attn_resolutions"):   # a preset's: where they occur
+        args.attn_resolutions = [n for n in args.attn_resolutions if n in model.sides(args, args.size)]
+
+    configs = []
+    for cls in get_args(Configs):
+        values = {}
+        for field in dataclasses.fields(cls):
+            value = getattr(args, field.name)
+            values[field.name] = tuple(value) if isinstance(field.default, tuple) else value
+        configs.append(cls(**values))
     check(*configs)
-    return configs
+    return tuple(configs)
 
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for config, usual in ((cfg, (0, 10**9)), (data_cfg, (0, 10**9)), (diff_cfg, (-10**9, 10**9))):
-        for name, value in vars(config).items():
-            least, most = LIMITS.get(name, usual)
+    for config in (cfg, data_cfg, diff_cfg):
+        for name, comment in helps(type(config)).items():
+            value = getattr(config, name)
+            limits = re.search(r"\[(-?[\d.e-]+?)\.\.([\de.]+)", comment)      # as [0..1] or [1..99 steps]
+            least, most = (float(x) for x in limits.groups()) if limits else (0, 1e9)
             if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
-                raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least} to {most}")
+                raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least:g} to {most:g}")
+
     if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = Ranks().world
     unit = world * (cfg.micro_batch or 1)
     if cfg.batch_size % unit:
         near = max(1, cfg.batch_size // unit) * unit
         raise ValueError(f"--batch-size {cfg.batch_size} does not divide over {world} ranks x micro-batch "
                          f"{cfg.micro_batch or 1}. Try {near} or {near + unit}")
     for flag, pattern in {"reinit": cfg.reinit, "train-only": cfg.train_only}.items():
-        try: re.compile(pattern)
-        except re.error as e: raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
@@ -199,397 +309,1073 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     diffusion.make_schedule(diff_cfg, cfg.size)
 
 
-# --------------------------------------------------------------------------------------------- parts of a run
-class Net(nn.Module):
-    """What is trained, as one module for DDP and torch.compile: U-Net, text encoder, and the loss."""
-    def __init__(self, unet: nn.Module, text: nn.Module, config, size: int, lowres: int, max_aug: float):
-        super().__init__()
-        self.unet, self.config, self.max_aug, sizes = unet, config, max_aug, (size, lowres or size)
-        unet.levels = self.schedule, self.small_schedule = [diffusion.make_schedule(config, n) for n in sizes]
-        if text.trainable: self.text_encoder = text
-        self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
-        self.importance = diffusion.Importance() if config.t_density == "importance" else None
+# ----------------------------------------------------------------------------------------- devices and ranks
+class Ranks:
+    """The processes that train together, as torchrun started them; one alone without it."""
 
-    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, **condition) -> tuple[Tensor, Tensor]:
-        """Losses (weighted (B,), raw (B,)) of pictures x0 noised by eps at t, see diffusion.losses."""
-        return diffusion.losses(self.unet, x0, eps, t, self.schedule, self.config, self.uncertainty,
-                                **self.encode(**condition))
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
 
-    def draw_t(self, u: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Times t (B,) of uniform u (B,), and what their losses weigh."""
-        if self.importance: return self.importance.draw(u)
-        return diffusion.draw_t(u, self.config, self.schedule), 1.0
+    def agreed(self, value: float) -> float:
+        """The largest value of all ranks. On the CPU, so that no GPU is waited for."""
+        tensor = torch.tensor([value], dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return float(tensor)
 
-    def encode(self, ids: Tensor | None = None, **condition) -> dict[str, Tensor]:
-        """The condition of the U-Net, from token ids where the text encoder trains along."""
-        if ids is not None:
-            condition |= zip(TEXT, self.text_encoder(ids, condition["mask"]))
-        return condition
+    def equal(self, value: float) -> bool:
+        """Whether a number is finite, and the same on all ranks."""
+        most, least = self.agreed(value), -self.agreed(-value)
+        return most == least and math.isfinite(most)
 
-    def augment(self, small: Tensor, u: Tensor, _, keys: Tensor) -> dict[str, Tensor]:
-        """The low-resolution condition: pictures (B, c, h, w) noised at t = max_aug u by the schedule of
-        their size (Ho et al. 2021, arXiv:2106.15282, section 4.2). u, keys: see `draws`."""
-        t, eps = self.max_aug * u.to(small.device), diffusion.gaussian(keys, small.shape[1:], small.device)
-        return {"lowres": diffusion.noised(small, eps, t, self.small_schedule), "lowres_t": t}
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
+    def gathered(self, own: Tensor) -> Tensor:
+        """Rows (B, ...) of all ranks in their order, those of this rank with their gradient."""
+        if self.world == 1:
+            return own
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(rows, own.detach().contiguous())
+        rows[self.rank] = own
+        return torch.cat(rows)
 
-def rate(step: int, cfg: TrainConfig) -> float:
-    """The learning rate of a step: linear warm-up, constant, linear cooldown to 0."""
-    return cfg.lr * max(0.0, min(1.0, (step + 1) / (cfg.warmup + 1), (cfg.steps - step) / (cfg.cooldown + 1)))
-
-
-def resume(out: Path, state: model.State, configs: Configs, pictures, text) -> tuple[int, int]:
-    """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
-    found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
-    if found is None: return 0, 0
-    folder, tensors, meta = found
-    stored = json.loads(meta["config"])
-    for config in configs:                                    # shape must match, the rest is noted
-        for name, value in dataclasses.asdict(config).items():
-            group, flag = type(config).__name__, f"--{name.replace('_', '-')}"
-            old = stored.get(group, {}).get(name, getattr(type(config)(), name))
-            if name in MACHINE or json.dumps(old) == json.dumps(value): continue
-            if name in SHAPE or group in SHAPE or {"learned", "importance"} & {str(old), str(value)}:
-                raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
-            say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
-    state.load(*tensors, scaler=json.loads(meta["scaler"]))
-    if meta["text"] != text.fingerprint:
-        raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
-    if meta["data"] != pictures.fingerprint:
-        say("warning: the pictures are not those of the checkpoint: their order differs from here")
-    if json.loads(meta["versions"]) != model.VERSIONS:
-        say(f"note: {meta['versions']} -> {json.dumps(model.VERSIONS)}: it continues, but not bit for bit")
-    say(f"resumed from step {meta['step']} ({folder})")
-    return int(meta["step"]), int(meta["images"])
+    def leave(self) -> None:
+        """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for
+        threads that may wait for the interpreter's lock, which it holds (torch 2.13; it never ended)."""
+        if self.world == 1:
+            return
+        error = sys.exc_info()[1]
+        if error and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        os._exit(getattr(error, "code", 1) if error else 0)
 
 
-def publish(out: Path, step: int, state: model.State, meta: dict[str, str], keep: int, last: bool) -> None:
-    """Write a checkpoint. Training survives a disk that is full, unless this is the last one."""
-    try:
-        say(f"saved {state.save(out, step, meta, keep)}")
-    except OSError as e:
-        if last:
-            die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
-        say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+def choose_device(name: str) -> torch.device:
+    """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind in found if found[kind]]
+    kind = name or there[0]
+    if kind not in there:
+        raise ValueError(f"--device {name} is not here. Choose from {there}")
+    if kind != "cuda":
+        return torch.device(kind)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if ranks > count:                                          # on every rank alike
+        raise ValueError(f"{ranks} ranks do not have a GPU each. Use --nproc-per-node {count}")
+    return torch.device(kind, local)
 
 
-def draws(seed: int, purpose: str, positions: Iterable[int], uncond_prob=0.0) -> tuple[Tensor, ...]:
-    """Of each position: uniform for t (B,) float32, caption kept (B,) bool, key of the noise (B,) int64."""
-    generators = [data.keyed(seed, purpose, p) for p in positions]
-    rows = [(g.random(), g.random() >= uncond_prob, int(g.integers(2**63))) for g in generators]
-    return tuple(map(torch.tensor, zip(*rows)))
-
-
-def scaled(pictures: Tensor | np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (B, 3, H, W) on the CPU -> float32 in [-1, 1] on the device."""
-    return torch.as_tensor(pictures).to(device, non_blocking=True).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def condition_of(net: Net, text: nn.Module, batch: dict, device, seed=0, kept: Tensor | bool = True) -> dict:
-    """The condition of a batch: token ids, or what a frozen encoder makes of them; noised small pictures."""
-    ids, mask = text.tokenize(batch["captions"])
-    if text.counts["cut"] > 1 and not text.counts["said"]:                    # once, of more than an example
-        text.counts["said"] = 1
-        say(f"note: {text.counts['cut']} of {text.counts['captions']} captions are cut. See --text-length")
-    if device.type == "cpu" and type(text) is text_encoder.TextEncoder:       # padding costs time there only
-        longest = -(-max(1, int(mask.sum(1).max())) // 8) * 8
-        ids, mask = ids[:, :longest], mask[:, :longest]
-    ids, mask = (x.to(device, non_blocking=True) for x in (ids, mask & torch.as_tensor(kept).view(-1, 1)))
-    condition = {"ids": ids, "mask": mask} if text.trainable else dict(zip(TEXT, text(ids, mask)))
-    if "lowres" in batch:
-        condition |= net.augment(scaled(batch["lowres"], device), *draws(seed, "lowres", batch["positions"]))
-    return condition
-
-
-# --------------------------------------------------------------------------------------- what a user looks at
-@torch.no_grad()
-def validate(step: int, net: Net, text: nn.Module, fixed, n: int, device, rank: int, world: int) -> dict:
-    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl. Ranks share the work.
-    val_gap = loss with the next picture's caption - loss with the right one: above 0 the text is used."""
-    n, batch, sums = min(n, len(fixed)), 32, torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
-    for start in range(rank * batch, n, world * batch):
-        right = data.collect(fixed, start, min(start + batch, n))
-        positions, captions = right["positions"], right["captions"]
-        wrong = right | {"captions": [*captions[1:], fixed[(positions[-1] + 1) % n]["caption"]]}
-        x0 = scaled(right["picture"], device)
-        eps = diffusion.gaussian(draws(0, "validation", positions)[2], x0.shape[1:], device)
-        t = torch.tensor([(p * 0.6180339887 + 0.5) % 1 for p in positions], device=device)    # even for any n
-        loss, other = (net(x0, eps, t, **condition_of(net, text, b, device))[1] for b in (right, wrong))
-        buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(t), BUCKETS)
-        sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
-    if world > 1: dist.all_reduce(sums)
-    total, count, gap = sums.split([BUCKETS, BUCKETS, 1])
-    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
-            "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
-
-
-@torch.no_grad()
-def sample_grid(net: Net, text: nn.Module, shown: dict, device: torch.device) -> Image.Image:
-    """Pictures of fixed prompts with fixed noise; beside an enlarged one what it was, and the truth."""
-    condition = net.encode(**condition_of(net, text, shown, device))
-    guidance, truth = (1.0, [scaled(shown["picture"], device)]) if "lowres" in condition else (3.0, [])
-    denoise = diffusion.threshold(diffusion.guided(net.unet, net.schedule, net.config, condition, guidance))
-    keys, shape = draws(0, "samples", shown["positions"])[2], shown["picture"].shape[1:]
-    x, noise = diffusion.gaussian(keys, shape, device), diffusion.noise_source(keys, shape, device)
-    drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
-    return model.contact_sheet(model.side_by_side(drawn, *truth, **condition), shown["captions"])
-
-
-def first_batch(x0: Tensor, x_t: Tensor, t: Tensor, batch: dict, kept: Tensor, condition) -> Image.Image:
-    """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
-    notes = [f"t {time:.2f}: {caption if keep else '(dropped)'}"
-             for time, caption, keep in zip(t.tolist(), batch["captions"], kept.tolist())]
-    return model.contact_sheet(model.side_by_side(x0, x_t, **condition)[:16], notes[:16])
-
-
-def log_line(tally: Tensor, step: int, images: int, seconds: float, lr: float, world: int) -> dict:
-    """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first."""
-    sums, counts, rest = tally.cpu().double().split([BUCKETS, BUCKETS, 6])
-    loss, norm, clipped, skipped, steps, replaced = rest.tolist()
-    line = {"loss": loss / counts.sum(), "raw_loss": sums.sum() / counts.sum(), "grad_norm": norm / steps,
-            "clipped": clipped / steps, "pictures/s": counts.sum() / seconds, "lr": lr}
-    return {"step": step, "images": images, **{k: number(v) for k, v in line.items()},
-            "skipped": int(skipped / world), "replaced": int(replaced),
-            "buckets": [number(x) for x in sums / counts.clamp(min=1)]}
-
-
-def report(configs: Configs, parameters: int, flops: float, speed: float, peak: float, device) -> None:
-    """The configuration, what it costs here, measured on real steps, and the time the run would take."""
-    steps, batch_size, used = configs[0].steps, configs[0].batch_size, 3 * flops * speed
-    say("\n".join(map(repr, configs)) + f"""
-parameters  {parameters / 1e6:.1f} M
-forward     {flops / 1e9:.3f} GFLOPs a picture
-memory      {model.memory_peak(device) / 2**30:.2f} GiB at its peak
-speed       {speed:.1f} pictures/s
-used        {used / 1e9:.0f} GFLOP/s, {used / peak:.0%} of the {peak / 1e9:.0f} of a matrix product
-time        {steps * batch_size / speed / 3600:.2f} hours for {steps} steps of {batch_size} pictures""")
-
-
-# --------------------------------------------------------------------------------------------------- the loop
-def launch(cfg: TrainConfig, world: int, writes: bool) -> tuple[torch.device, list[int]]:
-    """Take the run directory, start the ranks, seed. Returns the device, and a list of arriving signals."""
-    if writes: model.lock(Path(cfg.out))
-    device = model.choose_device(cfg.device)
-    if world > 1:
+def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
+    """Start the ranks, choose the device and what it computes with, seed."""
+    device = choose_device(cfg.device)
+    if ranks.world > 1:
         if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)                        # torchrun leaves no orphans
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)         # when torchrun dies, this rank is told
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
     torch.manual_seed(cfg.seed)
-    stop: list[int] = []                                                      # read once the loop runs
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda got, _: stop.append(got) or signal.signal(got, signal.SIG_IGN))  # once
+
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         if cfg.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             say("note: no bf16 on this GPU, using fp16 with loss scaling")
             cfg.dtype = "fp16"
-    elif device.type == "cpu":
+    if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)          # its parts in bfloat16, too
-        if not cfg.device: say(f"note: no GPU found, using the CPU and --model {cfg.model}")
-    return device, stop
+        if sys.platform == "linux":                           # malloc keeps what is freed: 7% faster
+            for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
+                ctypes.CDLL(None).mallopt(parameter, limit)
+        if not cfg.device:
+            say(f"note: no GPU found, using the CPU and --model {cfg.model}")
+    return device
 
 
-def build(configs: Configs, device: torch.device, sets=(), stop=(), rank: int = 0, world: int = 1) -> tuple:
-    """The text encoder, and the Net that is trained; the ranks put the captions of `sets` in --text-cache."""
-    cfg, data_cfg, model_cfg, diff_cfg, text_cfg = configs
-    caches, until_stop = [], lambda items: takewhile(lambda _: not stop, items)
+def clock(device: torch.device) -> float:
+    """Seconds, after the device has finished what it was given."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+    return time.perf_counter()
 
-    def cached(number: int, encoder: nn.Module, load: Callable) -> Callable:
-        if cfg.dry_run:                                       # as large as can be, and nothing is written
-            return lambda _: (torch.zeros(encoder.length, encoder.dim), torch.zeros(encoder.pooled_dim))
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large square matrix product reaches here and now, the best of some [operations/second]."""
+    n, best = 8192 if device.type == "cuda" else 1024, math.inf
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for _ in range(8):
+        start = clock(device)
+        a @ b
+        best = min(best, clock(device) - start)
+    return 2 * n**3 / best
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most memory that was in use up to now, of the GPU or else of this process [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:                                        # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def count_flops(network: nn.Module, *args, **kwargs) -> int:
+    """Floating-point operations (multiply and add are two) of the matrix products of one forward pass, with
+    attention taken apart: the counter does not know its fused CPU kernel."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Module:
+    """torch.compile(net), where that is wanted (on CUDA it is) and works, which is tried on one number."""
+    if wanted is False or (wanted is None and device.type != "cuda"):
+        return net
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as e:                                     # of whatever compiler is or is not there
+        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        say(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
+        return net
+    return torch.compile(net)
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+# An objective is a module with
+#     inputs(part, device) -> what its forward takes, of a part of a batch;
+#     forward(**inputs)    -> a dict of tensors, a row for each picture;
+#     loss(given)          -> the sum of the losses of all pictures, from what forward gave of them;
+#     joins                   whether the loss of one picture depends on the others (see `backward`);
+#     record(meter, inputs, given), after_step(ranks): what it counts and learns beside the gradient;
+#     matrices()           -> the weights that Muon may move.
+
+
+def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: int,
+          positions: Iterable[int]) -> dict[str, np.ndarray]:
+    """The random numbers of each position, in a data worker: "u", uniform within the picture's own stratum of
+    its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption, "noise", the
+    key of its noise; "lowres_u" and "lowres_noise", the same of its small picture."""
+    def columns(purpose: str) -> list[np.ndarray]:
+        rows = []
+        for position in positions:
+            rng = data.keyed(seed, purpose, position)
+            rows.append((rng.random(), rng.random(), rng.integers(2**63)))
+        u, other_u, key = zip(*rows)
+        return [np.array(u, np.float32), np.array(other_u), np.array(key)]
+
+    u, caption_u, noise = columns(purpose)
+    lowres_u, _, lowres_noise = columns("lowres")
+    index = (np.array(positions) - first) % batch_size
+    u = diffusion.stratify(u, index.astype(np.float32), batch_size)
+    return {"u": u, "kept": caption_u >= uncond_prob, "noise": noise, "lowres_u": lowres_u,
+            "lowres_noise": lowres_noise}
+
+
+class Denoising(nn.Module):
+    """The objective of diffusion: U-Net, text encoder and loss as one module, for DDP and torch.compile.
+    space: where diffusion happens; size, lowres: sides of the pictures and of the small ones [pixels]."""
+    joins = False
+
+    def __init__(self, unet: nn.Module, text: nn.Module, config: diffusion.DiffusionConfig, space, size: int,
+                 lowres: int, max_aug: float):
+        super().__init__()
+        self.unet, self.config, self.space, self.max_aug = unet, config, space, max_aug
+        self.schedule = diffusion.make_schedule(config, size)
+        self.small_schedule = diffusion.make_schedule(config, lowres or size)
+        self.frozen_text = () if text.trainable else (text,)   # in a tuple: not a part of the checkpoint
+        if text.trainable:
+            self.text_encoder = text
+        self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
+        self.importance = None
+        if config.t_density == "importance":
+            self.importance = diffusion.Importance()
+            self.register_buffer("squares", torch.zeros(2, 100), persistent=False)
+
+    @property
+    def text(self) -> nn.Module:
+        return self.frozen_text[0] if self.frozen_text else self.text_encoder
+
+    def network(self):
+        """The U-Net, preconditioned around the small picture where there is one."""
+        return diffusion.around(self.unet, self.schedule, self.small_schedule)
+
+    def matrices(self) -> dict[nn.Parameter, int]:
+        return self.unet.matrices()
+
+    @torch.no_grad()
+    def condition(self, part: dict, device: torch.device) -> dict[str, Tensor]:
+        """All that the network is told beside x_t and t. Where the text encoder trains along, the text is
+        still token ids, see `encode`."""
+        words = self.text.inputs(part, device, trim=device.type == "cpu")     # padding costs time there only
+        kept = torch.as_tensor(part["kept"]).to(device, non_blocking=True)
+        for name in words:
+            if name.startswith("mask"):
+                words[name] = words[name] & kept[:, None]
+        condition = words if self.text.trainable else self.text(**words)
+        if "lowres" not in part:
+            return condition
+
+        small = self.space.encode(torch.as_tensor(part["lowres"]).to(device, non_blocking=True))
+        t = self.max_aug * torch.as_tensor(part["lowres_u"]).to(device, non_blocking=True)
+        eps = diffusion.gaussian(torch.as_tensor(part["lowres_noise"]), small.shape[1:], device)
+        return condition | diffusion.augmented(small, eps, t, self.small_schedule)
+
+    def encode(self, **condition) -> dict[str, Tensor]:
+        """The condition of the network, from token ids where the text encoder trains along."""
+        if not self.text.trainable:
+            return condition
+        small = {name: condition.pop(name) for name in ("lowres", "lowres_t") if name in condition}
+        return self.text_encoder(**condition) | small
+
+    @torch.no_grad()
+    def inputs(self, part: dict, device: torch.device) -> dict[str, Tensor]:
+        x0 = self.space.encode(torch.as_tensor(part["picture"]).to(device, non_blocking=True))
+        eps = diffusion.gaussian(torch.as_tensor(part["noise"]), x0.shape[1:], device)
+        u = torch.as_tensor(part["u"]).to(device, non_blocking=True)
+        if self.importance:
+            t, weight = self.importance.draw(u)
+        else:
+            t = diffusion.draw_t(u, self.config, self.schedule)
+            weight = torch.ones_like(t)
+        return {"x0": x0, "eps": eps, "t": t, "weight": weight, **self.condition(part, device)}
+
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, **condition) -> dict[str, Tensor]:
+        """Losses (B,) of pictures x0 noised by eps at t, see diffusion.losses; "weighted" is to be minimised."""
+        loss, raw = diffusion.losses(self.network(), x0, eps, t, self.schedule, self.config, self.uncertainty,
+                                     limit=self.space.limit, **self.encode(**condition))
+        return {"weighted": weight * loss, "loss": loss, "raw": raw}
+
+    def loss(self, given: dict[str, Tensor]) -> Tensor:
+        return given["weighted"].sum()
+
+    def record(self, meter: "Meter", inputs: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+        loss, raw = (given[name].detach().nan_to_num(0, 0, 0) for name in ("loss", "raw"))
+        buckets = diffusion.loss_buckets(raw, self.schedule.logsnr(inputs["t"]), BUCKETS)
+        meter.add(loss=loss, raw_loss=raw, buckets=buckets)
+        if self.importance:
+            sums = diffusion.bucket_sums(loss.square(), inputs["t"], self.squares.shape[1])
+            self.squares += torch.stack(sums)
+
+    def after_step(self, ranks: Ranks) -> None:
+        if self.importance:
+            self.importance.update(*ranks.sum_(self.squares))
+            self.squares.zero_()
+
+
+# -------------------------------------------------------------------------------------- optimizer and averages
+# Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
+PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
+    Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x.bfloat16()
+    x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+
+    gram = x @ x.mT                                                                   # (n, rows, rows)
+    rotation = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
+    rotation = rotation.expand(len(x), -1, -1)
+    square = gram
+    for number, (a, b, c) in enumerate(PASSES):
+        if number:                                             # from the start, so errors do not add up
+            square = rotation @ gram @ rotation
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        rotation = torch.baddbmm(rotation, polynomial, rotation, beta=a)
+    return rotation @ x
+
+
+def unstacked(stacked: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    """Views of a stack of matrices (n, rows, columns) in the shapes of the weights it is made of."""
+    parts = stacked.flatten().split([p.numel() for p in weights])
+    views = []
+    for part, p in zip(parts, weights):
+        last = part.view(len(p), *p.shape[2:], p.shape[1])     # channels last, as the weights lie
+        views.append(last.movedim(-1, 1))
+    return views
+
+
+class State:
+    """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
+    AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. matrices: weights that move by
+    Muon instead (Jordan et al. 2024), as far as AdamW would move them (Liu et al. 2025, arXiv:2502.16982,
+    eq. 4), and of how many matrices each is made. clip: largest norm of the gradient, 0 = any. fp16: scale the
+    loss. snapshots: how many are kept of the averages of PROFILES, from which sample.py makes one of any
+    width; 0 = none, which saves twice the weights. train_only: a pattern of names, the others never move;
+    ValueError where there is none."""
+
+    def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool,
+                 snapshots: int = 0, train_only: str = "", matrices: dict[nn.Parameter, int] | None = None):
+        self.net, self.clip, self.snapshots = net, clip or math.inf, snapshots
+        self.ema = copy.deepcopy(net).requires_grad_(False).eval()
+        self.weights = list(net.parameters())
+        device = self.weights[0].device
+        self.updates = torch.zeros((), device=device)          # without skipped ones
+        self.skipped = torch.zeros((), device=device)          # in a row, up to now
+
+        # Who moves by what.
+        self.frozen, stacks = [], {}
+        for name, p in net.named_parameters():
+            if not re.search(train_only, name):
+                self.frozen.append(p)
+            elif matrices and p in matrices:
+                shape = len(p) // matrices[p], p[0].numel()
+                stacks.setdefault(shape, []).append(p)
+        if len(self.frozen) == len(self.weights):
+            raise ValueError(f"--train-only {train_only} is no weight, as {next(iter(net.state_dict()))} is")
+        decayed = {"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay}
+        others = {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}
+        self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.99), fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
+        self.stacks = []
+        for shape, group in stacks.items():
+            count = sum(p.numel() for p in group) // math.prod(shape)
+            momentum = torch.zeros(count, *shape, device=device)
+            self.stacks.append((group, momentum))
+            for p, own in zip(group, unstacked(momentum, group)):
+                self.optimizer.state[p]["momentum"] = own
+
+        # Averages: exponent, cap of the decay, weights.
+        self.profiles = {}
+        if snapshots:
+            self.profiles = {width: [p.detach().clone() for p in self.weights] for width in PROFILES}
+        self.averages = [(0.0, ema_decay, list(self.ema.parameters()))]
+        for width, average in self.profiles.items():
+            self.averages.append((PROFILES[width], 1.0, average))
+
+    @torch.no_grad()
+    def update(self, lr: float) -> tuple[Tensor, Tensor]:
+        """One step of the weights, and of the averages; neither moves where the gradient is not finite.
+        The decay of an average at the n-th update is (1 - 1/n)^(exponent + 1), which makes it a power
+        function of time (Karras et al. 2023, arXiv:2312.02696, section 3.1), but at most its cap: exponent 0
+        is the plain average up to n = 1 / (1 - ema_decay), then the exponential one. Returns the gradient's
+        norm before clipping, and 1.0 for an update that was skipped: nothing here waits for the device."""
+        for p in self.frozen:
+            p.grad = None
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.clip)              # equal on all ranks
+        bad = (~norm.isfinite()).float()
+        if not self.scaler.is_enabled():                       # fused AdamW skips by what scalers use
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for weights, momentum in self.stacks:
+            self.turn(weights, momentum, lr * (1 - bad))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+        self.updates += 1 - bad
+        self.skipped = (self.skipped + 1) * bad
+        for exponent, cap, average in self.averages:
+            log_decay = torch.log1p(-1 / self.updates.clamp(min=1))
+            weight = -torch.expm1((exponent + 1) * log_decay)                 # 1 - decay
+            weight = (1 - bad) * weight.clamp(min=1 - cap)
+            torch._foreach_lerp_(average, self.weights, [weight] * len(average))
+        return norm, bad
+
+    def turn(self, weights: list[Tensor], momentum: Tensor, lr: Tensor) -> None:
+        """Muon, of momentum (n, rows, columns); lr () 0: nothing moves. AdamW then finds no gradient here."""
+        grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
+        grads = grads.view_as(momentum)
+        momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
+        ahead = grads.lerp_(momentum, 0.95)                                   # Nesterov's
+        size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
+        steps = (orthogonal(ahead) * size).float()
+        decay = self.optimizer.param_groups[0]["weight_decay"]
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        torch._foreach_sub_(weights, unstacked(steps, weights))
+        for p in weights:
+            p.grad = None
+
+    def count(self) -> int:
+        """Parameters, text encoder and all."""
+        return sum(p.numel() for p in self.weights)
+
+    def size(self) -> float:
+        """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
+        total = 0.0
+        for group in (self.weights, *(average for _, _, average in self.averages)):
+            for norm in torch._foreach_norm(group):
+                total += norm.detach().double()
+        total = float(total)
+        return total if math.isfinite(total) else math.inf
+
+    def tensors(self) -> dict[str, model.Tensors]:
+        """The two files of a checkpoint, {"ema", "train"}, under plain names."""
+        train = {"updates": self.updates}
+        for name, value in self.net.state_dict().items():
+            train[f"weights.{name}"] = value
+        for name, p in self.net.named_parameters():
+            for part, value in self.optimizer.state.get(p, {}).items():
+                train[f"optimizer.{name}.{part}"] = value
+        return {"ema": self.ema.state_dict(), "train": train | self.snapshot()}
+
+    def snapshot(self) -> model.Tensors:
+        """The profiles under names "profile.WIDTH.NAME"."""
+        found = {}
+        for width, values in self.profiles.items():
+            for (name, _), value in zip(self.net.named_parameters(), values):
+                found[f"profile.{width}.{name}"] = value
+        return found
+
+    def load(self, ema: model.Tensors, train: model.Tensors, scaler: dict) -> None:
+        """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
+        weights = {}
+        for key in train:
+            if key.startswith("weights."):
+                weights[key.removeprefix("weights.")] = train[key]
+        try:
+            self.ema.load_state_dict(ema)
+            self.net.load_state_dict(weights)
+        except RuntimeError as e:
+            raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+
+        if "updates" not in train:                             # of before Muon: AdamW counted them
+            counted = [value for key, value in train.items() if key.endswith(".step")]
+            train["updates"] = counted[0] if counted else self.updates
+        self.updates.copy_(train["updates"])
+        for name, value in self.snapshot().items():
+            value.copy_(train[name])
+
+        named = dict(self.net.named_parameters())
+        for key in train:
+            if key.startswith("optimizer."):                   # moments in the memory layout of weights
+                name, part = key.removeprefix("optimizer.").rsplit(".", 1)
+                like = self.updates if part == "step" else named[name]
+                moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
+                moment.copy_(train[key])
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+
+
+def rate(step: int, cfg: TrainConfig) -> float:
+    """The learning rate of a step: linear warm-up, constant, linear cooldown to 0."""
+    rising = (step + 1) / (cfg.warmup + 1)
+    falling = (cfg.steps - step) / (cfg.cooldown + 1)
+    return cfg.lr * max(0.0, min(1.0, rising, falling))
+
+
+# ------------------------------------------------------------------------------------ checkpoints and their run
+def lock(run: Path) -> None:
+    """Hold `run`/.lock until the process ends; remove what a killed save left. ValueError if it is in use."""
+    run.mkdir(parents=True, exist_ok=True)
+    fd = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)                # closed when the process ends
+    try:
+        try:
+            import fcntl
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by data workers, as flock is
+        except ImportError:                                    # Windows
+            import msvcrt
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):                 # POSIX allows either
+        owner = os.read(fd, 200).decode(errors="replace") or "another run"
+        raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
+    os.truncate(fd, 0)
+    os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
+    for left in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(left)
+
+
+def save_checkpoint(run: Path, step: int, files: dict[str, model.Tensors], meta: dict, keep: int) -> Path:
+    """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all.
+    Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then are older
+    checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was."""
+    parent = run / "checkpoints"
+    target = parent / f"{step:06d}"
+    temp = parent / f".tmp-{step:06d}"
+    parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temp, ignore_errors=True)
+    try:
+        temp.mkdir()
+        for name, tensors in files.items():
+            model.save_tensors(temp / f"{name}.safetensors", tensors, meta)
+        if target.exists():                                    # of this step, and damaged: keep it aside
+            os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
+        os.replace(temp, target)
+        model.fsync(parent)
+    except OSError:
+        shutil.rmtree(temp, ignore_errors=True)
+        raise
+
+    older = [path for path in model.checkpoint_folders(run) if int(path.name) <= step]
+    for path in older[:-keep]:                                 # never half a checkpoint under its name
+        doomed = parent / f".tmp-{path.name}"
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)              # lock() clears what stays
+    return target
+
+
+def save_snapshot(folder: Path, step: int, tensors: model.Tensors, updates: int, most: int) -> None:
+    """Write `folder`/STEP.safetensors, whole or not at all; of all of them the newest and most even stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_tensors(folder / f"{step:06d}.safetensors", tensors, {"updates": str(updates)})
+    there = sorted(int(path.stem) for path in folder.glob("[0-9]*.safetensors"))
+    steps = [0, *(number for number in there if number <= step)]
+    while len(steps) > most + 1:
+        gaps = [after - before for before, after in zip(steps, steps[2:])]
+        crowded = 1 + gaps.index(min(gaps))                    # its neighbours are nearest
+        (folder / f"{steps.pop(crowded):06d}.safetensors").unlink()
+
+
+def publish(out: Path, step: int, state: State, meta: dict[str, str], keep: int, last: bool) -> None:
+    """Write a snapshot of the profiles, if any, and a checkpoint. Training survives a disk that is full, unless
+    this is the last one."""
+    meta = {**meta, "step": str(step), "scaler": json.dumps(state.scaler.state_dict())}
+    try:
+        if state.profiles:
+            save_snapshot(out / "profiles", step, state.snapshot(), int(state.updates), state.snapshots)
+        say(f"saved {save_checkpoint(out, step, state.tensors(), meta, keep)}")
+    except OSError as e:
+        if last:
+            die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
+        say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+
+
+def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, text) -> tuple[int, int]:
+    """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
+    found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
+    if found is None:
+        return 0, 0
+    folder, tensors, meta = found
+
+    # Shape must match, the rest is noted.
+    stored = json.loads(meta["config"])
+    for config in configs:
+        group = type(config).__name__
+        for name, value in dataclasses.asdict(config).items():
+            flag = f"--{name.replace('_', '-')}"
+            old = stored.get(group, {}).get(name, getattr(type(config)(), name))
+            if name in MACHINE or json.dumps(old) == json.dumps(value):
+                continue
+            if name in SHAPE or group in SHAPE or WITH_WEIGHTS & {str(old), str(value)}:
+                raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
+            say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
+
+    state.load(*tensors, scaler=json.loads(meta["scaler"]))
+    if meta["text"] != text.fingerprint:
+        raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
+    if meta["data"] != pictures.fingerprint:
+        say("warning: the pictures are not those of the checkpoint: their order differs from here")
+    if json.loads(meta["versions"]) != VERSIONS:
+        say(f"note: {meta['versions']} -> {json.dumps(VERSIONS)}: it continues, but not bit for bit")
+    say(f"resumed from step {meta['step']} ({folder})")
+    return int(meta["step"]), int(meta["images"])
+
+
+@torch.no_grad()
+def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
+    """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
+    Returns a report: how many were copied, which were sliced, which are new, which had no place."""
+    found = {"copied": [], "sliced": [], "new": []}
+    for name, p in net.state_dict().items():                   # which holds the weights themselves
+        old = tensors.get(name)
+        if old is None or old.ndim != p.ndim or (reinit and re.search(reinit, name)):
+            found["new"].append(name)
+            continue
+        common = tuple(slice(min(lengths)) for lengths in zip(old.shape, p.shape))
+        p[common] = old[common].to(p)
+        found["copied" if old.shape == p.shape else "sliced"].append(name)
+    found["unused"] = sorted(tensors.keys() - net.state_dict().keys())
+
+    report = []
+    for kind, names in found.items():
+        shown = " ".join(names[:8])
+        named = kind != "copied" and shown
+        report.append(f"{len(names)} {kind}" + (f": {shown}" if named else ""))
+    return ", ".join(report)
+
+
+# --------------------------------------------------------------------------------------------- parts of a run
+def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: bytes) -> tuple:
+    """A dry run's: as large as can be, and nothing is computed."""
+    return torch.zeros(length, dim).bfloat16(), torch.zeros(pooled_dim).bfloat16()
+
+
+def embedding_inside(fingerprint: str, caption: str, beside: bytes) -> tuple:
+    return data.Cache("its .t5.safetensors", fingerprint, beside)[caption]
+
+
+def embedding_of(cache: data.Cache, caption: str, beside: bytes) -> tuple:
+    return cache[caption]
+
+
+def say_cut(cut: int, captions: int) -> None:
+    say(f"note: {cut} of {captions} captions are cut. See --text-length")
+
+
+def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device, signals: Signals,
+              ranks: Ranks) -> tuple[nn.Module, list[data.Cache]]:
+    """The text encoder, and the caches of its frozen ones, in which the ranks put the captions of `sets`.
+    Raises Stopped where a signal arrives; what was computed until then is kept."""
+    cfg, _, _, _, text_cfg = configs
+    caches = []
+
+    def look_up(number: int, encoder: nn.Module, load):
+        if cfg.dry_run:
+            return partial(no_embedding, encoder.length, encoder.dim, encoder.pooled_dim)
         if text_cfg.text_cache == "shards":
-            return lambda caption: model.Cache(caption.key, encoder.fingerprint, caption.embeddings)[caption]
-        cache = model.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
-        ours = (c for pictures in sets for c in pictures.captions() if zlib.crc32(c.encode()) % world == rank)
-        filling = cache.fill(until_stop(ours), lambda texts: load() and until_stop(
-            text_encoder.encode_captions(encoder.to(device), texts)), 1024)   # the ranks meet after each part
-        while model.agreed(next(filling, 0), world) and not model.agreed(len(stop), world): pass
-        if model.agreed(len(stop), world):
-            raise SystemExit(say("stopping before the first step; run the same command to continue"))
-        caches.append(model.Cache(cache.name, encoder.fingerprint))
-        return caches[-1].__getitem__
+            return partial(embedding_inside, encoder.fingerprint)
 
-    def beside(texts: list[str]) -> bytes:                    # of a picture, from all encoders
+        def ours() -> Iterable[str]:
+            for pictures in sets:
+                for caption in pictures.captions():
+                    if zlib.crc32(caption.encode()) % ranks.world == ranks.rank:
+                        yield caption
+
+        def until_signal(items: Iterable) -> Iterable:
+            return itertools.takewhile(lambda _: not signals.arrived, items)
+
+        def encode(texts: list[str]) -> Iterable[tuple]:
+            load()
+            return until_signal(text_encoder.encode_captions(encoder.to(device), texts))
+
+        # A part each, then the ranks meet, until none of them has any left.
+        cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
+        parts = cache.fill(until_signal(ours()), encode, 1024)
+        signals.awaited = True
+        bar = tqdm(desc="captions", unit="", disable=ranks.rank > 0 or not sys.stderr.isatty())
+        for written in itertools.chain(parts, itertools.repeat(0)):
+            bar.update(written)
+            if not ranks.agreed(written) or ranks.agreed(signals.arrived):
+                break
+        bar.close()
+        if ranks.agreed(signals.arrived):
+            raise Stopped
+        signals.awaited = False
+        counts = encoder.reader.counts
+        if counts["cut"]:
+            say_cut(counts["cut"], counts["captions"])
+        caches.append(data.Cache(cache.name, encoder.fingerprint))            # with what the others wrote
+        return partial(embedding_of, caches[-1])
+
+    text = text_encoder.load_text_encoder(text_cfg, look_up if text_cfg.text_cache else None)
+    return text.to(device), caches
+
+
+def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig) -> list[str]:
+    """The shards that --text-shards copies; ValueError where that cannot be, before any work."""
+    try:
+        shards = pictures.shards()
+        if text_cfg.text_cache in ("", "shards") or set(text_cfg.text_encoder) == {"bytes"}:
+            raise ValueError("")
+    except ValueError as e:
+        raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
+                         "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
+                         f"names of their own. {e}".rstrip()) from None
+    return shards
+
+
+def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache]) -> None:
+    """Copies of shards with what the caches have of each caption beside its picture."""
+    def beside(texts: list[str]) -> bytes:
         tensors, meta = {}, {}
         for cache in caches:
-            cache.pack({text: cache[text] for text in texts}, tensors, meta)
+            more, marks = cache.pack({text: cache[text] for text in texts}, meta)
+            tensors |= more
+            meta |= marks
         return safetensors.torch.save(tensors, meta)
 
-    for pictures in sets: pictures.embedded = text_cfg.text_cache == "shards"
-    if text_cfg.text_shards:                                  # before the cache is filled
-        shards = [Path(s.files[i][0]) for s in sets[0].sources for i in np.unique(s.rows[:, 0, 0])]
-        damaged = [line for line in sets[0].warnings if "damaged after" in line]
-        apart = len({path.name for path in shards if path.suffix == ".tar"}) == len(shards) > 0
-        frozen = text_cfg.text_cache not in ("", "shards") and set(text_cfg.text_encoder) != {"bytes"}
-        if not frozen or not apart or data_cfg.limit or damaged:
-            raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
-                             "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
-                             f"names of their own. {' '.join(damaged)}".rstrip())
-    text = text_encoder.load_text_encoder(text_cfg, cached if text_cfg.text_cache else None).to(device)
-    if text_cfg.text_shards and not cfg.dry_run:
-        os.makedirs(text_cfg.text_shards, exist_ok=True)
-        for path in until_stop(shards[rank::world]):
-            target = Path(text_cfg.text_shards, path.name)
-            if fresh := not target.exists(): data.copy_shard(str(path), str(target), beside)
-            say(f"wrote {target}" if fresh else f"kept {target}, which was there")
-        raise SystemExit(say("stopping; run the same command to continue") if stop else None)
-    planes, small = (len(data.MODES[mode]) for mode in (data_cfg.picture_mode, data_cfg.lowres_mode))
-    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, planes, small if data_cfg.lowres else 0,
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in shards:
+        target = folder / Path(path).name
+        if target.exists():
+            say(f"kept {target}, which was there")
+            continue
+        data.copy_shard(path, str(target), beside)
+        say(f"wrote {target}")
+
+
+def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
+    """What is trained, from the flags; weights of --init where the run is new."""
+    cfg, data_cfg, model_cfg, diff_cfg, _ = configs
+    space = diffusion.Pixels(len(data.MODES[data_cfg.picture_mode]))
+    small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
+    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, space.channels, small,
                       diff_cfg.learn_sigma)
     unet.checkpointing = cfg.checkpointing
-    net = Net(unet, text, diff_cfg, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    objective = Denoising(unet, text, diff_cfg, space, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
-        say(f"from {cfg.init}: " + model.warm_start(net, model.read(Path(cfg.init))[1], cfg.reinit))
-    return text, net
+        _, weights, _ = model.read(Path(cfg.init))
+        say(f"from {cfg.init}: {warm_start(objective, weights, cfg.reinit)}")
+    return objective
+
+
+def parts_of(batch: dict, size: int) -> list[dict]:
+    """A batch in parts of up to `size` pictures."""
+    count = len(batch["captions"])
+    parts = []
+    for start in range(0, count, size):
+        parts.append({name: value[start:start + size] for name, value in batch.items()})
+    return parts
+
+
+# -------------------------------------------------------------------------------------- what a user looks at
+def number(x: float) -> float:
+    """With enough digits for a log."""
+    return float(f"{float(x):.6g}")
+
+
+class Meter:
+    """Named sums on the device: `add` waits for nothing, `read` is where the host waits."""
+
+    def __init__(self):
+        self.sums: dict[str, tuple] = {}
+
+    def add(self, **values) -> None:
+        """Count values, a tensor of one for each picture or update; or (sums, counts) of several."""
+        for name, value in values.items():
+            pair = value if isinstance(value, tuple) else (value.sum(), value.numel())
+            before = self.sums.get(name, (0, 0))
+            self.sums[name] = before[0] + pair[0], before[1] + pair[1]
+
+    def read(self, ranks: Ranks, device: torch.device) -> tuple[dict, dict]:
+        """(sums, counts) of all ranks by name, numbers or lists of them; starts anew."""
+        both = [torch.as_tensor(x, device=device).float() for pair in self.sums.values() for x in pair]
+        flat = ranks.sum_(torch.cat([x.flatten() for x in both])).double().cpu()
+        values = [part.view(x.shape).tolist() for part, x in zip(flat.split([x.numel() for x in both]), both)]
+        names = list(self.sums)
+        self.sums = {}
+        return dict(zip(names, values[::2])), dict(zip(names, values[1::2]))
+
+
+@torch.no_grad()
+def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, most: int, device: torch.device,
+             ranks: Ranks) -> dict:
+    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, `most`
+    pictures at once. val_gap = loss with the next picture's caption - loss with the right one: above 0 the
+    text is used."""
+    n = min(n, len(fixed))
+    sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
+    for start in range(ranks.rank * most, n, ranks.world * most):
+        stop = min(start + most, n)
+        items = [fixed[position] for position in (*range(start, stop), stop % n)]
+        others = [item | {"caption": after["caption"], "words": after["words"]}
+                  for item, after in itertools.pairwise(items)]
+        right, wrong = fixed.batch(items[:-1]), fixed.batch(others)
+
+        even = [(position * 0.6180339887 + 0.5) % 1 for position in right["positions"]]       # for any n
+        inputs = net.inputs(right, device) | {"t": torch.tensor(even, device=device)}
+        loss = net(**inputs)["raw"]
+        other = net(**inputs | net.condition(wrong, device))["raw"]
+        buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(inputs["t"]), BUCKETS)
+        sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
+
+    total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
+    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
+            "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
+
+
+@torch.no_grad()
+def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) -> Image.Image:
+    """Pictures of fixed prompts with fixed noise, `most` at once; beside an enlarged one what it was, and the
+    truth."""
+    rows = []
+    for part in parts_of(shown, most):
+        condition = net.encode(**net.condition(part, device))
+        enlarges = "lowres" in condition
+        denoise = diffusion.guided(net.network(), net.schedule, net.config, condition, 1.0 if enlarges else 3.0)
+        denoise = diffusion.threshold(denoise, limit=net.space.limit)
+
+        keys = torch.as_tensor(part["noise"])
+        side = part["picture"].shape[-1] // net.space.scale
+        shape = (net.space.channels, side, side)
+        x = diffusion.gaussian(keys, shape, device)
+        noise = diffusion.noise_source(keys, shape, device)
+        drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
+        views = [net.space.decode(drawn)]
+        if enlarges:
+            views = [net.space.decode(condition["lowres"]), *views, torch.as_tensor(part["picture"])]
+        rows.append(data.side_by_side(*(view.cpu() for view in views)))
+    return data.contact_sheet(torch.cat(rows), shown["captions"])
+
+
+def first_batch(net: Denoising, inputs: dict[str, Tensor], part: dict) -> Image.Image:
+    """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
+    x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], net.schedule)
+    views = [inputs[name] for name in ("lowres", "x0") if name in inputs]
+    views = [net.space.decode(view[:16]).cpu() for view in (*views, x_t)]
+    notes = []
+    for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"].tolist()):
+        notes.append(f"t {t:.2f}: {caption if kept else '(dropped)'}")
+    return data.contact_sheet(data.side_by_side(*views), notes[:16])
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+class Trainer:
+    """What makes updates: the objective, as DDP and torch.compile run it, and what is counted of them."""
+
+    def __init__(self, cfg: TrainConfig, objective: nn.Module, state: State, device: torch.device, ranks: Ranks):
+        self.cfg, self.objective, self.state, self.device, self.ranks = cfg, objective, state, device, ranks
+        self.micro = cfg.micro_batch or cfg.batch_size // ranks.world
+        self.dtype = text_encoder.DTYPES[cfg.dtype]
+        self.autocast = torch.autocast(device.type, self.dtype, enabled=cfg.dtype != "fp32")
+        self.parallel = objective
+        if ranks.world > 1:
+            self.parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+        self.run = compiled(self.parallel, device, cfg.compile)
+        self.meter = Meter()
+        self.since = clock(device)
+        self.replaced = self.cut = self.captions = 0
+
+    def measure(self, example: dict) -> None:
+        """Operations of one picture's forward pass, and what a matrix product reaches beside it."""
+        with self.autocast:
+            self.flops = count_flops(self.objective, **self.objective.inputs(example, self.device))
+        self.peak = matmul_peak(self.device, self.dtype)
+        self.since = clock(self.device)
+
+    def step(self, batch: dict, lr: float) -> None:
+        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average."""
+        self.tell(batch)
+        self.backward(parts_of(batch, self.micro), len(batch["captions"]))
+        self.objective.after_step(self.ranks)
+        norm, bad = self.state.update(lr)
+        clipped = (norm > self.state.clip).float()
+        replaced = len(batch["replaced"]), 1
+        self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad, replaced=replaced)
+
+    def tell(self, batch: dict) -> None:
+        """Name the pictures that were replaced, the first ten and each thousandth; once that captions are cut."""
+        for note in batch["replaced"]:
+            self.replaced += 1
+            if self.replaced <= 10 or self.replaced % 1000 == 0:
+                say(f"warning: {note}; replaced")
+        before = self.cut
+        self.cut += int(batch["cut"].sum())
+        self.captions += len(batch["captions"])
+        if before <= 1 < self.cut:
+            say_cut(self.cut, self.captions)
+
+    def backward(self, parts: list[dict], total: int) -> None:
+        """Add the gradient of the mean loss over the pictures of all ranks, `total` of them here."""
+        shares = self.shares(parts, total) if self.objective.joins else [None] * len(parts)
+        for number, (part, share) in enumerate(zip(parts, shares), 1):
+            inputs = self.objective.inputs(part, self.device)
+            alone = self.ranks.world > 1 and number < len(parts)     # the ranks meet after the last part
+            with self.parallel.no_sync() if alone else nullcontext():
+                with self.autocast:
+                    given = self.run(**inputs)
+                if share is None:
+                    loss = self.objective.loss(given) / total
+                else:
+                    loss = sum((given[name] * gradient).sum() for name, gradient in share.items())
+                self.state.scaler.scale(loss).backward()
+            self.objective.record(self.meter, inputs, given)
+
+    def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
+        """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching, Gao
+        et al. 2021, arXiv:2101.06983): of all parts and ranks, without their graphs, so memory is a part's."""
+        given = []
+        for part in parts:
+            with torch.no_grad(), self.autocast:
+                given.append(self.run(**self.objective.inputs(part, self.device)))
+
+        leaves, gathered = {}, {}
+        for name in given[0]:
+            leaves[name] = torch.cat([one[name] for one in given]).requires_grad_()
+            gathered[name] = self.ranks.gathered(leaves[name])
+        loss = self.objective.loss(gathered) / total           # of all ranks, whose gradients DDP averages
+        gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+
+        sizes = [len(part["captions"]) for part in parts]
+        split = [gradient.split(sizes) for gradient in gradients]
+        return [dict(zip(leaves, rows)) for rows in zip(*split)]
+
+    def line(self, step: int, images: int) -> dict:
+        """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first.
+        The only place where the host waits for the device."""
+        sums, counts = self.meter.read(self.ranks, self.device)
+        speed = counts["loss"] / (clock(self.device) - self.since)
+        self.since = clock(self.device)
+        line = {"step": step, "images": images}
+        for name, total in sums.items():
+            if isinstance(total, list):
+                line[name] = [number(x / max(1, n)) for x, n in zip(total, counts[name])]
+            else:
+                line[name] = number(total / counts[name])
+        line["skipped"] = round(sums["skipped"] / self.ranks.world)
+        line["replaced"] = round(sums["replaced"])
+        line["pictures/s"] = number(speed)
+        line["share_of_peak"] = number(3 * self.flops * speed / self.ranks.world / self.peak)
+        line["lr"] = number(rate(step - 1, self.cfg))
+        return line
+
+
+def dry_run(trainer: Trainer, batches: Iterable[dict], configs: Configs) -> None:
+    """The configuration, and what it costs here: measured on real updates, without the first two."""
+    cfg = configs[0]
+    began, pictures = clock(trainer.device), 0
+    for step in range(min(6, cfg.steps)):
+        if step == 2:
+            began, pictures = clock(trainer.device), 0
+        batch = next(batches)
+        trainer.step(batch, rate(step, cfg))
+        pictures += cfg.batch_size
+    speed = pictures / (clock(trainer.device) - began)
+    used = 3 * trainer.flops * speed
+    hours = cfg.steps * cfg.batch_size / speed / 3600
+    say("\n".join(map(repr, configs)))
+    say(f"""
+parameters  {trainer.state.count() / 1e6:.1f} M
+forward     {trainer.flops / 1e9:.3f} GFLOPs a picture
+memory      {memory_peak(trainer.device) / 2**30:.2f} GiB at its peak
+speed       {speed:.1f} pictures/s
+used        {used / 1e9:.0f} GFLOP/s, {used / trainer.peak:.0%} of the {trainer.peak / 1e9:.0f} of a matrix product
+time        {hours:.2f} hours for {cfg.steps} steps of {cfg.batch_size} pictures""")
+
+
+def pictures_of(configs: Configs) -> list[data.Pictures]:
+    """Those to train on, to validate on, and to show: whole ones."""
+    cfg, data_cfg, *_, text_cfg = configs
+    whole = dataclasses.replace(data_cfg, crop=0)
+    sets = []
+    for config, split in ((data_cfg, "train"), (data_cfg, "val"), (whole, "val")):
+        pictures = data.Pictures(config, cfg.size, cfg.seed, split)
+        pictures.embedded = text_cfg.text_cache == "shards"
+        sets.append(pictures)
+    return sets
+
+
+def describe(configs: Configs, pictures: data.Pictures, text: nn.Module, out: Path | None) -> dict[str, str]:
+    """What is written into every checkpoint, and into `out`/config.json."""
+    recipe = {type(config).__name__: dataclasses.asdict(config) for config in configs}
+    if out:
+        content = json.dumps({**recipe, "versions": VERSIONS}, indent=1)
+        (out / "config.json").write_text(content, "utf-8")
+    return {"config": json.dumps(recipe), "data": pictures.fingerprint, "text": text.fingerprint,
+            "versions": json.dumps(VERSIONS)}
 
 
 def main(argv: list[str]) -> None:
-    configs = cfg, data_cfg, *_ = parse(argv)
-    # Who and where: ranks, device, run directory, signals.
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    out, writes = Path(cfg.out), rank == 0 and not cfg.dry_run
-    device, stop = launch(cfg, world, writes)
+    configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
+    out, ranks, signals = Path(cfg.out), Ranks(), Signals()
+    writes = ranks.rank == 0 and not cfg.dry_run
+    with signals:                                              # they end the program here, and are awaited below
+        if writes:
+            lock(out)
+        device = launch(cfg, ranks)
 
-    # What is trained, on what; where it stands.
-    train_set, val_set = (data.Pictures(data_cfg, cfg.size, cfg.seed, split) for split in ("train", "val"))
-    uncut = data.Pictures(dataclasses.replace(data_cfg, crop=0), cfg.size, cfg.seed, "val")
-    text, net = build(configs, device, (train_set, val_set, uncut), stop, rank, world)
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
-                        cfg.train_only, cfg.optimizer == "muon")
-    first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
-    if not model.equal(zlib.crc32(f"{first} {configs}".encode()), world):
-        raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
-    if first >= cfg.steps:
-        return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
-    parameters = sum(p.numel() for p in state.weights)
-    say("".join(f"warning: {warning}\n" for warning in train_set.warnings) + f"{train_set.summary}\n"
-        f"{cfg.model}: {parameters / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of {cfg.batch_size} "
-        f"pictures, {out}")
+        # What is trained, on what; where it stands.
+        train_set, val_set, shown_set = sets = pictures_of(configs)
+        shards = check_text_shards(train_set, text_cfg) if text_cfg.text_shards else []
+        text, caches = load_text(configs, sets, device, signals, ranks)
+        if shards and not cfg.dry_run:
+            return write_text_shards(shards[ranks.rank::ranks.world], Path(text_cfg.text_shards), caches)
+        objective = build(configs, text, device)
+        state = State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
+                      cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)
+        first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
+        if not ranks.equal(zlib.crc32(f"{first} {configs}".encode())):
+            raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
+        if first >= cfg.steps:
+            return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
+        for warning in train_set.warnings:
+            say(f"warning: {warning}")
+        say(train_set.summary)
+        say(f"{cfg.model}: {state.count() / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of "
+            f"{cfg.batch_size} pictures, {out}")
 
-    # How it runs: data workers, compiled or not, ranks side by side.
-    per_rank, micro = cfg.batch_size // world, cfg.micro_batch or cfg.batch_size // world
-    workers = cfg.workers if cfg.workers >= 0 else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    batches = data.loader(train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size,
-                          rank, world, workers, cfg.timeout, device.type == "cuda")
-    autocast = torch.autocast(device.type, text_encoder.DTYPES[cfg.dtype], enabled=cfg.dtype != "fp32")
-    shown = data.collect(uncut, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
-    with autocast:
-        example = data.collect(val_set, 0, 1)
-        one = scaled(example["picture"], device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition_of(net, text, example, device))
-    peak = model.matmul_peak(device, text_encoder.DTYPES[cfg.dtype])
-    parallel = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    run = model.compiled(parallel, device, cfg.compile, say)
-    recipe, software = {type(c).__name__: dataclasses.asdict(c) for c in configs}, model.VERSIONS
-    meta = {"config": json.dumps(recipe), "data": train_set.fingerprint, "text": text.fingerprint,
-            "versions": json.dumps(software)}
-    if writes:
-        (out / "config.json").write_text(json.dumps({**recipe, "versions": software}, indent=1), "utf-8")
-    put = lambda name, content: writes and model.put(out / name, content, say)
-    tally = torch.zeros(2 * BUCKETS + 6, device=device)       # what log_line reads
-    squares = torch.zeros(2, 100, device=device)              # sums and counts for --t-density importance
-    in_a_row = torch.zeros((), device=device)                 # updates that were skipped, up to now
-    replaced, since = 0, model.clock(device)
-    bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=rank > 0 or not sys.stderr.isatty())
+        # What each position draws, and what is read of its caption.
+        train_set.draws = partial(draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size)
+        val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
+        shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
+        for pictures in sets:
+            pictures.reader = text.reader
+        shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
+
+        # How it runs: data workers, compiled or not, ranks side by side.
+        workers = cfg.workers
+        if workers < 0:
+            workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+        batches = data.loader(
+            train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size, ranks.rank,
+            ranks.world, workers, cfg.timeout, device.type == "cuda")
+        meta = describe(configs, train_set, text, out if writes else None)
+        trainer = Trainer(cfg, objective, state, device, ranks)
+        trainer.measure(data.collect(val_set, 0, 1))
+
+    def due(every: int) -> bool:
+        return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
+
+    def put(name: str, content) -> None:
+        if writes:
+            data.put(out / name, content, say)
+
+    bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=ranks.rank > 0 or not sys.stderr.isatty())
     try:
+        if cfg.dry_run:
+            return dry_run(trainer, batches, configs)
         for step in range(first, cfg.steps + 1):
-            leaving = model.agreed(bool(stop), world) > 0
+            leaving = ranks.agreed(signals.arrived) > 0
             last = leaving or step == cfg.steps
-            log, save, val, sample = (
-                step > first and every > 0 and (step % every == 0 or step == cfg.steps)
-                for every in (cfg.log_every, cfg.save_every, cfg.val_every, cfg.sample_every))
 
-            # Log: the only place where the host waits for the device.
-            if step > first and (log or last or (cfg.dry_run and step in (2, 6))):
-                if world > 1: dist.all_reduce(tally)
-                line = log_line(tally, step, images, model.clock(device) - since, rate(step - 1, cfg), world)
-                line["share_of_peak"] = number(3 * flops * line["pictures/s"] / world / peak)
-                since = model.clock(device)
-                tally.zero_()
-                if in_a_row >= 20:
-                    die(f"{in_a_row:.0f} updates in a row were not finite, stopped at step {step}. The last "
-                        "checkpoint is good; try a lower --lr or --dtype fp32", status=1)
+            if step > first and (last or due(cfg.log_every)):
+                line = trainer.line(step, images)
+                brief = {name: line[name] for name in ("loss", "raw_loss", "pictures/s")}
+                bar.set_postfix(brief)
+                if bar.disable:
+                    say("  ".join(f"{name} {value}" for name, value in {"step": step, **brief}.items()))
+                put("metrics.jsonl", line)
                 if line["skipped"]:
                     say(f"warning: step {step}: {line['skipped']} updates were not finite and were skipped")
-                brief = {k: line[k] for k in ("loss", "raw_loss", "pictures/s")}
-                bar.set_postfix(brief)
-                if bar.disable: say("  ".join(f"{k} {v}" for k, v in ({"step": step} | brief).items()))
-                put("metrics.jsonl", line)
-                if cfg.dry_run and (last or step == 6):
-                    return report(configs, parameters, flops, line["pictures/s"], peak, device)
+                if state.skipped >= 20:
+                    die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}; not saved. "
+                        "Try a lower --lr or --dtype fp32; the same command goes on from the last checkpoint", 1)
 
-            # Save: only what is finite and the same on every rank.
-            began = model.clock(device) if save or val or sample else since
-            if step > first and (save or last) and not cfg.dry_run:
-                if not model.equal(state.size(), world):
+            # Save what is the same on every rank. Time from here on is not that of training.
+            looking = last or due(cfg.save_every) or due(cfg.val_every) or due(cfg.sample_every)
+            began = clock(device) if looking else 0.0
+            if step > first and (last or due(cfg.save_every)):
+                if not ranks.equal(state.size()):
                     die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
                         "The same command goes on from the last checkpoint", status=1)
                 if writes:
                     publish(out, step, state, meta | {"images": str(images)}, cfg.keep, last)
-            if leaving: return say(f"stopping at step {step}; run the same command to continue")
+            if leaving:
+                return say(f"stopping at step {step}; run the same command to continue")
 
             # Validate and draw samples with the averaged weights.
-            if val and not cfg.dry_run:
-                with autocast:
-                    line = validate(step, state.ema, text, val_set, cfg.val_images, device, rank, world)
+            if due(cfg.val_every):
+                with trainer.autocast:
+                    line = validate(step, state.ema, val_set, cfg.val_images, min(32, trainer.micro), device, ranks)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 put("metrics.jsonl", line)
-            if sample and writes:
-                with autocast:
-                    put(f"samples/{step:06d}.png", sample_grid(state.ema, text, shown, device))
-            since += model.clock(device) - began if save or val or sample else 0
-            if last: return
+            if due(cfg.sample_every) and writes:
+                with trainer.autocast:
+                    put(f"samples/{step:06d}.png", sample_grid(state.ema, shown, trainer.micro, device))
+            if looking:
+                trainer.since += clock(device) - began
+            if last:
+                return
 
-            # One update: micro-batches, their exact mean over the ranks, the finite gate, the average.
             batch = next(batches)
-            for note in batch["replaced"]:
-                replaced += 1
-                if replaced <= 10 or replaced % 1000 == 0:
-                    say(f"warning: {note}; replaced")
-            for start in range(0, per_rank, micro):
-                part = {name: value[start:start + micro] for name, value in batch.items()}
-                u, kept, keys = draws(cfg.seed, "noise", part["positions"], cfg.uncond_prob)
-                x0 = scaled(part["picture"], device)
-                eps = diffusion.gaussian(keys, x0.shape[1:], device)
-                u = diffusion.stratify(u, torch.tensor(part["positions"]) - images, cfg.batch_size).to(device)
-                t, weight = net.draw_t(u)
-                condition = condition_of(net, text, part, device, cfg.seed, kept)
-                if step == 0 and start == 0 and writes:
-                    x_t = diffusion.noised(x0, eps, t, net.schedule)
-                    put("first_batch.png", first_batch(x0, x_t, t, part, kept, condition))
-                with parallel.no_sync() if world > 1 and start + micro < per_rank else nullcontext():
-                    with autocast:
-                        loss, raw = run(x0, eps, t, **condition)
-                    state.scaler.scale((weight * loss).sum() / per_rank).backward()
-                loss, raw = loss.detach().nan_to_num(0, 0, 0), raw.detach().nan_to_num(0, 0, 0)
-                squares += torch.stack(diffusion.bucket_sums(loss.square(), t, squares.shape[1]))
-                sums, counts = diffusion.loss_buckets(raw, net.schedule.logsnr(t), BUCKETS)
-                tally += F.pad(torch.cat([sums, counts, loss.sum()[None]]), (0, 5))
-            if net.importance:
-                if world > 1: dist.all_reduce(squares)
-                net.importance.update(*squares)
-            squares.zero_()
-            norm, bad = state.update(rate(step, cfg))
-            in_a_row = (in_a_row + 1) * bad
-            clipped, one, others = (norm > state.clip).float(), torch.ones_like(bad), len(batch["replaced"])
-            tally[-5:] += torch.stack([norm.nan_to_num(0, 0, 0), clipped, bad, one, others * one])
+            if step == 0 and writes:
+                part = parts_of(batch, trainer.micro)[0]
+                put("first_batch.png", first_batch(objective, objective.inputs(part, device), part))
+            trainer.step(batch, rate(step, cfg))
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(e):
-            die(f"out of memory at --micro-batch {micro} ({str(e).splitlines()[0][:100]}). Try --micro-batch "
-                f"{micro // 2 or 1}, which gives the same result, or --checkpointing", 1, everywhere=True)
+        die_of_memory(e, trainer.micro)
         raise
     except (ValueError, OSError) as e:                                        # of the data, maybe of one rank
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)
     finally:
         bar.close()
         batches.close()
-        if world > 1: model.leave()
+        ranks.leave()
 
 
 if __name__ == "__main__":

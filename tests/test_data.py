@@ -1,11 +1,16 @@
-"""data.py: the order of the data, built-in pictures, decoding, captions, shards and folders, workers."""
+"""data.py: the order of the data, decoding, captions, sources, caches, workers, sheets, built-in pictures."""
+import copy
+import errno
 import io
 import itertools
 import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -14,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +79,16 @@ def make_tar(path, count=10, start=0):
             add(tar, f"{i:05}.txt", f"picture {i}".encode())
             add(tar, f"{i:05}.json", json.dumps({"caption": "unused", "url": "x"}).encode())
     return path
+
+
+class Reader:
+    """Gives back what it is given; the lengths of captions as arrays."""
+    def read(self, caption, beside=b""):
+        return caption, beside
+
+    def batch(self, entries):
+        return {"ids": np.array([len(caption) for caption, _ in entries]),
+                "context": np.zeros((len(entries), 3), np.uint16)}
 
 
 def stream(pictures, count, start=0):
@@ -462,7 +478,7 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path):
     (b"word " * 200000, b"", [("word " * 400).strip()]),
 ])
 def test_captions_are_cleaned(text, sidecar, expected):
-    found = data.read_captions(text, sidecar)
+    found = data.read_captions(text, data.read_meta(sidecar))
     assert found == expected
     assert all(c.encode() for c in found)
 
@@ -592,7 +608,7 @@ def test_evil_members_touch_nothing(tmp_path):
 def test_the_leaf_never_unpickles_a_file():
     text = Path(data.__file__).read_text()
     assert "pickle" not in text.replace("allow_pickle=False", "")
-    assert "torch.load" not in text
+    assert "torch.load" not in text.replace("safetensors.torch.load", "")
     assert "extract" not in text.replace("nothing is extracted", "")
 
 
@@ -664,14 +680,15 @@ def test_a_shard_is_copied_with_something_beside_each_picture(tmp_path):
             "deep/two.dots.JPG", "twice.png", "x" * 180 + ".png", "text first.png"]
         pictures, plain = (open_source(p, held_out=0) for p in (path, folder / "a.tar"))
         assert (pictures.fingerprint, pictures.warnings[0]) == (plain.fingerprint, plain.warnings[0])
-        assert pictures[0]["caption"].embeddings == b""
+        pictures.reader = plain.reader = Reader()
+        assert pictures[0]["words"] == (pictures[0]["caption"], b"")
         pictures.embedded = plain.embedded = True
-        found = {item["key"]: item["caption"] for item in stream(pictures, 4)}
-        assert {key[2:7]: caption.embeddings.decode() for key, caption in found.items()} == {
+        found = {item["key"]: item for item in stream(pictures, 4)}
+        assert {key[2:7]: item["words"][1].decode() for key, item in found.items()} == {
             "text ": f"{turn} {['first']}", "deep/": f"{turn} {['second', 'second again']}",
             "twice": f"{turn} {['value 3']}", "xxxxx": f"{turn} []"}
-        assert all(caption.key == key for key, caption in found.items())
-        assert {item["caption"].embeddings for item in stream(plain, 4)} == {b""}
+        assert all(item["words"][0] == item["caption"] for item in found.values())
+        assert {item["words"][1] for item in stream(plain, 4)} == {b""}
 
 
 def test_an_empty_or_wrong_folder_is_one_clear_error(tmp_path):
@@ -754,6 +771,503 @@ def test_random_crops_depend_on_the_position_alone(tmp_path):
     assert means == [item["picture"].mean() for item in stream(again, 40)]
     assert max(means) - min(means) > 40
     assert len({item["picture"].mean() for item in stream(fixed, 9)}) == 1
+
+
+# ------------------------------------------------------------------------------------------ a user's source
+
+class Drawn(data.Source):
+    """What a user writes: 40 pictures as pixels, of which one cannot be read."""
+    def __init__(self, size):
+        self.size = size
+
+    def __len__(self):
+        return 40
+
+    def sample(self, i):
+        if i == 7:
+            raise KeyError("no such picture")
+        return data.Sample(np.full((3, self.size + 9, self.size), i, np.uint8), [f"number {i}"], {"i": i})
+
+
+class Stored(Drawn):
+    """The same, encoded."""
+    name = "stored"
+    warned = ["one line"]
+
+    def sample(self, i):
+        pixels, texts, meta = super().sample(i)
+        return data.Sample(encoded(Image.fromarray(pixels.transpose(1, 2, 0))), texts, meta)
+
+
+def test_a_source_is_a_length_and_samples(monkeypatch):
+    monkeypatch.setitem(data.SOURCES, "drawn", Drawn)
+    monkeypatch.setitem(data.SOURCES, "stored", Stored)
+    drawn, stored = (open_source(name, held_out=8) for name in ("drawn", "stored"))
+    assert (drawn.warnings, stored.warnings) == ([], ["one line"])
+    assert stored.summary == f"stored: {len(stored)} pictures"
+    assert len(drawn.fingerprint) == 32
+    assert drawn.fingerprint != stored.fingerprint
+    val = open_source("stored", held_out=8, split="val")
+    assert len(stored) + len(val) == 40
+    assert not set(keys(val, len(val))) & set(keys(stored, len(stored)))
+    assert len(open_source("stored", limit=3)) == 3
+    for pictures in (drawn, stored):
+        assert set(pictures.captions()) == {f"number {i}" for i in pictures.rows[0] if i != 7}
+        for item in stream(pictures, len(pictures)):
+            number = int(item["key"].split("/")[1])
+            assert item["picture"].shape == (3, 16, 16)
+            assert (item["picture"] == number).all()
+            assert item["caption"] == f"number {number}"
+    lost = [line for item in stream(open_source("drawn", held_out=0), 40) for line in item["replaced"]]
+    assert lost == ["pictures/7: 'no such picture'"]
+    mixed = open_source("drawn:0.5", "stored:0.5", held_out=0)
+    assert Counter(key.split("/")[0] for key in keys(mixed, 20)) == {"pictures": 10, "stored": 10}
+
+
+def test_pixels_are_cropped_and_resized_as_an_encoded_picture_is():
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 50, 70), np.uint8)
+    stored = encoded(Image.fromarray(pixels.transpose(1, 2, 0)))
+    for crop in [(), (0.5, 0.2, 0.9), (0.31, 1, 0)]:
+        for size in (16, 50, 70):
+            np.testing.assert_array_equal(decode(pixels, size, *crop), decode(stored, size, *crop))
+    with pytest.raises(ValueError, match="70x50 is over 64 megapixels or under 60"):
+        decode(pixels, 16, least=60)
+
+
+@pytest.mark.parametrize("options", [{"min_crop": 0.3}, {"min_size": 512}])
+def test_built_in_pictures_are_whole(options):
+    """They are drawn at the side that is wanted: nothing is cut off, and none is too small."""
+    plain, other = (Pictures(DataConfig(**config), 32, 0) for config in ({}, options))
+    for position in range(4):
+        np.testing.assert_array_equal(plain[position]["picture"], other[position]["picture"])
+        np.testing.assert_array_equal(plain[position]["picture"], draw(scene(int(
+            plain[position]["key"].split("/")[1])), 32))
+
+
+def test_built_in_has_a_name_and_a_weight(tmp_path):
+    assert keys(open_source("built-in"), 5) == keys(open_source(), 5)
+    folder = make_folder(tmp_path / "a", 3)
+    mixed = open_source("built-in:0.25", f"{folder}:0.75", held_out=0)
+    assert sum(key.startswith("built-in/") for key in keys(mixed, 40)) == 10
+
+
+def test_what_a_reader_and_draws_make_is_in_the_batch_as_tensors():
+    for workers in (0, 2):
+        pictures = Pictures(DataConfig(lowres=8), 16, 3)
+        assert set(data.collect(pictures, 0, 2)) == {
+            "picture", "lowres", "captions", "positions", "keys", "replaced"}
+        pictures.reader = Reader()
+        pictures.embedded = True
+        assert pictures[0]["words"] == (pictures[0]["caption"], b"")        # none is there
+        pictures.draws = Positions()
+        for batch in loader(pictures, 4, 12, 4, workers=workers):
+            assert batch["ids"].tolist() == [len(caption) for caption in batch["captions"]]
+            assert batch["context"].dtype == torch.uint16
+            assert batch["t"].tolist() == [2 * position for position in batch["positions"]]
+            assert batch["picture"].dtype == torch.uint8
+            assert all(torch.is_tensor(batch[name]) for name in ("picture", "lowres", "ids", "context", "t"))
+
+
+class Positions:
+    def __call__(self, positions):
+        return {"t": np.array([2 * position for position in positions])}
+
+
+class Picky(Reader):
+    def read(self, caption, beside=b""):
+        if "3" in caption:
+            raise ValueError("no embedding\nof it")
+        return caption, beside
+
+
+def test_a_caption_that_cannot_be_read_is_replaced_and_counted(tmp_path):
+    pictures = open_source(make_folder(tmp_path / "a", 6), held_out=0)
+    before = stream(pictures, 30)
+    pictures.reader = Picky()
+    for old, new in zip(before, stream(pictures, 30)):
+        if "3" in old["caption"]:
+            assert new["replaced"][0] == "003: no embedding of it"
+        else:
+            assert (old["key"], old["caption"]) == (new["key"], new["caption"])
+        assert new["words"][0] == new["caption"]
+        assert "3" not in new["caption"]
+    assert any("3" in item["caption"] for item in before)
+
+
+class Threads(Reader):
+    def batch(self, entries):
+        return {"threads": np.array(torch.get_num_threads())}
+
+
+def test_a_worker_has_one_thread():
+    pictures = Pictures(DataConfig(), 16, 0)
+    pictures.reader = Threads()
+    before = torch.get_num_threads()
+    assert [batch["threads"].item() for batch in loader(pictures, 0, 8, 4, workers=2)] == [1, 1]
+    assert torch.get_num_threads() == before
+
+
+def test_shards_are_all_there_is_or_an_error(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    first, second = (make_tar(tmp_path / "a" / f"{i}.tar", 3) for i in range(2))
+    assert open_source(tmp_path / "a").shards() == [str(first), str(second)]
+    with pytest.raises(ValueError, match="there is a --limit"):
+        open_source(tmp_path / "a", limit=2).shards()
+    make_tar(tmp_path / "b" / "0.tar", 3)
+    own = "not all of it are tar shards with names of their own"
+    with pytest.raises(ValueError, match=own):
+        open_source(tmp_path / "a", tmp_path / "b").shards()
+    with pytest.raises(ValueError, match=own):
+        open_source(first, "built-in").shards()
+    make_folder(tmp_path / "b", 1)
+    with pytest.raises(ValueError, match=own):
+        open_source(tmp_path / "b").shards()
+    damage(make_tar(tmp_path / "00012.tar"), "cut in data")
+    with pytest.raises(ValueError, match=r"00012.tar: damaged after 5 pictures") as error:
+        open_source(tmp_path / "00012.tar").shards()
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- caches
+
+MANY = [f"a {size} {colour} {thing}" for size in ("small", "large") for colour in ("red", "green")
+        for thing in ("house", "tree that stands on a hill")]
+ENTRY = torch.ones(2, 3).bfloat16(), torch.zeros(5).bfloat16()
+
+
+def lengths(captions):
+    """An encoder: of the i-th caption i + 1 tokens that are its length."""
+    for i, caption in enumerate(captions):
+        yield i, torch.full((i + 1, 3), float(len(caption))).bfloat16(), torch.zeros(5).bfloat16()
+
+
+def filled(folder, fingerprint="an encoder") -> data.Cache:
+    cache = data.Cache(folder, fingerprint)
+    list(cache.fill(MANY, lengths))
+    return cache
+
+
+def test_a_cache_takes_any_encode_function_and_goes_on_where_it_was(tmp_path):
+    asked = []
+
+    def encode(captions):
+        for i, *entry in lengths(captions):
+            if len(asked) == 5 and not tmp_path.joinpath("go").exists():
+                raise KeyboardInterrupt
+            asked.append(captions[i])
+            yield i, *entry
+
+    cache = data.Cache(tmp_path / "cache", "an encoder")
+    with pytest.raises(KeyboardInterrupt):
+        list(cache.fill(MANY, encode, part=2))
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    tmp_path.joinpath("go").touch()
+    again = data.Cache(tmp_path / "cache", "an encoder")
+    assert list(again.fill(MANY, encode, part=2)) == [2, 2]
+    assert len(asked) == len(MANY) + 1  # the one that was lost with the interrupt
+    assert not list(again.fill(MANY, None))  # nothing is missing
+    for text in MANY:
+        context, pooled = again[text]
+        assert context.dtype == pooled.dtype == torch.bfloat16
+        assert (context == float(len(text))).all()
+        assert pooled.shape == (5,)
+
+
+def test_what_an_encode_function_leaves_out_stays_missing(tmp_path):
+    cache = data.Cache(tmp_path / "cache", "an encoder")
+    assert list(cache.fill(MANY, lambda texts: [(1, *ENTRY)], part=4)) == [1, 1]
+    assert list(cache.fill(MANY, lambda texts: [], part=4)) == [0, 0]
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    found = cache.fill(MANY, lambda texts: ((i, *ENTRY) for i in range(len(texts))), part=4)
+    assert list(found) == [4, 2]
+    assert all(cache[text] for text in MANY)
+
+
+def test_one_file_keeps_what_several_encoders_make_of_a_text():
+    tensors, meta, entries = {}, {}, {}
+    for i, name in enumerate(("first", "second")):
+        entries[name] = torch.full((i + 2, 3), float(i)).bfloat16(), torch.zeros(5).bfloat16()
+        more, marks = data.Cache("", name, b"").pack({"a cow": entries[name]}, meta)
+        tensors |= more
+        meta |= marks
+    content = safetensors.torch.save(tensors, meta)
+    for name, entry in entries.items():
+        cache = data.Cache("0/7", name, content)
+        assert all(torch.equal(a, b) for a, b in zip(cache["a cow"], entry))
+        with pytest.raises(ValueError, match=r"0/7 has no embedding of 'a sheep'. Write the shards again"):
+            cache["a sheep"]
+    with pytest.raises(ValueError, match="0/7 was made with first second, not third"):
+        data.Cache("0/7", "third", content)
+    with pytest.raises(ValueError, match="0/7 has no embedding of 'a cow'"):
+        data.Cache("0/7", "first", b"")["a cow"]
+    rng, errors = random.Random(0), 0
+    for turn in range(200):
+        broken = bytearray(content)
+        if turn < 20:
+            broken = broken[: rng.randrange(1, len(content))]
+        else:
+            broken[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        try:
+            found = data.Cache("0/7", "second", bytes(broken))["a cow"]
+        except ValueError as error:
+            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            errors += 1
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(found, entries["second"]))
+    assert errors > 60  # the rest hit the first encoder's
+
+
+def test_a_stale_cache_is_an_error(tmp_path):
+    filled(tmp_path)
+    with pytest.raises(ValueError, match=r"was made with an encoder, not another one\. Delete it"):
+        data.Cache(tmp_path, "another one")
+    with pytest.raises(ValueError, match=r"has no embedding of 'a cow'\. Start again or use an"):
+        data.Cache(tmp_path, "an encoder")["a cow"]
+
+
+def test_a_torn_cache_is_an_error_and_never_a_wrong_caption(tmp_path):
+    good = filled(tmp_path)
+    expected = [[x.clone() for x in good[text]] for text in MANY]
+    (path,) = tmp_path.iterdir()
+    content, rng, errors = path.read_bytes(), random.Random(0), 0
+    for turn in range(200):
+        broken = bytearray(content)
+        if turn < 20:
+            broken = broken[: rng.randrange(len(content))]
+        else:
+            broken[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.unlink()  # the good one is mapped
+        path.write_bytes(broken)
+        try:
+            cache = data.Cache(tmp_path, "an encoder")
+            found = [cache[text] for text in MANY]
+        except ValueError as error:
+            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+            errors += 1
+        else:
+            assert all(torch.equal(a, b) for x, y in zip(found, expected) for a, b in zip(x, y))
+    assert errors > 190
+
+
+def test_what_another_process_is_writing_is_not_read(tmp_path):
+    filled(tmp_path)
+    (tmp_path / ".tmp-1-half.safetensors").write_bytes(b"half")
+    assert data.Cache(tmp_path, "an encoder")[MANY[0]]
+    (tmp_path / "half.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"half.safetensors is damaged: .*\. Delete it or use another"):
+        data.Cache(tmp_path, "an encoder")
+
+
+def test_a_cache_of_before_is_read(tmp_path):
+    """Its files have a format and a checksum of the whole file beside those of the texts."""
+    tensors, marks = data.Cache(tmp_path, "an encoder").pack({"a cow": ENTRY})
+    marks |= {"format": "limn 1", "sha256": "0" * 64}
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors", marks)
+    found = data.Cache(tmp_path, "an encoder")["a cow"]
+    assert all(torch.equal(a, b) for a, b in zip(found, ENTRY))
+
+
+class Lookup(Reader):
+    """What a reader of frozen encoders does in the workers: the sums of what a cache has."""
+    def __init__(self, cache):
+        self.cache = cache
+
+    def read(self, caption, beside=b""):
+        return self.cache[caption][0].view(torch.int16).numpy().view(np.uint16)
+
+    def batch(self, entries):
+        return {"context": np.concatenate(entries)}
+
+
+def test_a_cache_answers_in_workers_and_in_copies(tmp_path):
+    """Captions longer than what torch sums in one thread, behind work of several in the trainer."""
+    pictures = Pictures(DataConfig(limit=4), 16, 0)
+    cache = data.Cache(tmp_path / "cache", "an encoder")
+    list(cache.fill(pictures.captions(), lambda texts: (
+        (i, torch.full((300, 512), float(len(text))).bfloat16()) for i, text in enumerate(texts))))
+    torch.ones(600, 600) @ torch.ones(600, 600)
+    torch.ones(2**22).exp().sum()
+    pictures.reader = Lookup(cache)
+    for batch in loader(pictures, 0, 8, 4, workers=2, timeout=30):
+        context = batch["context"].view(torch.bfloat16).view(4, 300, 512)
+        assert context[:, 0, 0].tolist() == [len(caption) for caption in batch["captions"]]
+    caption = pictures[0]["caption"]
+    again = copy.deepcopy(cache)
+    assert torch.equal(again[caption][0], cache[caption][0])
+    inside = data.Cache("0/7", "an encoder", safetensors.torch.save(*cache.pack({"a cow": ENTRY})))
+    assert torch.equal(copy.deepcopy(inside)["a cow"][0], ENTRY[0])
+
+
+def ask(cache, text, queue):
+    queue.put(cache[text][0].float().numpy())
+
+
+def test_a_cache_reaches_a_spawned_process(tmp_path):
+    cache = filled(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=ask, args=(cache, MANY[2], queue))
+    process.start()
+    np.testing.assert_array_equal(queue.get(timeout=60), cache[MANY[2]][0].float().numpy())
+    process.join()
+
+
+def test_two_jobs_fill_one_cache(tmp_path):
+    jobs = [multiprocessing.get_context("fork").Process(target=filled, args=(tmp_path,)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+    assert all(data.Cache(tmp_path, "an encoder")[text] for text in MANY)
+
+
+def test_a_full_disk_leaves_no_half_of_a_cache(tmp_path, monkeypatch):
+    filled(tmp_path, "an encoder")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    listing = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill():
+        return list(data.Cache(tmp_path, "an encoder").fill(["a cow"], lengths))
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, full)
+            with pytest.raises(OSError, match="No space left on device"):
+                fill()
+        assert listing() == before
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            fill()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert listing() == before
+    assert fill() == [1]
+
+
+def test_a_file_of_a_cache_is_published_in_the_order_that_survives_a_power_cut(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def synced(fd):
+        calls.append(("fsync", Path(f"/proc/self/fd/{fd}").resolve()))
+        fsync(fd)
+
+    def replaced(old, new):
+        calls.append(("replace", Path(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    data.write(tmp_path / "a.safetensors", b"content")
+    assert [name for name, _ in calls] == ["fsync", "replace", "fsync"]
+    assert calls[0][1].name.startswith(".tmp-")
+    assert calls[1][1] == tmp_path / "a.safetensors"
+    assert calls[2][1] == tmp_path
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_mode_of_a_cache_follows_the_umask(tmp_path, umask):
+    old = os.umask(umask)
+    try:
+        data.write(tmp_path / "x.safetensors", b"content")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~umask
+
+
+# ------------------------------------------------------------------------------------------- pictures out
+
+def test_side_by_side_repeats_pixels_and_grey():
+    small = torch.arange(8, dtype=torch.uint8).view(2, 1, 2, 2)
+    large = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    row = data.side_by_side(small, large)
+    assert row.dtype == torch.uint8
+    assert row.shape == (2, 3, 4, 8)
+    assert torch.equal(row[..., 4:], large)
+    for channel in range(3):
+        wide = small[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2)
+        assert torch.equal(row[:, channel, :, :4], wide)
+    assert data.side_by_side(small, small).shape == (2, 1, 2, 4)
+    assert torch.equal(data.side_by_side(large), large)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_contact_sheet_has_each_picture_at_its_place(channels):
+    pictures = torch.randint(0, 256, (5, channels, 64, 64), dtype=torch.uint8)
+    captions = ["a house", "", "a tree that stands on a hill " * 9, "x" * 200, "🌳 naïve"]
+    sheet = data.contact_sheet(pictures, captions, 3)
+    pixels = np.asarray(sheet)
+    assert sheet.size[0] == 8 + 3 * (128 + 8)
+    high = (sheet.size[1] - 8) // 2
+    assert high == 128 + 8 + 3 * 14  # three lines of text at most
+    for i, picture in enumerate(pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()):
+        left, top = 8 + i % 3 * 136, 8 + i // 3 * high
+        tile = pixels[top:top + 128, left:left + 128]
+        np.testing.assert_array_equal(tile, picture.repeat(2, 0).repeat(2, 1))
+        assert (pixels[top + 128:top + high - 8, left:left + 128] < 128).any()  # its caption
+    np.testing.assert_array_equal(np.asarray(data.contact_sheet(pictures.numpy(), captions, 3)), pixels)
+    assert data.contact_sheet(pictures[:1], captions[:1]).size[0] == 8 + 136
+
+
+def test_a_picture_keeps_its_notes_and_overwrites_nothing(tmp_path):
+    notes = {"prompt": "naïve 家", "seed": 2**60}
+    names = []
+    for i in range(3):
+        path = data.save_png(flat((i, i, i)), tmp_path / "a.png", notes, print)
+        names.append(path.name)
+        with Image.open(path) as image:
+            assert json.loads(image.text["limn"]) == notes
+            assert image.getpixel((0, 0)) == (i, i, i)
+    assert names == ["a.png", "a-2.png", "a-3.png"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(names)
+
+
+def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(tmp_path, monkeypatch):
+    image, real, lines = flat(), Image.Image.save, []
+    (tmp_path / "wanted").mkdir()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    full = {"wanted"}
+
+    def save(self, target, *args, **options):
+        if Path(target).parent.name in full:
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, target, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    target = data.save_png(image, tmp_path / "wanted" / "a.png", {"prompt": "a"}, lines.append)
+    assert target == tmp_path / "temporary" / "a.png"
+    assert list((tmp_path / "wanted").iterdir()) == []
+    assert len(lines) == 1
+    assert "(No space left on device); writing" in lines[0]
+    full.add("temporary")
+    with pytest.raises(OSError, match="No space left on device"):
+        data.save_png(image, tmp_path / "wanted" / "a.png", {}, lines.append)
+    assert [path.name for path in (tmp_path / "temporary").iterdir()] == ["a.png"]
+
+
+def test_a_log_and_a_picture_are_put_or_a_warning(tmp_path):
+    lines = []
+    for step in (1, 2):
+        data.put(tmp_path / "metrics.jsonl", {"step": step}, lines.append)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    data.put(tmp_path / "samples" / "1.png", flat(), lines.append)
+    assert Image.open(tmp_path / "samples" / "1.png").size == (32, 32)
+    assert not lines
+    for content in ({"step": 3}, flat()):
+        data.put(tmp_path / "metrics.jsonl" / "1.png", content, lines.append)
+    assert len(lines) == 2
+    assert all(re.fullmatch(r"warning: .* not written \(.+\); training continues", line) for line in lines)
 
 
 # --------------------------------------------------------------------------------------------- the loader

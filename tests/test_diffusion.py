@@ -92,6 +92,20 @@ def test_gaussian_goldens():
     torch.testing.assert_close(gaussian(torch.tensor([0, 2**40 + 1]), (3,)), golden, atol=2e-6, rtol=0)
 
 
+# Pictures ------------------------------------------------------------------------------------------------
+
+
+def test_every_eight_bit_picture_survives_the_space_of_pixels():
+    space = diffusion.Pixels(1)
+    pictures = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x0 = space.encode(pictures)
+    assert x0.dtype == torch.float32
+    assert (x0.min(), x0.max()) == (-space.limit, space.limit)
+    assert torch.equal(space.decode(x0), pictures)
+    assert torch.equal(space.decode(999 * x0), pictures.ge(128).to(torch.uint8) * 255)  # clipped
+    assert (space.channels, space.scale, diffusion.Pixels().channels) == (1, 1, 3)
+
+
 # Schedules -----------------------------------------------------------------------------------------------
 
 
@@ -230,6 +244,15 @@ def test_the_raw_loss_is_bounded_at_both_ends_whatever_is_predicted(prediction, 
     assert raw[0] < 1.1e-4
     zero = diffusion.losses(lambda x_t, t: 0 * x_t, x0, eps, t, schedule, DiffusionConfig(prediction="x0"))[1]
     torch.testing.assert_close(zero, x0.square().flatten(1).mean(1))
+
+
+def test_the_raw_loss_is_clipped_at_the_limit_of_the_space():
+    schedule, config = schedule_of(), DiffusionConfig(prediction="x0")
+    x0, eps = torch.full((2, 1, 2, 2), 3.0), torch.zeros(2, 1, 2, 2)
+    for limit, guess in ((1.0, 1.0), (4.0, 4.0), (None, 9.0)):
+        raw = diffusion.losses(lambda x_t, t: 9 + 0 * x_t, x0, eps, torch.full((2,), 0.5), schedule, config,
+                               limit=limit)[1]
+        assert torch.equal(raw, torch.full((2,), (guess - 3) ** 2))
 
 
 def test_sigmoid_weight_does_not_depend_on_the_schedule():
@@ -769,6 +792,78 @@ def test_flow_matching_equals_the_published_one(toy):
     torch.testing.assert_close(x, SAMPLERS["euler"](denoise, toy, times, None, schedule), atol=1e-4, rtol=0)
 
 
+# Around a known picture ----------------------------------------------------------------------------------
+
+
+def recording(seen):
+    """A network whose v is 0, with two planes of variance behind it."""
+    def network(x_t, t, lowres, **condition):
+        seen.update(x=x_t, lowres=lowres, **condition)
+        return torch.cat([0 * x_t, torch.sin(x_t[:, :2])], 1)
+    return network
+
+
+def test_an_untrained_stage_says_the_picture_it_was_given():
+    """Its guess is the linear one: for x0 normal around lowres, the error of v has the variance gain^2."""
+    schedule, seen, n = schedule_of(), {}, 200
+    small = gaussian(torch.arange(2), (3, 16, 16)).clamp(-1, 1)
+    noise = gaussian(torch.arange(2) + 9, (3, 64, 64))
+    network = diffusion.around(recording(seen), schedule, schedule)
+    out = network(noise, torch.ones(2), lowres=small, lowres_t=torch.zeros(2))
+    bicubic = torch.nn.functional.interpolate(small, (64, 64), mode="bicubic")
+    alpha, sigma = schedule.alpha_sigma(torch.ones(2), noise)
+    assert (out[:, :3] - (alpha * noise - sigma * bicubic)).abs().max() < 1e-5   # v of x0 = bicubic
+    assert torch.equal(out[:, 3:], torch.sin(seen["x"][:, :2]))
+    assert torch.equal(seen["lowres"], bicubic)
+    for time, level in ((0.02, 0.0), (0.3, 0.4), (0.7, 0.1), (0.98, 0.6)):
+        t, lowres_t = torch.tensor([time]), torch.tensor([level])
+        below, detail, eps, other = gaussian(torch.arange(4) + 70, (1, 3, n, n))
+        below = diffusion.PIXEL**0.5 * below
+        x0 = below + diffusion.DETAIL**0.5 * detail
+        lowres = diffusion.augmented(below, other, lowres_t, schedule)    # of its own size: not enlarged
+        known = network(diffusion.noised(x0, eps, t, schedule), t, **lowres)[:, :3]
+        alpha, sigma = schedule.alpha_sigma(t, x0)
+        a, s = schedule.alpha_sigma(lowres_t, x0)
+        left = diffusion.PIXEL * s**2 / (a**2 * diffusion.PIXEL + s**2) + diffusion.DETAIL
+        gain = (left / (alpha**2 * left + sigma**2)).sqrt()
+        assert seen["x"].std() == pytest.approx(1, abs=0.02)
+        assert ((alpha * eps - sigma * x0 - known) / gain).std() == pytest.approx(1, abs=0.02)
+
+
+def test_what_a_stage_learns_is_scaled_by_what_the_small_picture_leaves_open():
+    schedule, condition = schedule_of(), {"lowres": torch.zeros(1, 3, 2, 2), "lowres_t": torch.zeros(1)}
+    x, t = gaussian(torch.arange(1), (3, 8, 8)), torch.tensor([0.5])
+    zero, one = (diffusion.around(lambda x, t, lowres, lowres_t, v=v: v + 0 * x, schedule, schedule)
+                 (x, t, **condition) for v in (0.0, 1.0))
+    alpha, sigma = (c.item() for c in schedule.alpha_sigma(t))
+    gain = math.sqrt(diffusion.DETAIL / (alpha**2 * diffusion.DETAIL + sigma**2))
+    torch.testing.assert_close(one - zero, torch.full_like(x, gain), atol=1e-4, rtol=0)
+
+
+def test_grey_stages_know_the_grey_of_colours_and_plain_networks_are_left_alone():
+    schedule, seen = schedule_of(), {}
+    for planes, small in ((1, 3), (3, 1), (1, 1)):
+        network = diffusion.around(recording(seen), schedule, schedule)
+        lowres = gaussian(torch.arange(2), (small, 8, 8))
+        out = network(torch.zeros(2, planes, 8, 8), torch.ones(2), lowres=lowres, lowres_t=torch.zeros(2))
+        plain = lowres.mean(1, keepdim=True) if small > planes else lowres
+        torch.testing.assert_close(out[:, :planes], -plain.expand(2, planes, 8, 8), atol=1e-5, rtol=0)
+        assert seen["lowres"].shape == (2, small, 8, 8)
+    alone = diffusion.around(lambda x_t, t, mask, lowres=None: 2 * x_t, schedule, schedule)
+    x = gaussian(torch.arange(2), (3, 8, 8))
+    assert torch.equal(alone(x, None, mask=1), 2 * x)
+    assert torch.equal(alone(x, None, mask=1, lowres=None), 2 * x)
+
+
+def test_the_small_picture_is_noised_by_the_schedule_of_its_own_size():
+    small, eps = (gaussian(torch.arange(2) + k, (3, 4, 4)) for k in (0, 5))
+    t = torch.rand(2)
+    schedule = schedule_of("cosine", 256)
+    condition = diffusion.augmented(small, eps, t, schedule)
+    assert torch.equal(condition["lowres"], diffusion.noised(small, eps, t, schedule))
+    assert torch.equal(condition["lowres_t"], t)
+
+
 # Denoisers -----------------------------------------------------------------------------------------------
 
 
@@ -908,6 +1003,15 @@ def test_thresholds(setting):
         torch.testing.assert_close(out, (3 * x).clamp(-s, s) / s)
     small = diffusion.threshold(lambda x, t: 0.1 * x, 0.995)(x, t)
     assert torch.equal(small, 0.1 * x)  # pictures within the range are left alone
+
+
+def test_thresholds_keep_to_the_limit_of_the_space(setting):
+    _, _, _, x, t = setting
+    triple = lambda x, t: 3 * x
+    assert torch.equal(diffusion.threshold(triple, limit=2.0)(x, t), (3 * x).clamp(-2, 2))
+    assert torch.equal(diffusion.threshold(triple, 0.9, limit=None)(x, t), 3 * x)
+    wide = diffusion.threshold(triple, 0.9, limit=2.0)(x, t)
+    torch.testing.assert_close(wide, 2 * diffusion.threshold(lambda x, t: 1.5 * x, 0.9)(x, t))
 
 
 def test_learned_variance_is_never_extrapolated_by_guidance():

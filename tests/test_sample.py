@@ -1,7 +1,6 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
@@ -91,6 +90,11 @@ def stage(trained) -> sample.Stage:
     for p in stage.unet.parameters():
         p += 0.05 * torch.randn_like(p)
     return stage
+
+
+def said_by(stage, prompts):
+    """The condition of prompts."""
+    return stage.text.encode(prompts, stage.device)
 
 
 def draw(stage, prompts, seeds=None, **options) -> torch.Tensor:
@@ -201,7 +205,7 @@ def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(here):
     for age, run in ((100, "16"), (50, "other")):
         newest = model.checkpoint_folders(Path("runs") / run)[-1]
         os.utime(newest, (newest.stat().st_mtime - age,) * 2)
-    assert model.cascade(Path("runs"), False, 0) == [Path("runs/other")]
+    assert sample.cascade(Path("runs"), False, 0) == [Path("runs/other")]
 
 
 def test_a_checkpoint_is_found_by_run_folder_or_file(here):
@@ -304,10 +308,10 @@ def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictur
     earlier = sample.load_stage(earlier_of(trained), torch.device("cpu"))
     key = torch.tensor([int(sample.data.keyed(0, "sample", 0).integers(2**63))])
     x, noise = diffusion.gaussian(key, (3, 16, 16)), diffusion.noise_source(key, (3, 16, 16))
-    cond, empty = sample.encode(stage, ["a star"]), sample.encode(stage, [""])
+    cond, empty = said_by(stage, ["a star"]), said_by(stage, [""])
     net = stage.unet, stage.schedule, stage.config
     plain = diffusion.denoiser(*net, cond)
-    weak = diffusion.denoiser(earlier.unet, *net[1:], sample.encode(earlier, ["a star"]))
+    weak = diffusion.denoiser(earlier.unet, *net[1:], said_by(earlier, ["a star"]))
     narrow = {"interval": (0.2, 0.6), "combine": diffusion.rescaled(0.5, diffusion.projected(3.0))}
     strong = diffusion.guided(*net, cond, 3.0, empty, **narrow)
     whole, times = diffusion.time_grid(3), diffusion.time_grid(3, 0.4)
@@ -361,7 +365,7 @@ def test_a_learned_variance_is_that_of_the_prompt(trained, guidance_scale, monke
     monkeypatch.setitem(diffusion.SAMPLERS, "ddpm", ddpm)
     prompts = ["a", "a red house", "a cat"]
     draw(stage, prompts, sampler="ddpm", guidance_scale=guidance_scale, batch_size=2)
-    expected = sample.encode(stage, prompts)["mask"].float().mean(1)
+    expected = said_by(stage, prompts)["mask"].float().mean(1)
     assert [len(fraction) for fraction in seen] == [2, 2, 1, 1]
     torch.testing.assert_close(torch.cat([seen[0], seen[2]])[:, 0, 0, 0], expected)
     assert len(draw(stage, prompts, sampler="dpmpp_2m")) == 3
@@ -640,7 +644,7 @@ def test_what_a_frozen_text_encoder_said_is_what_it_says(frozen, monkeypatch):
         kept = sample.load_stage(Path(run), cpu, cached=sample.reader(prompts, cpu))
         alone = sample.load_stage(Path(run), cpu, cached=sample.reader(prompts[:1], cpu))
         with torch.no_grad():
-            said, expected, one = (sample.encode(stage, texts) for stage, texts in (
+            said, expected, one = (said_by(stage, texts) for stage, texts in (
                 (kept, prompts), (live, prompts), (alone, prompts[:1])))
         assert torch.equal(said.pop("mask"), expected["mask"])
         for name, value in said.items():
@@ -688,22 +692,92 @@ def test_nasty_prompts_are_drawn_and_noted(here, cli, prompt):
         assert kept.get("pictures", [kept])[0]["prompt"] == prompt
 
 
-def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(here, capsys, monkeypatch):
-    image, real = Image.new("RGB", (8, 8)), Image.Image.save
+# ----------------------------------------------------------------------------- averages, chosen after training
 
-    def full(self, target, *args, **options):
-        if Path(target).parent == here / "wanted":
-            Path(target).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(self, target, *args, **options)
 
-    monkeypatch.setattr(Image.Image, "save", full)
-    (here / "wanted").mkdir()
-    target = model.save_png(image, here / "wanted" / "a.png", {"prompt": "a"}, sample.warn)
-    assert target == here / "temporary" / "a.png"
-    assert notes_of(target) == {"prompt": "a"}
-    assert list((here / "wanted").iterdir()) == []
-    assert "(No space left on device); writing" in capsys.readouterr().err
+def response(updates, width):
+    """What each update weighs in the power average: the power function between one and the next."""
+    return np.diff((np.arange(updates + 1) / updates) ** (sample.exponent(width) + 1))
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.15, 0.25])
+def test_a_power_average_has_the_standard_deviation_of_its_name(width):
+    """Karras et al. 2023, section 3.1: the deviation of the weights over time, as a share of the length."""
+    weights, middle = response(20000, width), (np.arange(20000) + 0.5) / 20000
+    assert weights.sum() == pytest.approx(1)
+    mean = (weights * middle).sum()
+    assert np.sqrt((weights * (middle - mean) ** 2).sum()) == pytest.approx(width, rel=1e-4)
+
+
+def drifting(folder, snapshots=8, every=25, updates=200, width=None):
+    """A State whose weights wander, saved every so often; and averages by hand of all it went through."""
+    torch.manual_seed(3)
+    state = train.State(nn.Linear(6, 5), 0.0, 0.0, 0.9, False, snapshots)
+    history = []
+    for step in range(1, updates + 1):
+        for p in state.weights:
+            p.grad = torch.randn_like(p) + 0.3 * math.sin(step / 20)
+        state.update(0.02)
+        history.append(state.net.weight.detach().double().clone())
+        if step % every == 0:
+            train.save_snapshot(folder / "profiles", step, state.snapshot(), int(state.updates), snapshots)
+
+    def by_hand(width):
+        return torch.einsum("n,nij->ij", torch.from_numpy(response(updates, width)), torch.stack(history))
+
+    return state, by_hand
+
+
+def test_profiles_are_the_power_averages_of_all_updates(tmp_path):
+    state, by_hand = drifting(tmp_path, every=1000)
+    for width, average in state.profiles.items():
+        torch.testing.assert_close(average[0].double(), by_hand(width), atol=2e-6, rtol=0)
+
+
+WIDTHS = [(0.05, 1e-6), (0.1, 1e-6), (0.075, 0.01), (0.15, 0.02), (0.2, 0.05)]
+
+
+@pytest.mark.parametrize(("width", "most"), WIDTHS)
+def test_an_average_of_any_width_is_reconstructed_after_training(tmp_path, width, most):
+    """Near the one that is tracked, compared with how far the others are from it."""
+    state, by_hand = drifting(tmp_path)
+    found, exact = sample.reconstruct(tmp_path / "profiles", 200, width), by_hand(width)
+    assert found.keys() == dict(state.net.named_parameters()).keys()
+    assert not any(value.requires_grad for value in found.values())
+    others = [(by_hand(other) - exact).norm() for other in (0.05, 0.1, 0.25) if other != width]
+    assert (found["weight"] - exact).norm() < most * min(others) + 1e-6
+
+
+def test_weights_that_stand_still_are_their_own_average(tmp_path):
+    state = train.State(nn.Linear(3, 2), 0.0, 0.0, 0.9, False, snapshots=4)
+    for step in range(1, 41):
+        for p in state.weights:
+            p.grad = torch.zeros_like(p)
+        state.update(0.1)
+        if step % 5 == 0:
+            train.save_snapshot(tmp_path / "profiles", step, state.snapshot(), int(state.updates), 4)
+    for width in (0.05, 0.08, 0.2):
+        found = sample.reconstruct(tmp_path / "profiles", 40, width)
+        torch.testing.assert_close(found["weight"], state.net.weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_average_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    drifting(tmp_path, snapshots=1, every=100)
+    for folder, step, width in (("profiles", 199, 0.1), ("nowhere", 200, 0.1), ("profiles", 200, 0.3),
+                                ("profiles", 200, 0.0), ("profiles", 200, math.nan)):
+        with pytest.raises(ValueError) as error:
+            sample.reconstruct(tmp_path / folder, step, width)
+        assert "\n" not in str(error.value)
+    sample.reconstruct(tmp_path / "profiles", 200, 0.02)
+    assert "1 snapshots give the average of width 0.02 with an error of" in capsys.readouterr().err
+    damaged = tmp_path / "profiles" / "000200.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-4] + b"oops")
+    with pytest.raises(ValueError, match="damaged"):
+        sample.reconstruct(tmp_path / "profiles", 200, 0.1)
+
+
+def test_the_exponents_of_the_snapshots_are_those_of_their_widths():
+    assert {width: sample.exponent(width) for width in train.PROFILES} == train.PROFILES
 
 
 # ------------------------------------------------------------------------------------------------- bad input
@@ -738,9 +812,10 @@ def test_the_best_by_clip_score_are_kept(here, cli, clip):
     scores = {}
     for seed, picture in pixels.items():
         x = text_encoder.clip_pixels(picture[None], 32)
-        ids, mask = text_encoder.load_text_encoder(text_encoder.TextConfig(["clip"])).tokenize(["a house"])
+        words = text_encoder.load_text_encoder(text_encoder.TextConfig(["clip"]))
+        ids = torch.from_numpy(words.reader.read("a house")["ids"])[None]
         with torch.no_grad():
-            cosine = clip(input_ids=ids, attention_mask=mask.long(), pixel_values=x).logits_per_image
+            cosine = clip(input_ids=ids, pixel_values=x).logits_per_image
         scores[seed] = 2.5 * max(0.0, cosine.item() / clip.logit_scale.exp().item())
     best = sorted(scores, key=scores.get, reverse=True)[:3]
     assert scores[best[0]] > 0, scores
