@@ -38,8 +38,11 @@ def warn(message: str) -> None:
 
 def choose_device(name: str) -> torch.device:
     """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind in found if found[kind]]
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
     kind = name or there[0]
     if kind not in there:
         raise ValueError(f"--device {name} is not here. Choose from {there}")
@@ -49,7 +52,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(kind)
 
 
-# ----------------------------------------------------------------------------------- which runs, which weights
+# ---------------------------------------------------------------------------------- which runs, which weights
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
@@ -119,7 +122,8 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
     table = np.stack([weights(*column) for column in columns], 1)
     wanted = weights(updates, width)
     last = table[:, -1:]
-    shares = np.linalg.lstsq(table[:, :-1] - last, wanted - last[:, 0])[0]
+    beyond = table[:, :-1] - last
+    shares = np.linalg.lstsq(beyond, wanted - last[:, 0])[0]
     shares = np.append(shares, 1 - shares.sum())
     miss = np.linalg.norm(table @ shares - wanted) / np.linalg.norm(wanted)
     if miss > 0.2:
@@ -210,12 +214,13 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
 
         space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
         small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        unet = model.UNet(model.ModelConfig(**shape), size, text.dim, text.pooled_dim, space.channels, small,
-                          config.learn_sigma)
+        shape = model.ModelConfig(**shape)
+        unet = model.UNet(shape, size, text.dim, text.pooled_dim, space.channels, small, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
-        parts.load_state_dict({name: x for name, x in tensors.items() if name.split(".")[0] in parts})
+        weights = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
+        parts.load_state_dict(weights)
         schedule = diffusion.make_schedule(config, size)
         small_schedule = diffusion.make_schedule(config, pictures.lowres or size)
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -292,11 +297,20 @@ def weaker(stage: Stage, settings: Settings, times: Tensor) -> Stage | None:
     weak = load_stage(Path(settings.autoguide), stage.device, cached=stage.cached)
 
     def process(of: Stage) -> tuple:
-        return of.size, of.data.lowres, of.data.picture_mode, of.schedule.alpha_sigma(times)[0].tolist()
+        alpha, _ = of.schedule.alpha_sigma(times)
+        return of.size, of.data.lowres, of.data.picture_mode, alpha.tolist()
 
     if settings.negative or process(weak) != process(stage):
         raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
     return weak
+
+
+def small_condition(stage: Stage, pictures: Tensor, keys: Tensor, aug: float) -> dict[str, Tensor]:
+    """What the network is told of pictures, uint8 (B, 3 or 1, h, w), that are to be enlarged."""
+    small = resized(pictures, stage.data.lowres_mode).to(stage.device)
+    small = stage.space.encode(small)
+    eps = diffusion.noise_source(keys, small.shape[1:], stage.device)(-1)                 # no step's own
+    return diffusion.augmented(small, eps, small.new_full((len(small),), aug), stage.small_schedule)
 
 
 def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
@@ -315,7 +329,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if stage.data.lowres != small_side:
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {small_side}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
-    if (not s.init and (s.mask or s.strength != 1)) or (s.resample > 1 and not s.mask):
+    needs_init = s.mask or s.strength != 1
+    if (needs_init and not s.init) or (s.resample > 1 and not s.mask):
         raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
     times = diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps)
     times = s.strength * times
@@ -333,7 +348,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if learned:
         network = diffusion.LearnedVariance(network)
 
-    keys = torch.tensor([int(data.keyed(seed, "sample", 0).integers(2**63)) for seed in seeds])
+    keys = [int(data.keyed(seed, "sample", 0).integers(2**63)) for seed in seeds]
+    keys = torch.tensor(keys)
     side = stage.size // space.scale
     drawn = []
     for start in range(0, len(prompts), batch_size):
@@ -345,15 +361,14 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         if learned:
             run = partial(sampler, variance=partial(variance_of, network, len(x)))
         if small_side:
-            low = space.encode(resized(lowres[part], stage.data.lowres_mode).to(stage.device))
-            eps = diffusion.noise_source(keys[part], low.shape[1:], stage.device)(-1)    # no step's own
-            small = diffusion.augmented(low, eps, x.new_full((len(x),), s.aug), stage.small_schedule)
+            small = small_condition(stage, lowres[part], keys[part], s.aug)
         if s.init:
             known = resized(given[:1], stage.data.picture_mode).to(stage.device)
             known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            keep = (given[1].float().mean(0) < 127.5).to(x.device).expand(len(x), 1, -1, -1)
+            keep = given[1].float().mean(0) < 127.5
+            keep = keep.to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
@@ -514,7 +529,7 @@ def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
     return chosen
 
 
-def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds, below: Tensor) -> None:
+def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds, below) -> None:
     """Print how near a stage comes to held-out pictures that were made small, over levels of --aug, and the
     best. Of pictures that the stage below drew there is no truth: they are made small again."""
     truth, small = (torch.from_numpy(held[name]) for name in ("picture", "lowres"))
@@ -522,14 +537,16 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
     for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
         again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1)
-        rows.append((f"--aug {aug}", again(held["captions"], range(len(truth)), lowres=small), truth))
+        enlarged = again(held["captions"], range(len(truth)), lowres=small)
+        rows.append((f"--aug {aug}", enlarged, truth))
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
         rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
 
     best = (0.0, "")
     for name, made, wanted in rows:
         error = (made.double() - wanted).flatten(2)                                   # (N, C, H * W)
-        psnr = 10 * torch.log10(255**2 / error.square().mean((1, 2)).clamp(min=1e-4))
+        power = error.square().mean((1, 2)).clamp(min=1e-4)
+        psnr = 10 * torch.log10(255**2 / power)
         psnr, shift = psnr.mean().item(), error.mean(2).abs().mean()
         print(f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255")
         if wanted is truth:
@@ -549,7 +566,8 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         below = torch.stack(pictures * len(prompts))
 
     seeds = [seed + k % args.n for k in range(len(prompts))]
-    draw = partial(generate, stage, batch_size=args.batch_size, dtype=text_encoder.DTYPES[args.dtype], **settings)
+    dtype = text_encoder.DTYPES[args.dtype]
+    draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
     pictures = draw(prompts, seeds, lowres=below)
     if held:
         validate(stage, draw, held, prompts, seeds, below)
@@ -557,7 +575,8 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
 
-    common = {**settings, "ema": args.ema, "dtype": args.dtype, "checkpoint": stage.digest, "step": stage.step}
+    common = settings | {"ema": args.ema, "dtype": args.dtype}
+    common |= {"checkpoint": stage.digest, "step": stage.step}
     for name in ("autoguide", "init", "mask"):                 # no folders of this machine
         common[name] = Path(common[name]).name
     return pictures, [common | {"prompt": prompt, "seed": k} for prompt, k in zip(prompts, seeds)]
@@ -623,7 +642,8 @@ def main(argv: list[str]) -> None:
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
         last = path == paths[-1]
-        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, held if last else {})
+        check = held if last else {}
+        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, check)
         if made:
             notes = [note | {"below": below} for note, below in zip(notes, made)]
         made, n = notes, args.n
@@ -633,7 +653,9 @@ def main(argv: list[str]) -> None:
             first = torch.arange(0, len(scores), args.n)[:, None]
             best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
             pictures = pictures[best]
-            made = [made[k] | {"clip_score": round(scores[k].item(), 4)} for k in best.tolist()]
+            for note, score in zip(made, scores.tolist()):
+                note["clip_score"] = round(score, 4)
+            made = [made[k] for k in best.tolist()]
         if args.keep_stages or last:
             write(pictures, made, n, args)
 

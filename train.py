@@ -21,7 +21,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -70,7 +70,7 @@ class TrainConfig:
     compile: bool | None = None   # torch.compile; on for CUDA when not given
     checkpointing: bool = False   # recompute activations in the backward pass: less memory, a third more work
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
-    workers: int = -1             # processes that load pictures, per rank; -1 = 8 with a GPU, else 0 [-1..256]
+    workers: int = -1             # processes that load pictures, a rank; -1 = 8 with a GPU, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
     val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
@@ -81,9 +81,9 @@ class TrainConfig:
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
 
-# What --size and --model move, by stage (base, up to 256 pixels, above) and size of the network. `weights` and
-# `flops` are those of the U-Net for one whole picture of 64, 256 or 1024 pixels, of 64 or 256 below it, with
-# 128 text tokens of width 128. tiny is for minutes on two CPU cores (NOTES.md).
+# What --size and --model move, by stage (base, up to 256 pixels, above) and size of the network. `weights`
+# and `flops` are those of the U-Net for one whole picture of 64, 256 or 1024 pixels, of 64 or 256 below it,
+# with 128 text tokens of width 128. tiny is for minutes on two CPU cores (NOTES.md).
 LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
 SMALL = dict(head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=1000, cooldown=10000)
 BASE = dict(head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
@@ -109,7 +109,8 @@ PRESETS = {
         LARGE, weights=1.22e9, flops=779e9, channels=384, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
         attn_resolutions=(32, 16, 8), patch=1, emb_dim=1536),
     (256, "tiny"): dict(
-        TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, steps=3400, batch_size=16, cooldown=2000),
+        TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, steps=3400, batch_size=16,
+        cooldown=2000),
     (256, "small"): dict(
         SMALL | ENLARGES, weights=104e6, flops=119e9, channels=64, num_res_blocks=(2, 4, 4, 4),
         attn_resolutions=(16,), emb_dim=256),
@@ -118,9 +119,11 @@ PRESETS = {
     (256, "large"): dict(
         LARGE | ENLARGES, weights=1.62e9, flops=1.55e12, channels=192, attn_resolutions=(16,), emb_dim=768),
     (1024, "tiny"): dict(
-        TINY_ENLARGES, weights=3.3e6, flops=42.2e9, crop=256, patch=4, max_aug=0.05, steps=2900, batch_size=4, cooldown=1700),
+        TINY_ENLARGES, weights=3.3e6, flops=42.2e9, crop=256, patch=4, max_aug=0.05, steps=2900,
+        batch_size=4, cooldown=1700),
     (1024, "small"): dict(
-        SMALL | ENLARGES_CROPS, weights=92e6, flops=1.77e12, channels=64, num_res_blocks=(2, 4, 4, 4), emb_dim=256),
+        SMALL | ENLARGES_CROPS, weights=92e6, flops=1.77e12, channels=64, num_res_blocks=(2, 4, 4, 4),
+        emb_dim=256),
     (1024, "base"): dict(
         BASE | ENLARGES_CROPS, weights=627e6, flops=10.3e12, channels=128),
     (1024, "large"): dict(
@@ -132,9 +135,9 @@ MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers"
            "text_cache", "text_shards", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
          "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
-WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights along
+WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
-PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent (snapshots)
+PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent
 # What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
 VERSIONS = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
 Configs = tuple[TrainConfig, data.DataConfig, model.ModelConfig, diffusion.DiffusionConfig,
@@ -175,8 +178,13 @@ def die_of_memory(error: Exception, micro: int) -> None:
     """End the run with one line if the error is a lack of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
         reason = str(error).splitlines()[0][:100]
-        die(f"out of memory at --micro-batch {micro} ({reason}). Try --micro-batch {micro // 2 or 1}, which gives "
-            "the same result, or --checkpointing", status=1, everywhere=True)
+        die(f"out of memory at --micro-batch {micro} ({reason}). Try --micro-batch {micro // 2 or 1}, which "
+            "gives the same result, or --checkpointing", status=1, everywhere=True)
+
+
+def progress(ranks: "Ranks", **options) -> tqdm:
+    """A bar on a terminal, of rank 0."""
+    return tqdm(disable=ranks.rank > 0 or not sys.stderr.isatty(), **options)
 
 
 class Stopped(Exception):
@@ -357,8 +365,11 @@ class Ranks:
 
 def choose_device(name: str) -> torch.device:
     """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind in found if found[kind]]
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
     kind = name or there[0]
     if kind not in there:
         raise ValueError(f"--device {name} is not here. Choose from {there}")
@@ -407,8 +418,9 @@ def clock(device: torch.device) -> float:
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """What a large square matrix product reaches here and now, the best of some [operations/second]."""
-    n, best = 8192 if device.type == "cuda" else 1024, math.inf
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    best = math.inf
     for _ in range(8):
         start = clock(device)
         a @ b
@@ -460,9 +472,9 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
 
 def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: int,
           positions: Iterable[int]) -> dict[str, np.ndarray]:
-    """The random numbers of each position, in a data worker: "u", uniform within the picture's own stratum of
-    its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption, "noise", the
-    key of its noise; "lowres_u" and "lowres_noise", the same of its small picture."""
+    """The random numbers of each position, in a data worker: "u", uniform within the picture's own stratum
+    of its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption,
+    "noise", the key of its noise; "lowres_u" and "lowres_noise", the same of its small picture."""
     def columns(purpose: str) -> list[np.ndarray]:
         rows = []
         for position in positions:
@@ -511,7 +523,7 @@ class Denoising(nn.Module):
         return self.unet.matrices()
 
     @torch.no_grad()
-    def condition(self, part: dict, device: torch.device) -> dict[str, Tensor]:
+    def condition(self, part: dict, device: torch.device) -> model.Tensors:
         """All that the network is told beside x_t and t. Where the text encoder trains along, the text is
         still token ids, see `encode`."""
         words = self.text.inputs(part, device, trim=device.type == "cpu")     # padding costs time there only
@@ -528,7 +540,7 @@ class Denoising(nn.Module):
         eps = diffusion.gaussian(torch.as_tensor(part["lowres_noise"]), small.shape[1:], device)
         return condition | diffusion.augmented(small, eps, t, self.small_schedule)
 
-    def encode(self, **condition) -> dict[str, Tensor]:
+    def encode(self, **condition) -> model.Tensors:
         """The condition of the network, from token ids where the text encoder trains along."""
         if not self.text.trainable:
             return condition
@@ -536,7 +548,7 @@ class Denoising(nn.Module):
         return self.text_encoder(**condition) | small
 
     @torch.no_grad()
-    def inputs(self, part: dict, device: torch.device) -> dict[str, Tensor]:
+    def inputs(self, part: dict, device: torch.device) -> model.Tensors:
         x0 = self.space.encode(torch.as_tensor(part["picture"]).to(device, non_blocking=True))
         eps = diffusion.gaussian(torch.as_tensor(part["noise"]), x0.shape[1:], device)
         u = torch.as_tensor(part["u"]).to(device, non_blocking=True)
@@ -547,17 +559,18 @@ class Denoising(nn.Module):
             weight = torch.ones_like(t)
         return {"x0": x0, "eps": eps, "t": t, "weight": weight, **self.condition(part, device)}
 
-    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, **condition) -> dict[str, Tensor]:
-        """Losses (B,) of pictures x0 noised by eps at t, see diffusion.losses; "weighted" is to be minimised."""
-        loss, raw = diffusion.losses(self.network(), x0, eps, t, self.schedule, self.config, self.uncertainty,
-                                     limit=self.space.limit, **self.encode(**condition))
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, **condition) -> model.Tensors:
+        """Losses (B,) of pictures x0 noised by eps at t, see diffusion.losses: "weighted" is minimised."""
+        process = self.schedule, self.config, self.uncertainty, self.space.limit
+        loss, raw = diffusion.losses(self.network(), x0, eps, t, *process, **self.encode(**condition))
         return {"weighted": weight * loss, "loss": loss, "raw": raw}
 
-    def loss(self, given: dict[str, Tensor]) -> Tensor:
+    def loss(self, given: model.Tensors) -> Tensor:
         return given["weighted"].sum()
 
-    def record(self, meter: "Meter", inputs: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-        loss, raw = (given[name].detach().nan_to_num(0, 0, 0) for name in ("loss", "raw"))
+    def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
+        loss = given["loss"].detach().nan_to_num(0, 0, 0)
+        raw = given["raw"].detach().nan_to_num(0, 0, 0)
         buckets = diffusion.loss_buckets(raw, self.schedule.logsnr(inputs["t"]), BUCKETS)
         meter.add(loss=loss, raw_loss=raw, buckets=buckets)
         if self.importance:
@@ -570,7 +583,7 @@ class Denoising(nn.Module):
             self.squares.zero_()
 
 
-# -------------------------------------------------------------------------------------- optimizer and averages
+# ------------------------------------------------------------------------------------- optimizer and averages
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
 
@@ -609,8 +622,8 @@ class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. matrices: weights that move by
     Muon instead (Jordan et al. 2024), as far as AdamW would move them (Liu et al. 2025, arXiv:2502.16982,
-    eq. 4), and of how many matrices each is made. clip: largest norm of the gradient, 0 = any. fp16: scale the
-    loss. snapshots: how many are kept of the averages of PROFILES, from which sample.py makes one of any
+    eq. 4), and of how many matrices each is made. clip: largest norm of the gradient, 0 = any. fp16: scale
+    the loss. snapshots: how many are kept of the averages of PROFILES, from which sample.py makes one of any
     width; 0 = none, which saves twice the weights. train_only: a pattern of names, the others never move;
     ValueError where there is none."""
 
@@ -767,7 +780,7 @@ def rate(step: int, cfg: TrainConfig) -> float:
     return cfg.lr * max(0.0, min(1.0, rising, falling))
 
 
-# ------------------------------------------------------------------------------------ checkpoints and their run
+# ---------------------------------------------------------------------------------- checkpoints and their run
 def lock(run: Path) -> None:
     """Hold `run`/.lock until the process ends; remove what a killed save left. ValueError if it is in use."""
     run.mkdir(parents=True, exist_ok=True)
@@ -788,7 +801,7 @@ def lock(run: Path) -> None:
         shutil.rmtree(left)
 
 
-def save_checkpoint(run: Path, step: int, files: dict[str, model.Tensors], meta: dict, keep: int) -> Path:
+def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int) -> Path:
     """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all.
     Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then are older
     checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was."""
@@ -829,9 +842,9 @@ def save_snapshot(folder: Path, step: int, tensors: model.Tensors, updates: int,
         (folder / f"{steps.pop(crowded):06d}.safetensors").unlink()
 
 
-def publish(out: Path, step: int, state: State, meta: dict[str, str], keep: int, last: bool) -> None:
-    """Write a snapshot of the profiles, if any, and a checkpoint. Training survives a disk that is full, unless
-    this is the last one."""
+def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: bool) -> None:
+    """Write a snapshot of the profiles, if any, and a checkpoint. Training survives a disk that is full,
+    unless this is the last one."""
     meta = {**meta, "step": str(step), "scaler": json.dumps(state.scaler.state_dict())}
     try:
         if state.profiles:
@@ -843,7 +856,7 @@ def publish(out: Path, step: int, state: State, meta: dict[str, str], keep: int,
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, text) -> tuple[int, int]:
+def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, text) -> tuple:
     """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
     found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
     if found is None:
@@ -945,7 +958,7 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         parts = cache.fill(until_signal(ours()), encode, 1024)
         signals.awaited = True
-        bar = tqdm(desc="captions", unit="", disable=ranks.rank > 0 or not sys.stderr.isatty())
+        bar = progress(ranks, desc="captions")
         for written in itertools.chain(parts, itertools.repeat(0)):
             bar.update(written)
             if not ranks.agreed(written) or ranks.agreed(signals.arrived):
@@ -1041,22 +1054,26 @@ class Meter:
             self.sums[name] = before[0] + pair[0], before[1] + pair[1]
 
     def read(self, ranks: Ranks, device: torch.device) -> tuple[dict, dict]:
-        """(sums, counts) of all ranks by name, numbers or lists of them; starts anew."""
-        both = [torch.as_tensor(x, device=device).float() for pair in self.sums.values() for x in pair]
-        flat = ranks.sum_(torch.cat([x.flatten() for x in both])).double().cpu()
-        values = [part.view(x.shape).tolist() for part, x in zip(flat.split([x.numel() for x in both]), both)]
+        """(sums, counts) of all ranks by name, each a list of numbers; starts anew."""
+        columns, sizes = [], []
+        for pair in self.sums.values():
+            for value in pair:
+                columns.append(torch.as_tensor(value, device=device).float().flatten())
+                sizes.append(columns[-1].numel())
+        numbers = ranks.sum_(torch.cat(columns)).double().cpu()
+        values = [part.tolist() for part in numbers.split(sizes)]
         names = list(self.sums)
         self.sums = {}
         return dict(zip(names, values[::2])), dict(zip(names, values[1::2]))
 
 
 @torch.no_grad()
-def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, most: int, device: torch.device,
-             ranks: Ranks) -> dict:
-    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, `most`
-    pictures at once. val_gap = loss with the next picture's caption - loss with the right one: above 0 the
-    text is used."""
-    n = min(n, len(fixed))
+def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
+    as the trainer's, of up to 32. val_gap = loss with the next picture's caption - loss with the right one:
+    above 0 the text is used."""
+    n, most = min(n, len(fixed)), min(32, trainer.micro)
+    device, ranks = trainer.device, trainer.ranks
     sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(ranks.rank * most, n, ranks.world * most):
         stop = min(start + most, n)
@@ -1085,7 +1102,8 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
     for part in parts_of(shown, most):
         condition = net.encode(**net.condition(part, device))
         enlarges = "lowres" in condition
-        denoise = diffusion.guided(net.network(), net.schedule, net.config, condition, 1.0 if enlarges else 3.0)
+        scale = 1.0 if enlarges else 3.0
+        denoise = diffusion.guided(net.network(), net.schedule, net.config, condition, scale)
         denoise = diffusion.threshold(denoise, limit=net.space.limit)
 
         keys = torch.as_tensor(part["noise"])
@@ -1101,23 +1119,24 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
     return data.contact_sheet(torch.cat(rows), shown["captions"])
 
 
-def first_batch(net: Denoising, inputs: dict[str, Tensor], part: dict) -> Image.Image:
+def first_batch(net: Denoising, inputs: model.Tensors, part: dict) -> Image.Image:
     """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
     x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], net.schedule)
     views = [inputs[name] for name in ("lowres", "x0") if name in inputs]
     views = [net.space.decode(view[:16]).cpu() for view in (*views, x_t)]
     notes = []
-    for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"].tolist()):
+    for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"]):
         notes.append(f"t {t:.2f}: {caption if kept else '(dropped)'}")
     return data.contact_sheet(data.side_by_side(*views), notes[:16])
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+# --------------------------------------------------------------------------------------------------- the loop
 class Trainer:
     """What makes updates: the objective, as DDP and torch.compile run it, and what is counted of them."""
 
-    def __init__(self, cfg: TrainConfig, objective: nn.Module, state: State, device: torch.device, ranks: Ranks):
-        self.cfg, self.objective, self.state, self.device, self.ranks = cfg, objective, state, device, ranks
+    def __init__(self, cfg: TrainConfig, objective: nn.Module, state: State, device, ranks: Ranks):
+        self.cfg, self.objective, self.state = cfg, objective, state
+        self.device, self.ranks = device, ranks
         self.micro = cfg.micro_batch or cfg.batch_size // ranks.world
         self.dtype = text_encoder.DTYPES[cfg.dtype]
         self.autocast = torch.autocast(device.type, self.dtype, enabled=cfg.dtype != "fp32")
@@ -1128,6 +1147,16 @@ class Trainer:
         self.meter = Meter()
         self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
+
+    def batches(self, pictures: data.Pictures, first: int, images: int) -> Iterator[dict]:
+        """The batches of the steps from `first`, of this rank, whose first picture is number `images`."""
+        cfg, cuda = self.cfg, self.device.type == "cuda"
+        workers = cfg.workers
+        if workers < 0:
+            workers = min(8, os.cpu_count() or 1) if cuda else 0
+        stop = images + (cfg.steps - first) * cfg.batch_size
+        return data.loader(pictures, images, stop, cfg.batch_size, self.ranks.rank, self.ranks.world, workers,
+                           cfg.timeout, pin=cuda)
 
     def measure(self, example: dict) -> None:
         """Operations of one picture's forward pass, and what a matrix product reaches beside it."""
@@ -1143,11 +1172,11 @@ class Trainer:
         self.objective.after_step(self.ranks)
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
-        replaced = len(batch["replaced"]), 1
-        self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad, replaced=replaced)
+        self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad)
+        self.meter.add(replaced=(len(batch["replaced"]), 1))
 
     def tell(self, batch: dict) -> None:
-        """Name the pictures that were replaced, the first ten and each thousandth; once that captions are cut."""
+        """Name what was replaced, the first ten pictures and each thousandth; once that captions are cut."""
         for note in batch["replaced"]:
             self.replaced += 1
             if self.replaced <= 10 or self.replaced % 1000 == 0:
@@ -1175,8 +1204,8 @@ class Trainer:
             self.objective.record(self.meter, inputs, given)
 
     def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
-        """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching, Gao
-        et al. 2021, arXiv:2101.06983): of all parts and ranks, without their graphs, so memory is a part's."""
+        """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching,
+        Gao et al. 2021, arXiv:2101.06983): of all parts and ranks, without graphs, so memory is a part's."""
         given = []
         for part in parts:
             with torch.no_grad(), self.autocast:
@@ -1197,20 +1226,33 @@ class Trainer:
         """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first.
         The only place where the host waits for the device."""
         sums, counts = self.meter.read(self.ranks, self.device)
-        speed = counts["loss"] / (clock(self.device) - self.since)
+        seconds = clock(self.device) - self.since
         self.since = clock(self.device)
         line = {"step": step, "images": images}
-        for name, total in sums.items():
-            if isinstance(total, list):
-                line[name] = [number(x / max(1, n)) for x, n in zip(total, counts[name])]
-            else:
-                line[name] = number(total / counts[name])
-        line["skipped"] = round(sums["skipped"] / self.ranks.world)
-        line["replaced"] = round(sums["replaced"])
+        for name, totals in sums.items():
+            means = []
+            for total, count in zip(totals, counts[name]):
+                means.append(number(total / max(1, count)))
+            line[name] = means if len(means) > 1 else means[0]
+
+        # These are counted, not averaged; loss has a value for each picture.
+        line["skipped"] = round(sums["skipped"][0] / self.ranks.world)
+        line["replaced"] = round(sums["replaced"][0])
+        speed = counts["loss"][0] / seconds
         line["pictures/s"] = number(speed)
         line["share_of_peak"] = number(3 * self.flops * speed / self.ranks.world / self.peak)
         line["lr"] = number(rate(step - 1, self.cfg))
         return line
+
+
+def tell(line: dict, bar: tqdm) -> None:
+    """The gist of a line, on the bar or, without a terminal, below the one before."""
+    brief = {name: line[name] for name in ("loss", "raw_loss", "pictures/s")}
+    bar.set_postfix(brief)
+    if bar.disable:
+        say("  ".join(f"{name} {value}" for name, value in {"step": line["step"], **brief}.items()))
+    if line["skipped"]:
+        say(f"warning: step {line['step']}: {line['skipped']} updates were not finite and were skipped")
 
 
 def dry_run(trainer: Trainer, batches: Iterable[dict], configs: Configs) -> None:
@@ -1224,7 +1266,7 @@ def dry_run(trainer: Trainer, batches: Iterable[dict], configs: Configs) -> None
         trainer.step(batch, rate(step, cfg))
         pictures += cfg.batch_size
     speed = pictures / (clock(trainer.device) - began)
-    used = 3 * trainer.flops * speed
+    used, peak = 3 * trainer.flops * speed, trainer.peak
     hours = cfg.steps * cfg.batch_size / speed / 3600
     say("\n".join(map(repr, configs)))
     say(f"""
@@ -1232,7 +1274,7 @@ parameters  {trainer.state.count() / 1e6:.1f} M
 forward     {trainer.flops / 1e9:.3f} GFLOPs a picture
 memory      {memory_peak(trainer.device) / 2**30:.2f} GiB at its peak
 speed       {speed:.1f} pictures/s
-used        {used / 1e9:.0f} GFLOP/s, {used / trainer.peak:.0%} of the {trainer.peak / 1e9:.0f} of a matrix product
+used        {used / 1e9:.0f} GFLOP/s, {used / peak:.0%} of the {peak / 1e9:.0f} of a matrix product
 time        {hours:.2f} hours for {cfg.steps} steps of {cfg.batch_size} pictures""")
 
 
@@ -1248,7 +1290,16 @@ def pictures_of(configs: Configs) -> list[data.Pictures]:
     return sets
 
 
-def describe(configs: Configs, pictures: data.Pictures, text: nn.Module, out: Path | None) -> dict[str, str]:
+def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int) -> None:
+    """What is about to be trained on what, and what is wrong with it."""
+    for warning in pictures.warnings:
+        say(f"warning: {warning}")
+    say(pictures.summary)
+    say(f"{cfg.model}: {state.count() / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of "
+        f"{cfg.batch_size} pictures, {cfg.out}")
+
+
+def describe(configs: Configs, pictures: data.Pictures, text: nn.Module, out: Path | None) -> dict:
     """What is written into every checkpoint, and into `out`/config.json."""
     recipe = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if out:
@@ -1262,7 +1313,7 @@ def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
     out, ranks, signals = Path(cfg.out), Ranks(), Signals()
     writes = ranks.rank == 0 and not cfg.dry_run
-    with signals:                                              # they end the program here, and are awaited below
+    with signals:                                              # they end the program here, but not below
         if writes:
             lock(out)
         device = launch(cfg, ranks)
@@ -1278,33 +1329,21 @@ def main(argv: list[str]) -> None:
                       cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)
         first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
         if not ranks.equal(zlib.crc32(f"{first} {configs}".encode())):
-            raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (here: step {first})")
+            raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (step {first})")
         if first >= cfg.steps:
             return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
-        for warning in train_set.warnings:
-            say(f"warning: {warning}")
-        say(train_set.summary)
-        say(f"{cfg.model}: {state.count() / 1e6:.1f} M parameters, steps {first} to {cfg.steps} of "
-            f"{cfg.batch_size} pictures, {out}")
+        announce(cfg, train_set, state, first)
 
-        # What each position draws, and what is read of its caption.
+        # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
         train_set.draws = partial(draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size)
         val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
         shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
-        for pictures in sets:
-            pictures.reader = text.reader
+        train_set.reader = val_set.reader = shown_set.reader = text.reader
         shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
-
-        # How it runs: data workers, compiled or not, ranks side by side.
-        workers = cfg.workers
-        if workers < 0:
-            workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-        batches = data.loader(
-            train_set, images, images + (cfg.steps - first) * cfg.batch_size, cfg.batch_size, ranks.rank,
-            ranks.world, workers, cfg.timeout, device.type == "cuda")
         meta = describe(configs, train_set, text, out if writes else None)
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
+        batches = trainer.batches(train_set, first, images)
 
     def due(every: int) -> bool:
         return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
@@ -1313,7 +1352,7 @@ def main(argv: list[str]) -> None:
         if writes:
             data.put(out / name, content, say)
 
-    bar = tqdm(total=cfg.steps, initial=first, unit="step", disable=ranks.rank > 0 or not sys.stderr.isatty())
+    bar = progress(ranks, total=cfg.steps, initial=first, unit="step")
     try:
         if cfg.dry_run:
             return dry_run(trainer, batches, configs)
@@ -1323,16 +1362,11 @@ def main(argv: list[str]) -> None:
 
             if step > first and (last or due(cfg.log_every)):
                 line = trainer.line(step, images)
-                brief = {name: line[name] for name in ("loss", "raw_loss", "pictures/s")}
-                bar.set_postfix(brief)
-                if bar.disable:
-                    say("  ".join(f"{name} {value}" for name, value in {"step": step, **brief}.items()))
                 put("metrics.jsonl", line)
-                if line["skipped"]:
-                    say(f"warning: step {step}: {line['skipped']} updates were not finite and were skipped")
+                tell(line, bar)
                 if state.skipped >= 20:
-                    die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}; not saved. "
-                        "Try a lower --lr or --dtype fp32; the same command goes on from the last checkpoint", 1)
+                    die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}, not "
+                        "saved. Try a lower --lr or --dtype fp32; the last checkpoint, if any, is good", 1)
 
             # Save what is the same on every rank. Time from here on is not that of training.
             looking = last or due(cfg.save_every) or due(cfg.val_every) or due(cfg.sample_every)
@@ -1349,7 +1383,7 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if due(cfg.val_every):
                 with trainer.autocast:
-                    line = validate(step, state.ema, val_set, cfg.val_images, min(32, trainer.micro), device, ranks)
+                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 put("metrics.jsonl", line)
             if due(cfg.sample_every) and writes:

@@ -81,9 +81,12 @@ def measure(args) -> dict:
         def encode():
             found = {}
             for start in range(0, len(many), args.batch):
-                ids, mask = encoder.tokenize(many[start : start + args.batch])
-                width = int(mask.sum(1).max())
-                ids, mask = ids[:, :width].to(args.device), mask[:, :width].to(args.device)
+                entries = [encoder.reader.read(caption) for caption in many[start : start + args.batch]]
+                batch = encoder.reader.batch(entries)
+                width = int(batch["mask"].sum(1).max())
+                ids, mask = (
+                    torch.from_numpy(batch[name][:, :width]).to(args.device) for name in ("ids", "mask")
+                )
                 with torch.no_grad():
                     context = model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
                 pooled = (context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

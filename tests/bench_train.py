@@ -4,8 +4,8 @@ In one process, in turn: a bare 3x3 convolution, forward and backward, of each w
 and training steps (pictures, noise, forward, backward, clipping, optimizer, average). Prints both rates,
 their ratio, and where the time goes by the profiler.
 """
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import diffusion
 import model
 import text_encoder
 import train
@@ -28,48 +27,42 @@ def convolution(device: torch.device, dtype: torch.dtype, batch: int, channels: 
             for shape in ((batch, channels, side, side), (channels, channels, 3, 3)))
     best = float("inf")
     for _ in range(times):
-        start = model.clock(device)
+        start = train.clock(device)
         y = F.conv2d(x, w, padding=1)
         torch.autograd.grad(y, (x, w), y.detach())
-        best = min(best, model.clock(device) - start)
+        best = min(best, train.clock(device) - start)
     return 3 * 2 * 9 * batch * channels**2 * side**2 / best
 
 
 def main(argv: list[str]) -> None:
-    configs = cfg, data_cfg, model_cfg, *_ = train.parse(argv)
-    (device, _), dtype = train.launch(cfg, 1, writes=False), text_encoder.DTYPES[cfg.dtype]
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_DFL)      # as before
+    configs = cfg, data_cfg, model_cfg, _, text_cfg = train.parse(argv)
+    ranks = train.Ranks()
+    device, dtype = train.launch(cfg, ranks), text_encoder.DTYPES[cfg.dtype]
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
-    text, net = train.build(configs, device)
-    state = model.State(net, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16",
-                        muon=cfg.optimizer == "muon")
-    autocast = torch.autocast(device.type, dtype, enabled=cfg.dtype != "fp32")
-    run, batch, step = model.compiled(net, device, cfg.compile, print), cfg.micro_batch or cfg.batch_size, 0
-    with autocast:
-        one = train.scaled(data.collect(pictures, 0, 1)["picture"], device)
-        condition = train.condition_of(net, text, data.collect(pictures, 0, 1), device)
-        flops = model.count_flops(net, one, one, one[:, 0, 0, 0], **condition)
+    text = text_encoder.load_text_encoder(text_cfg).to(device)
+    objective = train.build(configs, text, device)
+    state = train.State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16",
+                        matrices=objective.matrices() if cfg.optimizer == "muon" else None)
+    trainer = train.Trainer(cfg, objective, state, device, ranks)
+    batch, step = trainer.micro, 0
+    pictures.reader = text.reader
+    pictures.draws = partial(train.draws, cfg.seed, "noise", cfg.uncond_prob, 0, batch)
+    trainer.measure(data.collect(pictures, 0, 1))
+    flops = trainer.flops
 
     def update() -> tuple[float, float]:
         """Seconds of a step, and of drawing its pictures."""
         nonlocal step
-        start = model.clock(device)
+        start = train.clock(device)
         found = data.collect(pictures, step * batch, (step + 1) * batch)
-        drawing = model.clock(device) - start
-        u, kept, keys = train.draws(cfg.seed, "noise", found["positions"], cfg.uncond_prob)
-        x0 = train.scaled(found["picture"], device)
-        eps = diffusion.gaussian(keys, x0.shape[1:], device)
-        t, weight = net.draw_t(u.to(device))
-        with autocast:
-            loss, _ = run(x0, eps, t, **train.condition_of(net, text, found, device, 0, kept))
-        (weight * loss).mean().backward()
-        state.update(1e-4)
+        drawing = train.clock(device) - start
+        trainer.step(found, 1e-4)
         step += 1
-        return model.clock(device) - start, drawing
+        return train.clock(device) - start, drawing
 
     for _ in range(3):
         update()
-    sides = model.sides(model_cfg, one.shape[-1])
+    sides = model.sides(model_cfg, data_cfg.crop or cfg.size)
     widths = [model_cfg.channels * mult for mult in model_cfg.channel_mult]
     best, rates = (float("inf"), 0.0), dict.fromkeys(zip(widths, sides), 0.0)
     for _ in range(ROUNDS):

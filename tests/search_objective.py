@@ -29,7 +29,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import diffusion
-import model
 import sample
 import train
 from tests import judge
@@ -73,18 +72,20 @@ def error(stage: sample.Stage, n: int) -> float:
     plain = dataclasses.replace(stage.config, loss_weight="uniform", learn_sigma=False)
     for start in range(0, n, 32):
         items = [pictures[p] for p in range(start, min(start + 32, n))]
-        x0 = train.scaled(torch.from_numpy(np.stack([item["picture"] for item in items])), stage.device)
+        shown = torch.from_numpy(np.stack([item["picture"] for item in items]))
+        x0 = stage.space.encode(shown.to(stage.device))
         angle = (torch.arange(start, start + len(items)) * 0.6180339887 + 0.5) % 1 * (math.pi / 2)
         t = stage.schedule.inverse(-2 * torch.log(torch.tan(angle)).to(stage.device))
         eps = diffusion.gaussian(torch.arange(start, start + len(items)), x0.shape[1:], stage.device)
-        condition = sample.encode(stage, [item["caption"] for item in items])
-        total += float(diffusion.losses(stage.unet, x0, eps, t, stage.schedule, plain, **condition)[1].sum())
+        condition = stage.text.encode([item["caption"] for item in items], stage.device)
+        _, raw = diffusion.losses(stage.network(), x0, eps, t, stage.schedule, plain, **condition)
+        total += float(raw.sum())
     return total / n
 
 
 def score(run: Path, referee: judge.Judge, n: int, guidance: float) -> dict:
     """Shares of right colours and kinds of n prompts, and the error of x0."""
-    stage = sample.load_stage(run, model.choose_device(""))
+    stage = sample.load_stage(run, sample.choose_device(""))
     texts, kinds, colours = zip(*judge.prompts(n))
     drawn = sample.generate(stage, list(texts), list(range(n)), batch_size=32, guidance_scale=guidance)
     scores = judge.judge_one(referee, judge.at_64(drawn), kinds, colours)

@@ -312,7 +312,8 @@ def save_steps(run: Path, steps) -> None:
     for step in steps:
         folder = run / "checkpoints" / f"{step:06d}"
         folder.mkdir(parents=True)
-        for name, tensors in (("ema", {"a": torch.full((50,), float(step))}), ("train", {"b": torch.ones(3)})):
+        files = {"ema": {"a": torch.full((50,), float(step))}, "train": {"b": torch.ones(3)}}
+        for name, tensors in files.items():
             save_tensors(folder / f"{name}.safetensors", tensors, META | {"step": str(step)})
 
 

@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 
 import data
 import diffusion
@@ -692,7 +694,7 @@ def test_nasty_prompts_are_drawn_and_noted(here, cli, prompt):
         assert kept.get("pictures", [kept])[0]["prompt"] == prompt
 
 
-# ----------------------------------------------------------------------------- averages, chosen after training
+# ---------------------------------------------------------------------------- averages, chosen after training
 
 
 def response(updates, width):

@@ -336,7 +336,8 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(size, name):
     cfg, _, shape, *_ = configs = train.parse(["--size", str(size), "--model", name])
     assert cfg.model == name
     found = {key: value for config in configs for key, value in vars(config).items()}
-    moved = {key: value for key, value in train.PRESETS[size, name].items() if key not in ("weights", "flops")}
+    moved = dict(train.PRESETS[size, name])
+    del moved["weights"], moved["flops"]
     assert {key: found[key] for key in moved} == moved
     assert (cfg.out, found["lowres"]) == (f"runs/{size}", {64: 0, 256: 64, 1024: 256}[size])
     assert found["min_size"] == (size if size > 64 else 8)
@@ -480,7 +481,7 @@ def test_more_ranks_than_the_batch_divides_over_is_an_error_of_rank_zero(monkeyp
     assert capfd.readouterr().err == "train.py: error: rank 1: of this rank\n"
 
 
-# ------------------------------------------------------------------------------- networks, states, checkpoints
+# ------------------------------------------------------------------------------ networks, states, checkpoints
 
 UNET = model.ModelConfig(32, (1, 2), (1,), (8,), head_dim=16, patch=2)
 META = {"config": "{}", "step": "5"}
@@ -1090,10 +1091,14 @@ def test_a_damaged_checkpoint_costs_its_steps_only(tmp_path, damage, capsys):
     path = tmp_path / "run/checkpoints/000004/train.safetensors"
     content = bytearray(path.read_bytes())
     match damage:
-        case "cut": content = content[:len(content) // 2]
-        case "flip": content[len(content) // 2] ^= 1
-        case "zero": content[-4096:] = bytes(4096)
-        case "empty": content = b""
+        case "cut":
+            content = content[:len(content) // 2]
+        case "flip":
+            content[len(content) // 2] ^= 1
+        case "zero":
+            content[-4096:] = bytes(4096)
+        case "empty":
+            content = b""
     path.write_bytes(content)
     if damage == "gone":
         path.unlink()
@@ -1580,7 +1585,7 @@ def test_stale_torn_and_missing_embeddings_are_replaced_and_end_training_where_a
     with pytest.raises(ValueError, match=r"last 00000/\d{4}: its .t5.safetensors was made with byt5 d=24 "
                                          r"length=64 .*not byt5 d=24 length=32 .*\. Write the shards again$"):
         run("stale", *inside, "--text-length 32")
-    with pytest.raises(ValueError, match=r"last 00000/\d{4}: .* has no embedding of 'a .*'. Write the shards"):
+    with pytest.raises(ValueError, match=r"last 00000/\d{4}: .* has no embedding of 'a .*'. Write the sha"):
         run("missing", *same, f"--data {before}", "--text-cache shards")
     path = tmp_path / "after/00000.tar"
     whole = path.read_bytes()
