@@ -13,17 +13,18 @@ the CPU.
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LOGSNR_MAX = 20.0  # schedules are clamped to +-20: sigma(0) = alpha(1) = 4.5e-5, far below 1/255
+LOGSNR_SOFT = 16.0  # schedules bend here towards +-20, where sigma(0) = alpha(1) = 4.5e-5, not seen
 TRAIN_STEPS = 1000  # of the discrete processes of the literature: step i is t = (i + 1) / 1000
 Curve = Callable[[Tensor], Tensor]  # logsnr(t)
 LossWeight = Literal["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm", "learned"]
@@ -33,6 +34,7 @@ LossWeight = Literal["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm
 class DiffusionConfig:
     schedule: Literal["cosine", "linear", "scaled_linear", "sigmoid", "flow", "edm"] = "cosine"  # of noise
     shift_base: int = 64  # picture side at which the schedule is not shifted, 0 = never shift [pixels]
+    size_shift: Literal["uniform", "interpolated"] = "uniform"  # interpolated: it fades, no end is lost
     zero_snr: bool = False  # rescale linear or scaled_linear so that no signal is left at t = 1
     prediction: Literal["v", "eps", "x0", "flow"] = "v"  # what the network predicts
     learn_sigma: bool = False  # predict the variance of a step too, for the ddpm sampler (twice the outputs)
@@ -40,20 +42,19 @@ class DiffusionConfig:
     snr_gamma: float = 5.0  # ceiling of min_snr and soft_min_snr [signal-to-noise ratio]
     sigmoid_bias: float = 2.0  # middle of the sigmoid weight [-100..100 logsnr]
     t_density: Literal["uniform", "logit_normal", "log_normal", "importance"] = "uniform"  # density of t
-    t_mean: float = 0.0  # of logit_normal, in logit t; of log_normal, in ln sigma/alpha (EDM: -1.2) [-100..100]
+    t_mean: float = 0.0  # of logit_normal, in logit t; log_normal, in ln sigma/alpha (EDM: -1.2) [-100..100]
     t_std: float = 1.0  # of logit_normal and log_normal (EDM: 1.2) [0..100]
 
 
+@dataclass
 class Pixels:
     """The space in which pictures themselves are diffused: [-1, 1], `channels` of them.
     scale: pixels of a picture per position; limit: what a prediction is clipped to, None = not
     clipped."""
 
+    channels: int = 3
     scale = 1
     limit = 1.0
-
-    def __init__(self, channels: int = 3):
-        self.channels = channels
 
     def encode(self, pictures: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> float32 in [-1, 1], on the same device."""
@@ -79,15 +80,12 @@ def mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-Device = torch.device | str | None
-
-
-def gaussian(keys: Tensor, shape: tuple[int, ...], device: Device = None) -> Tensor:
+def gaussian(keys: Tensor, shape: tuple[int, ...], device=None) -> Tensor:
     """Standard normal noise from (key, element index) alone, so it is the same for every split of
     the batch. Counter-based (Salmon et al. 2011): splitmix64 of key and counter, then Box-Muller,
     two normals a hash. keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8.
     Devices agree but for rounding."""
-    keys = keys.to(device or keys.device)
+    keys = keys.to(device)
     count = math.prod(shape)
     half = (count + 1) // 2
     counter = torch.arange(1, half + 1, device=keys.device) * GOLDEN
@@ -101,53 +99,65 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device: Device = None) -> Ten
     return normal[:, :count].reshape(-1, *shape)
 
 
-def noise_source(keys: Tensor, shape: tuple[int, ...], device: Device = None) -> Callable:
+def noise_source(keys: Tensor, shape: tuple[int, ...], device=None) -> Callable:
     """noise(step) -> (B, *shape) for samplers: independent for each step, and of gaussian(keys)."""
-    keys = mix(keys.to(device or keys.device))  # once: a copy in a sampler's loop stops the device
+    keys = mix(keys.to(device))  # once: a copy in a sampler's loop stops the device
     return lambda step: gaussian(keys + step, shape)
 
 
 # Schedules: t -> logsnr -> (alpha, sigma) ---------------------------------------------------------
 
 def expand(value: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), to multiply x (B, ...)."""
+    """(B,) -> (B, 1, ..., 1), to multiply x (B, ...); one number for all stays as it is."""
     ones = [1] * (x.ndim - 1)
-    return value.view(-1, *ones)
+    return value.view(-1, *ones) if value.ndim else value
 
 
+def inner(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of x (B, ...) inside a batch."""
+    return tuple(range(1, x.ndim))
+
+
+@dataclass
 class Schedule:
-    """A falling function logsnr(t): a curve, shifted by the picture's size, within +-LOGSNR_MAX.
+    """A falling function logsnr(t): a curve, shifted by the picture's size, within +-20.
+    An interpolated shift fades towards the end that it would cut off: a negative one to 0 at t = 0,
+    a positive one to 0 at t = 1 (Hoogeboom et al. 2023, 2301.11093, section 3.2), and so falls.
     Variance preserving: alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr).
     Flow: alpha = sigmoid(logsnr/2), sigma = sigmoid(-logsnr/2), so 1 - t and t where not shifted.
     At equal logsnr the x_t of the two differ by a factor only (Kingma & Gao 2023, 2303.00848,
     section 2)."""
 
-    def __init__(self, curve: Curve, shift: float = 0.0, flow: bool = False):
-        self.curve = curve
-        self.shift = shift
-        self.flow = flow
+    curve: Curve
+    shift: float = 0.0
+    flow: bool = False
+    interpolated: bool = False
 
     def logsnr(self, t: Tensor) -> Tensor:
-        logsnr = self.curve(t) + self.shift
-        return logsnr.clamp(-LOGSNR_MAX, LOGSNR_MAX)
+        shift = self.shift
+        if self.interpolated:
+            shift = max(shift, 0) - abs(shift) * t
+        logsnr = self.curve(t) + shift
+
+        straight = logsnr.clamp(-LOGSNR_SOFT, LOGSNR_SOFT)
+        return straight + 4 * torch.tanh((logsnr - straight) / 4)
 
     def alpha_sigma(self, t: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of t (B,): (B,) each, or (B, 1, ..., 1) where x (B, ...) is what they multiply."""
         logsnr = self.logsnr(t)
-        if x is not None:
-            logsnr = expand(logsnr, x)
+        return self.scales(logsnr if x is None else expand(logsnr, x))
+
+    def scales(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of a logsnr, exactly (1, 0) where it is infinite."""
         if self.flow:
             return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
-        alpha = torch.sigmoid(logsnr).sqrt()
-        sigma = torch.sigmoid(-logsnr).sqrt()
-        return alpha, sigma
+        return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
     def inverse(self, logsnr: Tensor) -> Tensor:
         """The t of a logsnr, by bisection to the last bits of the dtype, without reading back."""
         low = torch.zeros_like(logsnr)
         high = torch.ones_like(logsnr)
-        halvings = 52 if logsnr.dtype == torch.float64 else 30
-        for _ in range(halvings):
+        for _ in range(52):
             middle = (low + high) / 2
             noisier = self.logsnr(middle) < logsnr
             low = torch.where(noisier, low, middle)
@@ -162,18 +172,14 @@ def betas(first: float, last: float, power: int) -> Curve:
     within 1e-6 of the product."""
     low = first ** (1 / power)
     rise = (last ** (1 / power) - low) / (TRAIN_STEPS - 1)
-    nodes = [
-        (-0.7745966692414834, 5 / 18),
-        (0.0, 8 / 18),
-        (0.7745966692414834, 5 / 18),
-    ]
+    nodes = [(-0.7745966692414834, 5), (0.0, 8), (0.7745966692414834, 5)]
 
     def curve(t):
         mean = 0.0
         for node, weight in nodes:
             j = TRAIN_STEPS * t * ((1 + node) / 2) - 0.5
             beta = (low + rise * j) ** power
-            mean = mean + weight * torch.log1p(-beta)
+            mean = mean + weight / 18 * torch.log1p(-beta)
         return -log(torch.expm1(-TRAIN_STEPS * t * mean))
 
     return curve
@@ -183,7 +189,7 @@ def log(x: Tensor) -> Tensor:
     return torch.log(x.clamp(min=1e-9))
 
 
-CURVES = {  # name: logsnr(t), before shift and clamp
+CURVES = {  # name: logsnr(t), before shift and limits
     "cosine": lambda t: 2 * (log(torch.cos(t * math.pi / 2)) - log(torch.sin(t * math.pi / 2))),  # 2102.09672
     "linear": betas(1e-4, 0.02, 1),             # Ho et al. 2020, 2006.11239
     "scaled_linear": betas(0.00085, 0.012, 2),  # Stable Diffusion (Rombach et al. 2021, 2112.10752)
@@ -206,7 +212,7 @@ def zero_terminal_snr(curve: Curve) -> Curve:
         variance = torch.sigmoid(-logsnr)
         lost = gain * variance / (1 + alpha)
         lost = (1 - gain * (1 - last)) + lost  # 1 - the new alpha, without cancellation
-        lost = lost.clamp(1e-9, 1 - 1e-9)
+        lost = torch.maximum(lost, variance / 1000).clamp(max=1 - 1e-7)  # falls before step 1 too
         return 2 * torch.log(1 - lost) - torch.log(lost * (2 - lost))
 
     return rescaled_curve
@@ -217,11 +223,11 @@ def make_schedule(config: DiffusionConfig, size: int) -> Schedule:
     The same noise hides less of a large picture (Hoogeboom et al. 2023, 2301.11093, eq. 4; for
     flow, Esser et al. 2024, 2403.03206, eq. 23). Raises ValueError on an unknown name or an
     impossible size."""
-    if config.schedule == "quadratic":
-        raise ValueError("schedule 'quadratic' leaves 3% of the signal at t = 1: use scaled_linear "
-                         "(the same formula) with zero_snr")
     if config.schedule not in CURVES:
-        raise ValueError(f"schedule {config.schedule!r} is not one of {', '.join(CURVES)}")
+        raise ValueError(f"schedule {config.schedule!r} is not one of {', '.join(CURVES)}."
+                         " Quadratic leaves 3% of the signal at t = 1: use scaled_linear, zero_snr")
+    if config.zero_snr and config.prediction == "eps":
+        raise ValueError("prediction eps says nothing at t = 1 without signal: use v with zero_snr")
     if size < 1 or config.shift_base < 0:
         raise ValueError(f"picture size {size} or shift_base {config.shift_base} is too small")
 
@@ -229,7 +235,7 @@ def make_schedule(config: DiffusionConfig, size: int) -> Schedule:
     if config.zero_snr:
         curve = zero_terminal_snr(curve)
     shift = 2 * math.log(config.shift_base / size) if config.shift_base else 0.0
-    return Schedule(curve, shift, flow=config.schedule == "flow")
+    return Schedule(curve, shift, config.schedule == "flow", config.size_shift == "interpolated")
 
 
 # Targets and the posterior ------------------------------------------------------------------------
@@ -261,22 +267,20 @@ def x0_eps(
     return x0, eps
 
 
-def posterior(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def posterior(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, ...]:
     """q(x_s | x_t, x0), s < t (2107.00630, eq. 25) as (of_x0, of_x_t, log_small, log_large).
     Mean of_x0 x0 + of_x_t x_t, log variance log_small; log_large is that of q(x_t | x_s), an upper
     bound. The variance is 0 at s = 0, where that of the step before, from 2t to t, stands in (as in
     2102.09672)."""
     alpha_s, sigma_s = schedule.alpha_sigma(s)
     alpha_t, sigma_t = schedule.alpha_sigma(t)
-    before = (2 * t).clamp(max=1)
     logsnr = schedule.logsnr(t)
     lost = -torch.expm1(logsnr - schedule.logsnr(s))  # 1 - SNR_t / SNR_s
-    lost_before = -torch.expm1(schedule.logsnr(before) - logsnr)
+    log_large = torch.log(sigma_t**2 * lost)
 
-    log_large = 2 * torch.log(sigma_t) + torch.log(lost)
-    log_before = 2 * torch.log(sigma_t) + torch.log(lost_before)
-    log_small = 2 * torch.log(sigma_s) + torch.log(lost)
-    log_small = torch.where(s == 0, log_before, log_small)
+    before = schedule.logsnr((2 * t).clamp(max=1))
+    variance = torch.where(s == 0, -sigma_t**2 * torch.expm1(before - logsnr), sigma_s**2 * lost)
+    log_small = torch.log(variance)
     return alpha_s * lost, alpha_s / alpha_t * (1 - lost), log_small, log_large
 
 
@@ -286,15 +290,15 @@ def decoder_bits(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """-log2 of a normal's mass in the bin of an 8-bit x0, outer bins open (2006.11239, eq. 13)."""
     half = 1 / 255
     std = torch.exp(log_var / 2)
-    ndtr = torch.special.ndtr
-    below = ndtr((x0 + half - mean) / std)
-    above = ndtr((mean - x0 + half) / std)
-    sign = torch.where(x0 > mean, -1, 1)
-    centre = (x0 - mean) * sign  # the lower tail is where float32 keeps small masses
-    mass = ndtr((centre + half) / std) - ndtr((centre - half) / std)
-    mass = torch.where(x0 < -0.999, below, mass)
-    mass = torch.where(x0 > 0.999, above, mass)
-    return -torch.log2(mass.clamp(min=1e-12))
+    log_ndtr = torch.special.log_ndtr  # keeps the tails, and their slope
+    outer = log_ndtr((half - x0.sign() * (x0 - mean)) / std)
+
+    centre = -(x0 - mean).abs()  # by symmetry in the lower tail, where there are digits
+    upper = log_ndtr((centre + half) / std)
+    share = -torch.expm1(log_ndtr((centre - half) / std) - upper)
+    inside = upper + torch.log(share.clamp(min=1e-12))
+    nats = torch.where(x0.abs() > 0.999, outer, inside)
+    return -nats / math.log(2)
 
 
 def variational_bits(
@@ -314,7 +318,7 @@ def variational_bits(
     kl = 0.5 * nats / math.log(2)
     decoder = decoder_bits(x0, of_x0 * guess + of_x_t * x_t, log_var)
     bits = torch.where(expand(s, x0) == 0, decoder, kl)
-    return bits.flatten(1).mean(1)
+    return bits.mean(inner(x0))
 
 
 # Training: noise levels, weights, losses ----------------------------------------------------------
@@ -336,7 +340,7 @@ def draw_t(u: Tensor, config: DiffusionConfig, schedule: Schedule) -> Tensor:
         case "logit_normal":
             return torch.sigmoid(normal)
         case "log_normal":
-            return schedule.inverse(schedule.shift - 2 * normal)
+            return Schedule(schedule.curve).inverse(-2 * normal)
     raise ValueError(f"t_density {config.t_density!r} is not uniform, logit_normal or log_normal")
 
 
@@ -344,16 +348,18 @@ class Importance(nn.Module):
     """t in proportion to the root of the loss's second moment (Nichol & Dhariwal 2021, 2102.09672,
     eq. 18). A running second moment for each of `buckets` equal parts of t. `update` takes the sums
     over all ranks of `bucket_sums(loss**2, t, buckets)`, so the state depends neither on their
-    number nor on the order."""
+    number nor on the order: of the loss before Uncertainty.weigh, whose u would turn the preference
+    round. It starts from the first losses, and draws evenly until every part has one."""
 
     def __init__(self, buckets: int = 100, decay: float = 0.98):
         super().__init__()
         self.decay = decay  # per sample
-        self.register_buffer("second_moment", torch.ones(buckets))
+        self.register_buffer("second_moment", torch.zeros(buckets))
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """u (B,) in [0, 1) -> t (B,), and what its loss weighs: 1 / density keeps the mean."""
         root = self.second_moment.sqrt()
+        root = torch.where((root > 0).all(), root, 1.0)
         density = 0.999 * root / root.mean() + 0.001                        # (buckets,), of mean 1
         buckets = len(density)
         edges = torch.cumsum(density, 0) / buckets
@@ -361,13 +367,13 @@ class Importance(nn.Module):
         bucket = torch.searchsorted(edges, u.float().contiguous(), right=True)
         bucket = bucket.clamp(max=buckets - 1)
         height = density[bucket]
-        inside = 1 - (edges[bucket] - u) * buckets / height
-        t = (bucket + inside) / buckets
+        t = (bucket + 1) / buckets - (edges[bucket] - u) / height
         return t.clamp(0, 1), 1 / height
 
     def update(self, square: Tensor, count: Tensor) -> None:
         mean = square / count.clamp(min=1)
-        self.second_moment.lerp_(mean, 1 - self.decay**count)
+        new = torch.where(self.second_moment > 0, 1 - self.decay**count, 1.0)
+        self.second_moment.lerp_(mean, new)
 
 
 class Uncertainty(nn.Module):
@@ -383,6 +389,11 @@ class Uncertainty(nn.Module):
         frequency, phase = self.waves
         wave = torch.cos(logsnr[:, None] / 8 * frequency + phase)           # (B, features)
         return (self.weight * wave).sum(1)
+
+    def weigh(self, loss: Tensor, logsnr: Tensor) -> Tensor:
+        """What is minimised instead of losses (B,): it weighs them by the inverse of their mean."""
+        u = self(logsnr)
+        return loss * torch.exp(-u) + u
 
 
 def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
@@ -401,8 +412,7 @@ def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
         case "sigmoid":
             with torch.enable_grad():
                 t = t.detach().requires_grad_()
-                total = schedule.logsnr(t).sum()
-                slope = torch.autograd.grad(total, t)[0]
+                slope = torch.autograd.grad(schedule.logsnr(t).sum(), t)[0]
             weight = snr * torch.sigmoid(config.sigmoid_bias - logsnr)
             return weight * slope / (-2 * math.pi)
         case "p2":
@@ -412,24 +422,17 @@ def x0_weight(t: Tensor, schedule: Schedule, config: DiffusionConfig) -> Tensor:
     raise ValueError(f"loss_weight {config.loss_weight!r} is unknown")
 
 
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over all but the batch, (B,)."""
-    return (a - b).square().flatten(1).mean(1)
-
-
 def losses(
     model: Callable, x0: Tensor, eps: Tensor, t: Tensor,
-    schedule: Schedule, config: DiffusionConfig,
-    uncertainty: Uncertainty | None = None, limit: float | None = 1.0,
-    **condition,
+    schedule: Schedule, config: DiffusionConfig, limit: float | None = 1.0, **condition,
 ) -> tuple[Tensor, Tensor]:
-    """Per-sample loss, (weighted (B,), raw (B,)) float32: one to be minimised, one to be compared.
+    """Per-sample losses, (weighted (B,), raw (B,)) float32: to be minimised, and to be compared.
     raw is the mean squared error of the x0 that is meant, clipped to +-limit as samplers do (None:
     not): one unit for all targets and schedules, at most 4 limit^2. Unclipped, eps would divide by
     alpha at the noisy end; the error of v or eps multiplies that of x0 by 1 + SNR at the clean one.
-    uniform weighs the prediction's error by 1, learned by e^-u, plus u. learn_sigma adds the
-    variational term of a step of 1/1000 in bits per dimension, which trains the variance only
-    (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
+    uniform and learned weigh the prediction's error by 1; what is learned is Uncertainty.weigh's.
+    learn_sigma adds the variational term of a step of 1/1000 in bits per dimension, which trains
+    the variance only (Nichol & Dhariwal 2021, 2102.09672, eq. 16, lambda 1/1000)."""
     channels = x0.shape[1]
     alpha, sigma = schedule.alpha_sigma(t, x0)
     x_t = alpha * x0 + sigma * eps                                          # (B, C, H, W)
@@ -438,15 +441,12 @@ def losses(
     output = output[:, :channels]
 
     a, b = TARGETS[config.prediction](alpha, sigma)
-    target = x0
-    guess = output.detach()
-    if config.prediction != "x0":  # where it is the same, with more passes over the pictures
-        target = a * x0 + b * eps
-        guess = x0_eps(guess, x_t, alpha, sigma, config.prediction)[0]
+    target = a * x0 + b * eps
+    guess = x0_eps(output.detach(), x_t, alpha, sigma, config.prediction)[0]
     clipped = guess if limit is None else guess.clamp(-limit, limit)
-    raw = squared_error(clipped, x0)
+    raw = (clipped - x0).square().mean(inner(x0))
 
-    weighted = squared_error(output, target)
+    weighted = (output - target).square().mean(inner(x0))
     if config.loss_weight not in ("uniform", "learned"):
         scale = sigma / (alpha * b - sigma * a)  # of an error, to that of x0 at the same x_t
         weight = scale.flatten() ** 2 * x0_weight(t, schedule, config)
@@ -457,9 +457,6 @@ def losses(
         fraction = (head + 1) / 2
         bits = variational_bits(x0, x_t, guess, fraction, start, end, schedule)
         weighted = weighted + bits
-    if config.loss_weight == "learned":
-        u = uncertainty(schedule.logsnr(t))
-        weighted = weighted * torch.exp(-u) + u
     return weighted, raw
 
 
@@ -528,7 +525,13 @@ def around(network: Callable, schedule: Schedule, small_schedule: Schedule) -> C
     return aware
 
 
-# Denoisers: denoise(x_t (B, ...), t (B,)) -> x0 (B, ...) float32 ----------------------------------
+# Denoisers: denoise(x_t (B, ...), t) -> x0 (B, ...) float32 ---------------------------------------
+# t is one for all rows and 0-dimensional on the CPU, so that looking at it never stops the device.
+
+def per_row(t: Tensor, x: Tensor) -> Tensor:
+    """One t for all, on the CPU -> (B,) on the device of x, without a copy that is waited for."""
+    return x.new_zeros(len(x)) + t
+
 
 def denoiser(
     model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict,
@@ -536,23 +539,23 @@ def denoiser(
     """The network as a denoiser under one condition; channels beyond those of x_t are left out."""
     def denoise(x_t, t):
         alpha, sigma = schedule.alpha_sigma(t, x_t)
-        output = model(x_t, t, **condition).float()
+        output = model(x_t, per_row(t, x_t), **condition).float()
         output = output[:, :x_t.shape[1]]
         return x0_eps(output, x_t, alpha, sigma, config.prediction)[0]
 
     return denoise
 
 
+@dataclass
 class LearnedVariance:
     """A network with learn_sigma that remembers its variance: `ddim(..., variance=lambda:
     net.fraction[:B])`. The condition's rows come first in a guided batch, so guidance never
     extrapolates a variance."""
 
-    def __init__(self, model: Callable):
-        self.model = model
-        self.fraction = None
+    model: Callable
+    fraction: Tensor | None = None
 
-    def __call__(self, x_t: Tensor, t: Tensor, **condition) -> Tensor:
+    def __call__(self, x_t, t, **condition):
         output = self.model(x_t, t, **condition)
         head = output[:, x_t.shape[1]:]
         self.fraction = (head.float() + 1) / 2
@@ -580,7 +583,7 @@ def branches(
     together = denoiser(model, schedule, config, stacked)
 
     def pair(x_t, t):
-        x0 = together(torch.cat([x_t] * rows), torch.cat([t] * rows))
+        x0 = together(torch.cat([x_t] * rows), t)
         *conds, uncond = x0.chunk(rows)
         cond = sum(weight * each for weight, each in zip(weights, conds))
         return cond + (1 - sum(weights)) * uncond, uncond
@@ -589,14 +592,14 @@ def branches(
 
 
 def guidance(
-    pair: Callable, guidance_scale: float,
+    alone: Callable, pair: Callable, guidance_scale: float,
     interval: tuple[float, float] = (0.0, 1.0), combine: Callable = torch.lerp,
 ) -> Callable:
-    """x0 = uncond + w (cond - uncond), w = guidance_scale where t is in the interval, else 1.
-    `pair(x_t, t)` -> (cond, uncond): `branches` (classifier-free, Ho & Salimans 2022, 2207.12598,
-    eq. 6) or `lambda x_t, t: (good(x_t, t), bad(x_t, t))` (autoguidance, Karras et al. 2024,
-    2406.02507). The interval (Kynkaanniemi et al. 2024, 2404.07724) saves no call: looking at t
-    would stop the device. `combine(uncond, cond, w)` is torch.lerp, rescaled(phi) or
+    """x0 = uncond + w (cond - uncond) where t is in the interval, else cond.
+    `alone(x_t, t)` -> cond, `pair(x_t, t)` -> (cond, uncond): `branches` (classifier-free, Ho &
+    Salimans 2022, 2207.12598, eq. 6) or of two denoisers, a good and a bad one (autoguidance,
+    Karras et al. 2024, 2406.02507). Outside the interval (Kynkaanniemi et al. 2024, 2404.07724)
+    uncond is not computed. `combine(uncond, cond, w)` is torch.lerp, rescaled(phi) or
     projected(...)."""
     if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale {guidance_scale} is not finite and at least 0 (1 = none)")
@@ -605,10 +608,10 @@ def guidance(
         raise ValueError(f"guidance interval {interval} is not two rising times within 0 and 1")
 
     def denoise(x_t, t):
+        if not first <= t <= last:
+            return alone(x_t, t)
         cond, uncond = pair(x_t, t)
-        inside = (t >= first) & (t <= last)
-        w = torch.where(inside, guidance_scale, 1.0).to(cond)
-        return combine(uncond, cond, expand(w, cond))
+        return combine(uncond, cond, guidance_scale)
 
     return denoise
 
@@ -618,28 +621,28 @@ def guided(
     guidance_scale: float, negative: dict | None = None, weak: Callable | None = None,
     **options,
 ) -> Callable:
-    """Guidance of one condition: one call, of B rows when guidance_scale is 1, else 2B. `negative`,
-    that of a negative prompt, replaces the empty one; `weak`, a denoiser, both (autoguidance).
-    options: guidance's."""
+    """Guidance of one condition: one call, of 2B rows, or B where there is nothing to guide.
+    `negative`, the condition of a negative prompt, replaces the empty one; `weak`, a denoiser, both
+    (autoguidance). options: guidance's."""
     good = denoiser(model, schedule, config, condition)
     if guidance_scale == 1:
         return good
 
-    def beside_weak(x_t, t):
+    def good_and_weak(x_t, t):
         return good(x_t, t), weak(x_t, t)
 
     negative = negative or unconditional(condition)
     empty = branches(model, schedule, config, [condition], [1.0], negative)
-    return guidance(beside_weak if weak else empty, guidance_scale, **options)
+    return guidance(good, good_and_weak if weak else empty, guidance_scale, **options)
 
 
-def rescaled(phi: float = 0.7, inner: Callable = torch.lerp) -> Callable:
-    """x0 of `inner` rescaled by phi to the deviation of cond (2305.08891, eq. 15-16, for v)."""
+def rescaled(phi: float = 0.7, pushed: Callable = torch.lerp) -> Callable:
+    """x0 of `pushed` rescaled by phi to the deviation of cond (2305.08891, eq. 15-16, for v)."""
     def combine(uncond, cond, w):
-        x0 = inner(uncond, cond, w)
-        deviation = x0.flatten(1).std(1).clamp(min=1e-6)
-        ratio = cond.flatten(1).std(1) / deviation
-        return x0 * expand(1 + phi * (ratio - 1), x0)
+        x0 = pushed(uncond, cond, w)
+        deviation = x0.std(inner(x0), keepdim=True).clamp(min=1e-6)
+        ratio = cond.std(inner(x0), keepdim=True) / deviation
+        return x0 * (1 + phi * (ratio - 1))
 
     return combine
 
@@ -652,16 +655,15 @@ def projected(limit: float = 15.0, parallel: float = 0.0, momentum: float = -0.5
     average = 0.0
 
     def norm(x):
-        length = x.flatten(1).norm(dim=1)
-        return expand(length, x).clamp(min=1e-6)
+        length = torch.linalg.vector_norm(x, dim=inner(x), keepdim=True)
+        return length.clamp(min=1e-6)
 
     def combine(uncond, cond, w):
         nonlocal average
         average = cond - uncond + momentum * average
         push = average * (limit / norm(average)).clamp(max=1)
         unit = cond / norm(cond)
-        length = (push * unit).flatten(1).sum(1)
-        along = expand(length, cond) * unit
+        along = (push * unit).sum(inner(unit), keepdim=True) * unit
         return cond + (w - 1) * (push - along + parallel * along)
 
     return combine
@@ -671,11 +673,12 @@ def classifier_guidance(
     denoise: Callable, log_prob: Callable, schedule: Schedule, scale: float,
 ) -> Callable:
     """x0 + scale sigma^2 / alpha grad log p(y | x_t) (Dhariwal & Nichol 2021, 2105.05233, algorithm
-    2). `log_prob(x_t, t)` -> (B,). The factor is large near t = 1: put a threshold around it."""
+    2). `log_prob(x_t, t)` -> (B,), t (B,). The factor is large near t = 1: put a threshold around
+    it."""
     def pushed(x_t, t):
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            total = log_prob(x, t).sum()
+            total = log_prob(x, per_row(t, x)).sum()
             gradient = torch.autograd.grad(total, x)[0]
         alpha, sigma = schedule.alpha_sigma(t, x_t)
         return denoise(x_t, t) + scale * sigma**2 / alpha * gradient
@@ -687,8 +690,7 @@ def threshold(
     denoise: Callable, percentile: float | None = None, limit: float | None = 1.0,
 ) -> Callable:
     """x0 clipped to +-s, over s / limit: s = limit, or max(limit, percentile of |x0|) of each
-    picture (2205.11487, 2.3). limit None: the denoiser as it is. The percentile, in (0, 1], is that
-    of torch.quantile, which refuses more than 16 million numbers."""
+    picture (2205.11487, 2.3). limit None: the denoiser as it is. The percentile is in (0, 1]."""
     if limit is None:
         return denoise
     if percentile is None:
@@ -698,12 +700,8 @@ def threshold(
 
     def thresholded(x_t, t):
         x0 = denoise(x_t, t)
-        ranked = x0.flatten(1).abs().sort(dim=1).values
-        rank = percentile * (ranked.shape[1] - 1)
-        below = ranked[:, math.floor(rank)]
-        above = ranked[:, math.ceil(rank)]
-        s = torch.lerp(below, above, rank - math.floor(rank))
-        s = expand(s.clamp(min=limit), x0)
+        s = [row.quantile(percentile) for row in x0.abs().flatten(1)]
+        s = expand(torch.stack(s).clamp(min=limit), x0)
         return x0.clamp(-s, s) / (s / limit)
 
     return thresholded
@@ -711,61 +709,88 @@ def threshold(
 
 # Times of a sampler: falling, in [0, 1] -----------------------------------------------------------
 
-def time_grid(steps: int, start: float = 1.0) -> Tensor:
-    """Falling times (steps + 1,) from `start` to exactly 0, uniform in t."""
-    if steps < 1:
-        raise ValueError(f"{steps} sampling steps: at least 1 is needed")
-    if not 0 < start <= 1:
-        raise ValueError(f"start time {start} is not in (0, 1]")
-    return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+NOISY = 80  # sigma / alpha after pure noise, before the shift (Karras et al. 2022, table 1)
+CLEAN = 300  # alpha / sigma before t = 0; from 255 on the noise is below half a step of 8 bits
+GRIDS = {  # name: what is even between the two, from logsnr, and back
+    "uniform": (Schedule.inverse, Schedule.logsnr),                         # t
+    "logsnr": (lambda schedule, logsnr: logsnr, lambda schedule, logsnr: logsnr),
+    "karras": (lambda schedule, logsnr: torch.exp(-logsnr / 14),            # 2206.00364, eq. 5
+               lambda schedule, root: -14 * torch.log(root)),
+}
 
 
-def logsnr_grid(steps: int, schedule: Schedule, start: float = 1.0) -> Tensor:
-    """Falling times (steps + 1,) from `start` to exactly 0, uniform in logsnr within +-8 before the
-    shift. For dpmpp_2m and unipc, which are polynomials in logsnr; ddim and plms do better on
-    `time_grid`. At logsnr 8 the noise is 2.3 of 255."""
-    times = time_grid(steps, start)
-    first = schedule.logsnr(times[:1]).clamp(min=schedule.shift - 8)
-    last = (first + 1).clamp(min=schedule.shift + 8)
-    inner = torch.lerp(first, last, 1 - time_grid(steps)[1:-1])
-    return torch.cat([times[:1], schedule.inverse(inner), times[-1:]])
+def sampling_times(
+    schedule: Schedule, steps: int, grid: str = "logsnr", start: float = 1.0, shift: float = 1.0,
+) -> Tensor:
+    """Falling times (steps + 1,) from `start` over a last level where eight bits show no noise to
+    exactly 0. grid: of GRIDS; even in logsnr was the best measured for every sampler. A shift above
+    1 moves them to the noisy end, below 1 to the clean one (Esser et al. 2024, 2403.03206, eq. 23,
+    of the share of steps)."""
+    if steps < 1 or not 0 < start <= 1 or not 0 < shift < math.inf:
+        raise ValueError(f"{steps} steps (at least 1), start {start} (0..1) or shift {shift} (> 0)")
+    u = torch.linspace(1, 0, steps, dtype=torch.float64)
+    u = shift * u / (1 + (shift - 1) * u)
+
+    # both ends move out with the steps, so that what they leave falls as their square
+    reach = max(1, steps / 25)
+    noisy, cleanest = schedule.logsnr(u.new_tensor([start, 1e-7]))
+    noisy = noisy.clamp(min=schedule.shift - 2 * math.log(NOISY * reach))
+    clean = (noisy + 1).clamp(min=2 * math.log(CLEAN * reach))
+    clean = min(clean, cleanest)
+
+    forth, back = GRIDS[grid]
+    even = torch.lerp(forth(schedule, clean), forth(schedule, noisy), u)
+    times = schedule.inverse(back(schedule, even))
+    times[0] = start
+    return F.pad(times, (0, 1))
 
 
 def respaced(spec: str, steps: int = TRAIN_STEPS) -> Tensor:
     """Falling times (i + 1) / steps of some steps i of a process of `steps`, then 0 (2102.09672,
     section 4). "250": evenly spaced; "10,10,20": so many in each equal section; "ddim25": an
-    integer stride."""
-    if not re.fullmatch(r"ddim[0-9]+|[0-9]+(,[0-9]+)*", spec):
+    integer stride that gives so many. Warns where the first time is far below 1."""
+    if not re.fullmatch(r"ddim[1-9][0-9]*|[1-9][0-9]*(,[1-9][0-9]*)*", spec):
         raise ValueError(f"respacing {spec!r} is not like 250, 10,10,20 or ddim25")
     counts = [int(number) for number in spec.removeprefix("ddim").split(",")]
-    sections = len(counts)
+
+    strided = spec.startswith("ddim")
+    if strided:
+        possible = {len(range(0, steps, stride)) for stride in range(1, steps)}
+        a, b, *_ = sorted(possible, key=lambda count: abs(count - counts[0]))
+        if a != counts[0]:
+            raise ValueError(f"respacing {spec!r}: no stride gives it; ddim{a} and ddim{b} work")
 
     chosen = []
+    first = 0
     for section, count in enumerate(counts):
-        first = steps * section // sections
-        size = steps * (section + 1) // sections - first
-        if not 1 <= count <= size:
-            raise ValueError(f"respacing {spec!r} takes 0 or too many of {steps}/{sections} steps")
-        for i in range(count):
-            step = round(i * (size - 1) / max(1, count - 1))
-            if spec.startswith("ddim"):
-                step = i * (size // count)
-            chosen.append(first + step)
+        size = steps // len(counts) + (section < steps % len(counts))
+        if count > size:
+            raise ValueError(f"respacing {spec!r}: section {section + 1} has only {size} steps")
+        stride = math.ceil(size / count) if strided else (size - 1) / max(1, count - 1)
+        for step in accumulate([stride] * (count - 1), initial=0.0):
+            chosen.append(first + round(step))
+        first += size
     times = [(i + 1) / steps for i in reversed(chosen)]
+    if times[0] < 0.9:
+        warnings.warn(f"respacing {spec} starts at t = {times[0]}, not from noise", stacklevel=2)
     return torch.tensor([*times, 0.0], dtype=torch.float64)
 
 
 # Samplers: (denoise, x at times[0], times, noise, schedule) -> x at times[-1], at t = 0 an x0 -----
 
-@dataclass
 class Level:
-    """A noise level of a sampler, in numbers: nothing is copied or waited for inside its loop."""
+    """A noise level of a sampler, in numbers: nothing is copied or waited for inside its loop.
+    index: of its step; t: 0-dimensional, on the CPU. t = 0 is exactly clean."""
 
-    index: int
-    t: Tensor  # (B,) on the device of x
-    alpha: float
-    sigma: float
-    logsnr: float
+    def __init__(self, index, t, schedule):
+        logsnr = schedule.logsnr(t) if t > 0 else torch.tensor(math.inf)
+        alpha, sigma = schedule.scales(logsnr)
+        self.index = index
+        self.t = t
+        self.logsnr = logsnr.item()
+        self.alpha = alpha.item()
+        self.sigma = sigma.item()
+        self.ratio = self.sigma / self.alpha
 
     def look(self, denoise, x):
         """(x0, eps) of an x at this level."""
@@ -776,7 +801,7 @@ class Level:
         """x at `there` from (x0, eps) here, along d(x/alpha) / d(sigma/alpha) = eps + turn
         (2202.09778, eq. 11). The turn is added to the DDIM step, instead of to x, since x / alpha
         has no digits near t = 1."""
-        length = there.sigma - there.alpha * self.sigma / self.alpha
+        length = there.sigma - there.alpha * self.ratio
         return there.alpha * x0 + there.sigma * eps + length * turn
 
     def relax(self, there, x, x0, eta=0.0):
@@ -785,32 +810,32 @@ class Level:
         x = there.sigma / self.sigma * math.exp(-eta * h) * x
         return x - there.alpha * math.expm1(-(1 + eta) * h) * x0
 
+    def back(self, there, x, noise):
+        """x at a noisier level, by the forward process."""
+        gain = there.alpha / self.alpha
+        variance = there.sigma**2 - (gain * self.sigma) ** 2
+        return gain * x + math.sqrt(max(0, variance)) * noise
+
     def blind(self, there):
         """Whether the step must be an Euler step: eps has no value at t = 0, and from pure noise
         sigma / alpha falls a thousandfold at once, where only the first slope is any good."""
-        leap = self.sigma * there.alpha > 10 * there.sigma * self.alpha
+        leap = self.ratio > 10 * there.ratio
         return there.sigma == 0 or (self.index == 0 and leap)
 
 
-def noise_levels(x: Tensor, times: Tensor, schedule: Schedule) -> list[Level]:
-    """One for each of the times; t = 0 is exactly clean: alpha 1, sigma 0, logsnr inf.
-    Raises ValueError where the times are not a row that falls within 1 and 0."""
-    times = times.detach().to("cpu", torch.float64)
+def noise_levels(times: Tensor, schedule: Schedule) -> list[Level]:
+    """One for each of the times. Raises ValueError where they do not fall within 1 and 0."""
+    times = times.to("cpu", torch.float64)
     row = times.ndim == 1 and len(times) >= 2
-    falling = row and bool((times.diff() < 0).all())
-    if not falling or times[0] > 1 or times[-1] < 0:
+    if not row or times[0] > 1 or times[-1] < 0 or not (times.diff() < 0).all():
         raise ValueError(f"times {times.tolist()[:8]} do not fall, or not within 1 and 0")
+    return [Level(index, t, schedule) for index, t in enumerate(times)]
 
-    alpha, sigma = schedule.alpha_sigma(times)
-    logsnr = schedule.logsnr(times)
-    if times[-1] == 0:
-        alpha[-1] = 1
-        sigma[-1] = 0
-        logsnr[-1] = math.inf
 
-    t = times.to(x)[:, None].expand(-1, len(x))
-    rows = zip(t, alpha.tolist(), sigma.tolist(), logsnr.tolist())
-    return [Level(index, *row) for index, row in enumerate(rows)]
+def levels_at(logsnr: list[float], schedule: Schedule) -> list[Level]:
+    """One for each of some logsnr, between the times of a sampler."""
+    times = schedule.inverse(torch.tensor(logsnr, dtype=torch.float64))
+    return [Level(index, t, schedule) for index, t in enumerate(times)]
 
 
 def nll(
@@ -818,11 +843,12 @@ def nll(
     variance: float | Callable = 0.0,
 ) -> Tensor:
     """Upper bound of -log2 p(x0) in bits per dimension (B,): prior, steps and decoder (2006.11239,
-    eq. 5)."""
-    levels = noise_levels(x0, times, schedule)
-    alpha, sigma = schedule.alpha_sigma(levels[0].t, x0)
+    eq. 5). Let the noise before t = 0 be about 1/255: below it each halving costs a bit, unless the
+    network knows of the 256 values."""
+    levels = noise_levels(times, schedule)
+    alpha, sigma = schedule.alpha_sigma(levels[0].t)
     prior = (alpha * x0) ** 2 + sigma**2 - 1 - 2 * torch.log(sigma)
-    total = (0.5 * prior / math.log(2)).flatten(1).mean(1)
+    total = (0.5 * prior / math.log(2)).mean(inner(x0))
     for here, there in pairwise(levels):
         x_t = noised(x0, noise(here.index), here.t, schedule)
         guess = denoise(x_t, here.t)
@@ -836,7 +862,7 @@ def ddim(denoise, x, times, noise, schedule, eta=0.0, variance=0.0):
     ancestral DDPM. variance: where the log variance of the fresh noise is between the posterior's
     (0, "small") and the forward step's (1, "large"), or a function that tells it after each call,
     see LearnedVariance."""
-    for here, there in pairwise(noise_levels(x, times, schedule)):
+    for here, there in pairwise(noise_levels(times, schedule)):
         x0, eps = here.look(denoise, x)
         lost = -math.expm1(here.logsnr - there.logsnr)
         fresh = eta * there.sigma * math.sqrt(lost)
@@ -847,9 +873,17 @@ def ddim(denoise, x, times, noise, schedule, eta=0.0, variance=0.0):
     return x
 
 
-def heun(denoise, x, times, noise, schedule):
-    """Heun in sigma / alpha (Karras et al. 2022, 2206.00364, alg. 1): order 2, two calls a step."""
-    for here, there in pairwise(noise_levels(x, times, schedule)):
+def heun(denoise, x, times, noise, schedule, churn=0.0):
+    """Heun in sigma / alpha (Karras et al. 2022, 2206.00364, alg. 1): order 2, two calls a step.
+    churn: how much fresh noise all steps add, each going back a little before it is taken (alg. 2,
+    there S_churn; at most 0.41 of sigma / alpha a step)."""
+    levels = noise_levels(times, schedule)
+    gamma = min(churn / (len(levels) - 1), 2**0.5 - 1)
+    raised = [level.logsnr - 2 * math.log1p(gamma) for level in levels]
+    for here, up, there in zip(levels, levels_at(raised, schedule), levels[1:]):
+        if gamma:
+            x = here.back(up, x, noise(here.index))
+            here = up
         x0, eps = here.look(denoise, x)
         x = here.follow(there, x0, eps)
         if not here.blind(there):
@@ -861,14 +895,10 @@ def heun(denoise, x, times, noise, schedule):
 def prk(denoise, x, times, noise, schedule):
     """Pseudo Runge-Kutta (Liu et al. 2022, 2202.09778, eq. 14): fourth order, four calls a step.
     The middle of a step is halfway in sigma / alpha: halfway in t the order would be 2."""
-    ratio = [level.sigma / level.alpha for level in noise_levels(x, times, schedule)]
-    times = times.to("cpu", torch.float64)
-    halfway = times.new_tensor([(a + b) / 2 for a, b in pairwise(ratio)])
-    halfway = schedule.inverse(-2 * torch.log(halfway))
-    times = torch.cat([times, halfway]).sort(descending=True).values
-
-    levels = noise_levels(x, times, schedule)
-    for (here, there), middle in zip(pairwise(levels[::2]), levels[1::2]):
+    levels = noise_levels(times, schedule)
+    steps = list(pairwise(levels))
+    halfway = [-2 * math.log((here.ratio + there.ratio) / 2) for here, there in steps]
+    for (here, there), middle in zip(steps, levels_at(halfway, schedule)):
         x0, e1 = here.look(denoise, x)
         if here.blind(there):
             x = here.follow(there, x0, e1)
@@ -898,7 +928,7 @@ def plms(denoise, x, times, noise, schedule):
     Fourth order where steps are equal in sigma / alpha, second elsewhere. The last step returns the
     x0 of the combined eps."""
     history = []
-    for here, there in pairwise(noise_levels(x, times, schedule)):
+    for here, there in pairwise(noise_levels(times, schedule)):
         x0, eps = here.look(denoise, x)
         history = [eps, *history[:3]]
         weights = ADAMS_BASHFORTH[len(history) - 1]
@@ -912,7 +942,7 @@ def dpmpp_2m(denoise, x, times, noise, schedule, eta=0.0):
     eta 1 is SDE-DPM-Solver++(2M) (eq. 18). The first step and the last one, to t = 0, are of first
     order."""
     before = h_before = None
-    for here, there in pairwise(noise_levels(x, times, schedule)):
+    for here, there in pairwise(noise_levels(times, schedule)):
         x0 = denoise(x, here.t)
         if there.sigma == 0:
             return x0
@@ -934,7 +964,7 @@ def unipc(denoise, x, times, noise, schedule):
     one a step."""
     start = before = last = None  # of the last step: x, x0 and the level where it began,
     rise = h = ratio = 0.0  # how x0 was to rise, its h, and the h before it over h
-    for here, there in pairwise(noise_levels(x, times, schedule)):
+    for here, there in pairwise(noise_levels(times, schedule)):
         x0 = denoise(x, here.t)
         if there.sigma == 0:
             return x0
@@ -944,9 +974,10 @@ def unipc(denoise, x, times, noise, schedule):
             phi_2 = phi_1 / -h - 1
             b1 = phi_2 / phi_1
             b2 = 2 * (phi_2 / -h - 0.5) / phi_1
-            behind = (b1 - b2) / (1 + ratio)
-            front = (b1 * ratio + b2) / (1 + ratio) if ratio else 0.5
-            bend = behind * 2 * rise + front * (x0 - before)
+            gap = x0 - before
+            bend = ((b1 - b2) * 2 * rise + (b1 * ratio + b2) * gap) / (1 + ratio)
+            if ratio == 0:
+                bend = gap / 2
             x = last.relax(here, start, before + bend)
 
         ratio = h
@@ -962,14 +993,15 @@ def unipc(denoise, x, times, noise, schedule):
 
 
 # Euler in sigma / alpha or in t of flow is DDIM; with eta 1, DDPM (2006.11239) and Euler ancestral.
+ddpm = partial(ddim, eta=1.0)
 SAMPLERS = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": partial(dpmpp_2m, eta=1.0),
     "unipc": unipc,
     "ddim": ddim,
-    "ddpm": partial(ddim, eta=1.0),
+    "ddpm": ddpm,
     "euler": ddim,
-    "euler_ancestral": partial(ddim, eta=1.0),
+    "euler_ancestral": ddpm,
     "heun": heun,
     "plms": plms,
     "prk": prk,
@@ -983,28 +1015,29 @@ def inpaint(
     sampler: Callable, denoise: Callable, x: Tensor, times: Tensor, noise: Callable,
     schedule: Schedule, known: Tensor, keep: Tensor, resample: int = 1, jump: int = 10,
 ) -> Tensor:
-    """Fill in a picture: known (B, C, H, W) stays where keep (B, 1, H, W) bool is True.
+    """Fill in a picture: known (B, C, H, W) stays where keep (B, 1, H, W) is 1 or True; where it is
+    between 0 and 1, until t falls to 1 - keep of the first time (Levin & Fried 2023, 2306.00950).
     The denoiser says the known x0, so under any sampler x_t there follows the forward process of
-    the picture. Every `jump` steps are taken `resample` times, going back by the forward process in
-    between, so that both parts agree (RePaint: Lugmayr et al. 2022, 2201.09865, algorithm 1)."""
+    the picture. With `resample` above 1 every `jump` steps are taken so many times, going back by
+    the forward process in between, so that both parts agree (RePaint: Lugmayr et al. 2022,
+    2201.09865, algorithm 1)."""
     if known.shape != x.shape or keep.shape[-2:] != x.shape[-2:]:
-        sizes = f"{[*keep.shape]} or picture {[*known.shape]} does not fit {[*x.shape]}"
-        raise ValueError(f"mask {sizes}")
+        raise ValueError(f"mask {[*keep.shape]} or {[*known.shape]} does not fit {[*x.shape]}")
     if resample < 1 or jump < 1:
         raise ValueError(f"resample {resample} and jump {jump} must be at least 1")
+    if resample == 1:
+        jump = len(times)  # in one go: a new start would take a multistep sampler its history
 
     def anchored(x_t, t):
-        return torch.where(keep, known, denoise(x_t, t))
+        return torch.where(keep > 1 - t / times[0], known, denoise(x_t, t))
 
     drawn = 0
     for first in range(0, len(times) - 1, jump):
         part = times[first:first + jump + 1]
-        high, *_, low = noise_levels(x, part, schedule)
-        back = high.alpha / low.alpha
-        spread = math.sqrt(high.sigma**2 - (back * low.sigma) ** 2)
+        high, *_, low = noise_levels(part, schedule)
         for visit in range(resample):
             if visit > 0:
-                x = back * x + spread * noise(drawn - 1)
+                x = low.back(high, x, noise(drawn - 1))
             x = sampler(anchored, x, part, lambda i, drawn=drawn: noise(drawn + i), schedule)
             drawn += len(part)
-    return torch.where(keep, known, x) if times[-1] == 0 else x
+    return torch.where(keep >= 1, known, x) if times[-1] == 0 else x

@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -17,7 +18,6 @@ from typing import NoReturn
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
 import data
@@ -105,11 +105,13 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
         raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
 
     # A column for each average in each file: how much of it each update is.
-    columns, averages = [], []
+    columns, averages, loaded = [], [], {}
     for path in found:
-        with safe_open(path, "pt") as file:
-            updates = int(file.metadata()["updates"])
-            profiles = {re.match(r"profile\.(0\.\d+)\.", name)[1] for name in file.keys()}  # noqa: SIM118
+        loaded[path], meta = model.load_tensors(path)
+        profiles = {re.findall(r"^profile\.(0\.\d+)\.|$", name)[0] for name in loaded[path]}
+        if "updates" not in meta or not profiles or "" in profiles:
+            raise ValueError(f"{path} is no snapshot of averages. Move it away")
+        updates = int(meta["updates"])
         for profile in sorted(profiles, key=float):
             columns.append((updates, float(profile)))
             averages.append((path, f"profile.{profile}."))
@@ -130,7 +132,6 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
         warn(f"{len(found)} snapshots give the average of width {width} with an error of {miss:.0%}")
 
     total: model.Tensors = {}
-    loaded = {path: model.load_tensors(path)[0] for path in found}
     for (path, start), share in zip(averages, shares.tolist()):
         for name, tensor in loaded[path].items():
             if name.startswith(start):
@@ -249,11 +250,14 @@ class Settings:
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
     steps: int = 25  # of the sampler [1..1000 steps]
+    grid_times: str = "logsnr"  # in what the steps are even: uniform (in t), logsnr or karras
+    shift: float = 1.0  # above 1 more of the steps at the noisy end, below 1 at the clean one [0.01..100]
     respacing: str = ""  # these of 1000 steps instead: 250, 10,10,20 (of equal sections) or ddim25
     eta: float = -1.0  # fresh noise of a step, -1 = the sampler's own [-1..1]
+    churn: float = 0.0  # fresh noise that heun adds in all its steps together [0..1000]
     init: str = ""  # a picture to start from
     strength: float = 1.0  # how far it is noised [0.001..1]
-    mask: str = ""  # a picture that is black where --init stays
+    mask: str = ""  # a picture: black where --init stays, white where it is drawn anew, grey between
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree [1..1000]
 
 
@@ -332,18 +336,20 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     needs_init = s.mask or s.strength != 1
     if (needs_init and not s.init) or (s.resample > 1 and not s.mask):
         raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
-    times = diffusion.respaced(s.respacing) if s.respacing else diffusion.time_grid(s.steps)
-    times = s.strength * times
+    times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
+    if s.respacing:
+        times = s.strength * diffusion.respaced(s.respacing)
     given = read_pictures([path for path in (s.init, s.mask) if path], stage.size)
     weak = weaker(stage, s, times)
 
     # The sampler, and the network that it asks.
     network, sampler = stage.network(), diffusion.SAMPLERS[s.sampler]
     takes = inspect.signature(sampler).parameters
-    if s.eta >= 0:
-        if "eta" not in takes:
-            raise ValueError(f"--eta {s.eta}: {s.sampler} has no fresh noise. Use --sampler ddim or dpmpp_2m")
-        sampler = partial(sampler, eta=s.eta)
+    for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
+        if value >= 0 and name not in takes:
+            raise ValueError(f"--{name} {value}: {s.sampler} takes no such noise. Use --sampler {others}")
+        if value >= 0:
+            sampler = partial(sampler, **{name: value})
     learned = stage.config.learn_sigma and "variance" in takes
     if learned:
         network = diffusion.LearnedVariance(network)
@@ -367,7 +373,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            keep = given[1].float().mean(0) < 127.5
+            keep = 1 - given[1].float().mean(0) / 255
             keep = keep.to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
@@ -463,6 +469,8 @@ def parser() -> argparse.ArgumentParser:
             add(LISTS[field.name][0], **options)
             continue
         flag = "--" + field.name.replace("_", "-")
+        if field.name == "grid_times":
+            options["choices"] = list(diffusion.GRIDS)
         if isinstance(field.default, tuple):
             add(flag, type=float, nargs=2, **options)
         else:
@@ -529,9 +537,19 @@ def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
     return chosen
 
 
+def detail(pictures: Tensor, small_side: int) -> Tensor:
+    """The power of pictures (N, C, H, W) above half of what a picture of `small_side` can show: at
+    frequencies of more than a quarter of its pixels to the side."""
+    side = pictures.shape[-1]
+    power = torch.fft.rfft2(pictures.double()).abs().square()
+    y, x = torch.fft.fftfreq(side) * side, torch.fft.rfftfreq(side) * side
+    return power[..., torch.hypot(y[:, None], x) > small_side / 4].sum()
+
+
 def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds, below) -> None:
     """Print how near a stage comes to held-out pictures that were made small, over levels of --aug, and the
-    best. Of pictures that the stage below drew there is no truth: they are made small again."""
+    best: PSNR, mean colour, and their detail as a share of the truth's. Of pictures that the stage below drew
+    there is no truth: they are made small again."""
     truth, small = (torch.from_numpy(held[name]) for name in ("picture", "lowres"))
     mode = "grey" if "grey" in (stage.data.picture_mode, stage.data.lowres_mode) else "colour"
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
@@ -548,9 +566,12 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
         power = error.square().mean((1, 2)).clamp(min=1e-4)
         psnr = 10 * torch.log10(255**2 / power)
         psnr, shift = psnr.mean().item(), error.mean(2).abs().mean()
-        print(f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255")
+        line = f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255"
         if wanted is truth:
+            share = detail(made, small.shape[-1]) / detail(truth, small.shape[-1])
+            line += f"  detail {share:.2f}"
             best = max(best, (psnr, name))
+        print(line)
     print(f"best of {len(truth)} pictures: {best[1]}")
 
 
@@ -616,6 +637,7 @@ def held_out(path: Path, count: int) -> dict:
 
 def main(argv: list[str]) -> None:
     args = arguments(argv)
+    warnings.showwarning = lambda message, *where: warn(str(message))
     device, out = choose_device(args.device), Path(args.out)
     folder = out.parent if out.suffix.lower() == ".png" else out
     folder.mkdir(parents=True, exist_ok=True)                  # what is wrong comes before any work

@@ -22,11 +22,24 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin, get_type_hints
+
+
+def follow_parent() -> None:
+    """From now on a rank whose torchrun is killed is told so, and Ctrl-C ends the program without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        if os.getppid() == 1:                                  # it was killed before
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    follow_parent()                                            # before the imports that take seconds
 
 import numpy as np
 import safetensors.torch
@@ -66,7 +79,7 @@ class TrainConfig:
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
     max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this [0..1]
     seed: int = 0                 # of every random choice [0..9223372036854775807]
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the matrix products; all else is float32
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the matrix products; auto: the fastest here
     compile: bool | None = None   # torch.compile; on for CUDA when not given
     checkpointing: bool = False   # recompute activations in the backward pass: less memory, a third more work
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
@@ -85,18 +98,20 @@ class TrainConfig:
 # and `flops` are those of the U-Net for one whole picture of 64, 256 or 1024 pixels, of 64 or 256 below it,
 # with 128 text tokens of width 128. tiny is for minutes on two CPU cores (NOTES.md).
 LADDER = {256: 64, 1024: 256}                                                 # --size: --lowres
-SMALL = dict(head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=1000, cooldown=10000)
-BASE = dict(head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
+NEW = dict(size_shift="interpolated")                                         # else large pictures end soft
+SMALL = dict(NEW, head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=1000, cooldown=10000)
+BASE = dict(
+    NEW, head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
 LARGE = dict(BASE, steps=500000, batch_size=1024, warmup=5000, cooldown=50000)
 ENLARGES = dict(channel_mult=(1, 2, 4, 8), num_res_blocks=(2, 4, 8, 8), efficient=True)
 ENLARGES_CROPS = dict(ENLARGES, conv_only=True, crop=256)
 TINY_ENLARGES = dict(
-    channel_mult=(1, 2, 4), emb_dim=256, efficient=True, conv_only=True,
+    NEW, channel_mult=(1, 2, 4), emb_dim=256, efficient=True, conv_only=True,
     t_density="logit_normal", t_mean=2.0, optimizer="muon", lr=1.5e-3, warmup=50, ema_decay=0.995)
 PRESETS = {
     (64, "tiny"): dict(
-        weights=5.21e6, flops=1.26e9, channels=128, channel_mult=(1, 1), attn_resolutions=(8,), head_dim=64,
-        patch=4, emb_dim=256, prediction="x0", shift_base=32, loss_weight="learned",
+        weights=5.21e6, flops=1.26e9, channels=128, channel_mult=(1, 1), attn_resolutions=(8,),
+        head_dim=64, patch=4, emb_dim=256, prediction="x0", shift_base=32, loss_weight="learned",
         t_density="logit_normal", t_mean=1.0, t_std=1.5, optimizer="muon", max_aug=0.0,
         steps=1850, batch_size=40, lr=2.3e-3, warmup=50, cooldown=1300, ema_decay=0.995),
     (64, "small"): dict(
@@ -133,8 +148,8 @@ PRESETS = {
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "text_shards", "allow_bin"}
-SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "prediction",
-         "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
+SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "size_shift",
+         "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
 PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent
@@ -184,7 +199,8 @@ def die_of_memory(error: Exception, micro: int) -> None:
 
 def progress(ranks: "Ranks", **options) -> tqdm:
     """A bar on a terminal, of rank 0."""
-    return tqdm(disable=ranks.rank > 0 or not sys.stderr.isatty(), **options)
+    seen = ranks.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(disable=not seen, **options)
 
 
 class Stopped(Exception):
@@ -206,14 +222,19 @@ class Signals:
         if not self.awaited:
             raise Stopped
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(self, kind, error, where) -> None:
-        if kind is Stopped:
-            say("stopping before the first step; run the same command to continue")
-            raise SystemExit(0) from None
-        self.awaited = True
+@contextmanager
+def starting(signals: Signals, cfg: "TrainConfig"):
+    """Around all that comes before the loop: a signal ends it at once, too little memory in one line."""
+    try:
+        yield
+    except Stopped:
+        say("stopping before the first step; run the same command to continue")
+        raise SystemExit(0) from None
+    except (MemoryError, RuntimeError) as e:
+        die_of_memory(e, cfg.micro_batch or cfg.batch_size // Ranks().world)
+        raise
+    signals.awaited = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -267,11 +288,16 @@ def parse(argv: list[str]) -> Configs:
     del row["weights"], row["flops"]
     parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
 
-    twice = [word for word in argv if word.startswith("--") and argv.count(word) > 1]
+    given = [word.split("=")[0] for word in argv if word.startswith("--")]
+    twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         die(f"{twice[0]} is given twice. Give all of its values once")
     args = parser.parse_args(argv)
     args.out = args.out or f"runs/{args.size}"
+    for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
+        if f"--{name}" not in given:
+            scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
+            setattr(args, name, min(getattr(args, name), scaled))
     if args.attn_resolutions is row.get("attn_resolutions"):   # a preset's: where they occur
         args.attn_resolutions = [n for n in args.attn_resolutions if n in model.sides(args, args.size)]
 
@@ -307,12 +333,19 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     for flag, pattern in {"reinit": cfg.reinit, "train-only": cfg.train_only}.items():
         try:
             re.compile(pattern)
-        except re.error as e:
+        except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
+    if cfg.warmup + cfg.cooldown > cfg.steps:
+        say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
+            f"{cfg.steps}: the rate never reaches --lr")
+    if cfg.reinit and not cfg.init:
+        raise ValueError(f"--reinit {cfg.reinit} has no effect without --init")
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
+    if not cfg.out.isprintable():
+        raise ValueError(f"--out {cfg.out!a} has bytes that are no text. Name another directory")
     model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
     diffusion.make_schedule(diff_cfg, cfg.size)
 
@@ -336,6 +369,16 @@ class Ranks:
         """Whether a number is finite, and the same on all ranks."""
         most, least = self.agreed(value), -self.agreed(-value)
         return most == least and math.isfinite(most)
+
+    def start(self, backend: str, seconds: float) -> None:
+        """Meet the others, who wait for one another at most so long, but for a grid as long as it takes."""
+        if self.world > 1:
+            dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier(self.patient)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -385,19 +428,14 @@ def choose_device(name: str) -> torch.device:
 def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
     """Start the ranks, choose the device and what it computes with, seed."""
     device = choose_device(cfg.device)
-    if ranks.world > 1:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)         # when torchrun dies, this rank is told
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=cfg.timeout))
+    ranks.start("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", cfg.timeout)
     torch.manual_seed(cfg.seed)
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        if cfg.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            say("note: no bf16 on this GPU, using fp16 with loss scaling")
-            cfg.dtype = "fp16"
+    if cfg.dtype == "auto":
+        cfg.dtype = fastest_dtype(device)
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)          # its parts in bfloat16, too
@@ -405,7 +443,7 @@ def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
             for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
                 ctypes.CDLL(None).mallopt(parameter, limit)
         if not cfg.device:
-            say(f"note: no GPU found, using the CPU and --model {cfg.model}")
+            say(f"note: no GPU found, using the CPU, --model {cfg.model} and --dtype {cfg.dtype}")
     return device
 
 
@@ -416,12 +454,27 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """What a large square matrix product reaches here and now, the best of some [operations/second]."""
-    n = 8192 if device.type == "cuda" else 1024
+def fastest_dtype(device: torch.device) -> str:
+    """bf16, but on a GPU without it fp16, with loss scaling, and on a processor without it fp32: most
+    desktops have to imitate it, ten times slower (measured with AVX2)."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                               # or other work would disturb it
+        imitated = matmul_peak(device, torch.bfloat16, 256) < matmul_peak(device, torch.float32, 256)
+        torch.set_num_threads(threads)
+        return "fp32" if imitated else "bf16"
+    return "bf16"
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
+    """What a square matrix product, a large one unless n says otherwise, reaches here and now, the best of
+    some [operations/second]."""
+    n = n or (8192 if device.type == "cuda" else 1024)
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = math.inf
-    for _ in range(8):
+    for _ in range(20):
         start = clock(device)
         a @ b
         best = min(best, clock(device) - start)
@@ -561,9 +614,12 @@ class Denoising(nn.Module):
 
     def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, **condition) -> model.Tensors:
         """Losses (B,) of pictures x0 noised by eps at t, see diffusion.losses: "weighted" is minimised."""
-        process = self.schedule, self.config, self.uncertainty, self.space.limit
-        loss, raw = diffusion.losses(self.network(), x0, eps, t, *process, **self.encode(**condition))
-        return {"weighted": weight * loss, "loss": loss, "raw": raw}
+        plain, raw = diffusion.losses(self.network(), x0, eps, t, self.schedule, self.config,
+                                      limit=self.space.limit, **self.encode(**condition))
+        loss = plain
+        if self.uncertainty:
+            loss = self.uncertainty.weigh(plain, self.schedule.logsnr(t))
+        return {"weighted": weight * loss, "loss": loss, "plain": plain, "raw": raw}
 
     def loss(self, given: model.Tensors) -> Tensor:
         return given["weighted"].sum()
@@ -574,7 +630,8 @@ class Denoising(nn.Module):
         buckets = diffusion.loss_buckets(raw, self.schedule.logsnr(inputs["t"]), BUCKETS)
         meter.add(loss=loss, raw_loss=raw, buckets=buckets)
         if self.importance:
-            sums = diffusion.bucket_sums(loss.square(), inputs["t"], self.squares.shape[1])
+            square = given["plain"].detach().nan_to_num(0, 0, 0).square()
+            sums = diffusion.bucket_sums(square, inputs["t"], self.squares.shape[1])
             self.squares += torch.stack(sums)
 
     def after_step(self, ranks: Ranks) -> None:
@@ -784,7 +841,8 @@ def rate(step: int, cfg: TrainConfig) -> float:
 def lock(run: Path) -> None:
     """Hold `run`/.lock until the process ends; remove what a killed save left. ValueError if it is in use."""
     run.mkdir(parents=True, exist_ok=True)
-    fd = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)                # closed when the process ends
+    follows = getattr(os, "O_NOFOLLOW", 0)                     # a link: it would empty what it leads to
+    fd = os.open(run / ".lock", os.O_RDWR | os.O_CREAT | follows, 0o666)      # closed when the process ends
     try:
         try:
             import fcntl
@@ -797,8 +855,11 @@ def lock(run: Path) -> None:
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
     os.truncate(fd, 0)
     os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    for left in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(left)
+    for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int) -> Path:
@@ -1111,7 +1172,8 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         shape = (net.space.channels, side, side)
         x = diffusion.gaussian(keys, shape, device)
         noise = diffusion.noise_source(keys, shape, device)
-        drawn = diffusion.dpmpp_2m(denoise, x, diffusion.time_grid(20), noise, net.schedule)
+        times = diffusion.sampling_times(net.schedule, 20)
+        drawn = diffusion.dpmpp_2m(denoise, x, times, noise, net.schedule)
         views = [net.space.decode(drawn)]
         if enlarges:
             views = [net.space.decode(condition["lowres"]), *views, torch.as_tensor(part["picture"])]
@@ -1247,10 +1309,12 @@ class Trainer:
 
 def tell(line: dict, bar: tqdm) -> None:
     """The gist of a line, on the bar or, without a terminal, below the one before."""
-    brief = {name: line[name] for name in ("loss", "raw_loss", "pictures/s")}
+    brief = {"step": line["step"]}
+    for name in ("loss", "raw_loss", "pictures/s"):
+        brief[name] = line[name]
     bar.set_postfix(brief)
     if bar.disable:
-        say("  ".join(f"{name} {value}" for name, value in {"step": line["step"], **brief}.items()))
+        say("  ".join(f"{name} {value}" for name, value in brief.items()))
     if line["skipped"]:
         say(f"warning: step {line['step']}: {line['skipped']} updates were not finite and were skipped")
 
@@ -1313,7 +1377,7 @@ def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
     out, ranks, signals = Path(cfg.out), Ranks(), Signals()
     writes = ranks.rank == 0 and not cfg.dry_run
-    with signals:                                              # they end the program here, but not below
+    with starting(signals, cfg):
         if writes:
             lock(out)
         device = launch(cfg, ranks)
@@ -1386,9 +1450,11 @@ def main(argv: list[str]) -> None:
                     line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 put("metrics.jsonl", line)
-            if due(cfg.sample_every) and writes:
-                with trainer.autocast:
-                    put(f"samples/{step:06d}.png", sample_grid(state.ema, shown, trainer.micro, device))
+            if due(cfg.sample_every):
+                if writes:
+                    with trainer.autocast:
+                        put(f"samples/{step:06d}.png", sample_grid(state.ema, shown, trainer.micro, device))
+                ranks.wait()
             if looking:
                 trainer.since += clock(device) - began
             if last:

@@ -3,16 +3,20 @@
 import functools
 import importlib
 import math
+import re
+import warnings
 
 import pytest
 import torch
 
 import diffusion
-from diffusion import SAMPLERS, DiffusionConfig, expand, gaussian, make_schedule, time_grid
+from diffusion import GRIDS, SAMPLERS, DiffusionConfig, expand, gaussian, make_schedule, sampling_times
 
 F64 = torch.float64
 SCHEDULES = ["cosine", "linear", "scaled_linear", "sigmoid", "flow", "edm"]
 PREDICTIONS = ["v", "eps", "x0", "flow"]
+SIZES = [64, 256, 1024]
+ORDERS = {"heun": 2, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "unipc": 2, "plms": 4, "prk": 4}  # all but DDIM
 WEIGHTS = ["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm"]
 
 
@@ -20,10 +24,20 @@ def schedule_of(name="cosine", size=64, **options):
     return make_schedule(DiffusionConfig(schedule=name, **options), size)
 
 
+def even(steps, start=1.0):
+    """Times that are even in t, down to 0 itself: what published samplers take."""
+    return torch.linspace(start, 0, steps + 1, dtype=F64)
+
+
+def levels(schedule, t, x):
+    """alpha and sigma of t, one or (B,), to multiply x (B, ...), in its precision."""
+    return [expand(c.reshape(-1).to(x), x) for c in schedule.alpha_sigma(t)]
+
+
 def gauss_denoiser(schedule, mean=0.3, std=0.5):
     """E[x0 | x_t] of x0 ~ N(mean, std^2), element by element."""
     def denoise(x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         return mean + alpha * std**2 / (alpha**2 * std**2 + sigma**2) * (x_t - alpha * mean)
     return denoise
 
@@ -31,7 +45,7 @@ def gauss_denoiser(schedule, mean=0.3, std=0.5):
 def mixture_denoiser(schedule, means=(-0.6, 0.5), stds=(0.15, 0.25), weights=(0.4, 0.6)):
     """E[x0 | x_t] of a mixture of two normals, element by element."""
     def denoise(x_t, t):
-        alpha, sigma = (expand(c, x_t).unsqueeze(-1) for c in schedule.alpha_sigma(t))
+        alpha, sigma = (c.unsqueeze(-1) for c in levels(schedule, t, x_t))
         m, s, w = (torch.tensor(v, dtype=x_t.dtype) for v in (means, stds, weights))
         var, miss = alpha**2 * s**2 + sigma**2, x_t.unsqueeze(-1) - alpha * m
         share = torch.softmax(w.log() - 0.5 * miss**2 / var - 0.5 * var.log(), -1)
@@ -109,14 +123,34 @@ def test_every_eight_bit_picture_survives_the_space_of_pixels():
 # Schedules -----------------------------------------------------------------------------------------------
 
 
+def every_schedule(*kinds):
+    """Each curve, size and kind of shift, with and without signal at t = 1."""
+    for name in SCHEDULES:
+        for size, base in ((64, 0), (16, 64), (64, 64), (256, 64), (1024, 64), (1024, 16)):
+            for kind in kinds or ("uniform", "interpolated"):
+                yield schedule_of(name, size, size_shift=kind, shift_base=base)
+                if "linear" in name:
+                    yield schedule_of(name, size, size_shift=kind, shift_base=base, zero_snr=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_logsnr_falls_strictly_from_its_first_to_its_last_time(dtype):
+    for schedule in every_schedule():
+        logsnr = schedule.logsnr(torch.linspace(0, 1, 1001, dtype=dtype))
+        assert logsnr.dtype == dtype
+        assert logsnr.abs().max() <= 20
+        assert (logsnr.diff() < 0).all(), schedule
+        alpha, sigma = schedule.alpha_sigma(torch.linspace(0, 1, 1001, dtype=dtype))
+        assert (alpha > 4e-5).all()
+        assert (sigma > 4e-5).all()
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("size", [16, 64, 1024])
-def test_logsnr_falls_is_finite_at_both_ends_and_inverts(name, size):
-    schedule = schedule_of(name, size)
+@pytest.mark.parametrize("kind", ["uniform", "interpolated"])
+def test_logsnr_inverts_and_is_the_same_in_float32(name, size, kind):
+    schedule = schedule_of(name, size, size_shift=kind)
     logsnr = schedule.logsnr(torch.linspace(0, 1, 4001))
-    assert logsnr.dtype == torch.float32
-    assert logsnr.abs().max() <= 20
-    assert (logsnr.diff() <= 0).all()
     torch.testing.assert_close(logsnr.double(), schedule.logsnr(torch.linspace(0, 1, 4001, dtype=F64)),
                                atol=2e-3, rtol=0)
     t = torch.linspace(0.01, 0.9, 90, dtype=F64)
@@ -124,6 +158,21 @@ def test_logsnr_falls_is_finite_at_both_ends_and_inverts(name, size):
     alpha, sigma = schedule.alpha_sigma(t)
     torch.testing.assert_close(2 * torch.log(alpha / sigma), schedule.logsnr(t))
     torch.testing.assert_close(alpha + sigma if name == "flow" else alpha**2 + sigma**2, torch.ones_like(t))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_an_interpolated_shift_acts_at_one_end_and_loses_neither(name):
+    t = torch.linspace(0, 1, 101, dtype=F64)
+    plain, large, small = (schedule_of(name, size, size_shift="interpolated") for size in (64, 1024, 16))
+    near = plain.logsnr(t).abs() < 10  # away from where schedules bend
+    shift = 2 * math.log(16)
+    torch.testing.assert_close((large.logsnr(t) - plain.logsnr(t))[near], (-shift * t)[near])
+    near = (small.logsnr(t).abs() < 16) & near
+    torch.testing.assert_close((small.logsnr(t) - plain.logsnr(t))[near], (shift / 2 * (1 - t))[near])
+    assert large.logsnr(t)[0] == plain.logsnr(t)[0] > 12
+    assert small.logsnr(t)[-1] == plain.logsnr(t)[-1]
+    old = schedule_of(name, 1024)
+    assert old.logsnr(t[1:2]) < plain.logsnr(t[1:2]) - 5 < large.logsnr(t[1:2]) - 4
 
 
 def test_schedules_have_their_closed_forms():
@@ -157,19 +206,74 @@ def test_quadratic_and_unknown_schedules_are_refused_with_a_reason():
         schedule_of("cosine", 0)
 
 
-def test_respacing_picks_indices_of_the_same_schedule():
+def test_eps_is_refused_where_no_signal_is_left():
+    for name in ("linear", "scaled_linear"):
+        with pytest.raises(ValueError, match=r"eps .* zero_snr") as error:
+            schedule_of(name, zero_snr=True, prediction="eps")
+        assert "\n" not in str(error.value)
+        schedule_of(name, zero_snr=True, prediction="v")
+        schedule_of(name, prediction="eps")
+
+
+def chosen(spec, steps=1000):
+    return (diffusion.respaced(spec, steps) * steps - 1).round().int().tolist()[-2::-1]
+
+
+def published(counts, steps=1000):
+    """What the published code picks of each section, in exact steps of its running sum."""
+    indices, first = [], 0
+    for number, count in enumerate(counts):
+        size = steps // len(counts) + (1 if number < steps % len(counts) else 0)
+        stride = 1 if count <= 1 else (size - 1) / (count - 1)
+        at = 0.0
+        for _ in range(count):
+            indices.append(first + round(at))
+            at += stride
+        first += size
+    return indices
+
+
+@pytest.mark.filterwarnings("ignore:respacing")
+def test_respacing_picks_the_published_indices_of_the_same_schedule():
     assert (diffusion.respaced("1000") * 1000).tolist() == pytest.approx(list(range(1000, -1, -1)))
-    fifty = (diffusion.respaced("10,10,30", 300) * 300 - 1).round().int().tolist()
-    assert len(fifty) == 51
-    assert fifty[-1] == -1
-    assert fifty[0] == 299
+    for count in range(1, 1001):
+        assert chosen(str(count)) == published([count]), count
+    for spec in ("10,10,30", "1,1,1", "333,1,2", "334,333,333", "10,15,20", "7,7,7,7,7,7,7"):
+        counts = [int(n) for n in spec.split(",")]
+        assert chosen(spec) == published(counts), spec
+        assert chosen(spec, 4001) == published(counts, 4001), spec
+    fifty = chosen("10,10,30", 300)
     assert [sum(a <= i < a + 100 for i in fifty) for a in (0, 100, 200)] == [10, 10, 30]
-    ddim = (diffusion.respaced("ddim25") * 1000 - 1).round().int().tolist()
-    assert ddim[:-1] == list(range(0, 1000, 40))[::-1]
-    assert ((torch.diff(diffusion.respaced("250")) < 0).all())
-    for bad in ("", "0", "a", "10,", "1001", "ddim10,10", "600,10"):
+    assert chosen("5") == [0, 250, 500, 749, 999]  # a tie is rounded by the running sum
+    for bad in ("", "0", "a", "10,", "1001", "ddim10,10", "600,10", "ddim0", "10,0,10", "334,334,333"):
         with pytest.raises(ValueError, match="respacing"):
             diffusion.respaced(bad)
+
+
+@pytest.mark.filterwarnings("ignore:respacing")
+def test_ddim_respacing_is_an_integer_stride_or_is_refused_with_the_nearest_that_are():
+    works = {len(range(0, 1000, stride)): stride for stride in range(999, 0, -1)}
+    assert len(works) == 62
+    for count in range(1, 1100):
+        if count in works:
+            assert chosen(f"ddim{count}") == list(range(0, 1000, works[count]))
+        else:
+            with pytest.raises(ValueError, match=r"ddim[0-9]+ and ddim[0-9]+ work") as error:
+                diffusion.respaced(f"ddim{count}")
+            near = [abs(int(n) - count) for n in re.findall("ddim([0-9]+)", str(error.value))[1:]]
+            assert near == sorted(abs(n - count) for n in works)[:2]
+    with pytest.raises(ValueError, match="ddim500 and ddim334"):
+        diffusion.respaced("ddim430")
+
+
+def test_a_respacing_that_does_not_start_from_noise_warns():
+    for spec, steps in (("ddim3", 1000), ("1", 1000), ("ddim9", 1000)):
+        with pytest.warns(UserWarning, match=f"respacing {spec} starts at t = 0"):
+            diffusion.respaced(spec, steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for spec in ("2", "250", "ddim10", "ddim25", "10,10,20"):
+            diffusion.respaced(spec)
 
 
 # Targets, weights, losses --------------------------------------------------------------------------------
@@ -197,7 +301,7 @@ def test_targets_round_trip_in_float32_for_logsnr_between_minus_and_plus_20(pred
 def off_by(delta, x0, prediction, schedule):
     """A network whose x0 is wrong by delta, whatever it predicts."""
     def model(x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         guess = x0 + delta
         return target(guess, (x_t - alpha * guess) / sigma, alpha, sigma, prediction)
     return model
@@ -266,19 +370,24 @@ def test_sigmoid_weight_does_not_depend_on_the_schedule():
 
 def test_uncertainty_learns_the_logarithm_of_the_loss():
     schedule, head = schedule_of(), diffusion.Uncertainty()
-    config = DiffusionConfig(loss_weight="learned")
     t = diffusion.stratify(torch.full((64,), 0.5), torch.arange(64), 64)
     x0 = gaussian(torch.arange(64), (3, 8, 8))
     zero = lambda x_t, t: torch.zeros_like(x_t)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.02)
+    learned = DiffusionConfig(loss_weight="learned")
+    plain, _ = diffusion.losses(zero, 0.3 * x0, x0.flip(0), t, schedule, DiffusionConfig())
     first = None
     for _ in range(400):
-        weighted, raw = diffusion.losses(zero, 0.3 * x0, x0.flip(0), t, schedule, config, uncertainty=head)
+        loss, _ = diffusion.losses(zero, 0.3 * x0, x0.flip(0), t, schedule, learned)
+        assert torch.equal(loss, plain)  # Importance takes it before u turns its preference round
+        weighted = head.weigh(loss, schedule.logsnr(t))
         first = weighted if first is None else first
-        optimizer.zero_grad(); weighted.mean().backward(); optimizer.step()
-    plain = diffusion.losses(zero, 0.3 * x0, x0.flip(0), t, schedule, DiffusionConfig())[0]
+        optimizer.zero_grad()
+        weighted.mean().backward()
+        optimizer.step()
     torch.testing.assert_close(first, plain)  # it starts as the plain loss
     assert (head(schedule.logsnr(t)) - plain.log()).abs().mean() < 0.1
+    torch.testing.assert_close(weighted, 1 + plain.log(), atol=0.3, rtol=0)
 
 
 def test_loss_buckets_sum_to_the_whole():
@@ -321,6 +430,22 @@ def test_importance_draws_where_the_loss_is_and_stays_unbiased():
     assert torch.equal(state, importance.second_moment)
 
 
+def test_importance_starts_from_the_first_losses_and_evenly_until_all_are_known():
+    importance, u = diffusion.Importance(), (torch.arange(400) + 0.5) / 400
+    half = u[:200]
+    importance.update(*diffusion.bucket_sums((0.01 + half) ** 2, half, 100))
+    torch.testing.assert_close(importance.draw(u)[0], u, atol=1e-5, rtol=0)   # half has no loss yet
+    importance.update(*diffusion.bucket_sums((0.01 + u[200:]) ** 2, u[200:], 100))
+    t, weight = importance.draw(u)
+    centre = (torch.arange(100) + 0.5) / 100
+    torch.testing.assert_close(importance.second_moment.sqrt(), 0.01 + centre, atol=1e-3, rtol=0)
+    assert (1 / weight[t > 0.99]).mean().item() == pytest.approx(1.005 / 0.51, rel=0.02)
+    importance.update(*diffusion.bucket_sums(torch.full((400,), 9.0), u, 100))
+    gone = 0.98**4  # of four losses in each part
+    torch.testing.assert_close(importance.second_moment, (0.01 + centre) ** 2 * gone + 9 * (1 - gone),
+                               atol=1e-2, rtol=0)
+
+
 # Learned variance and likelihood -------------------------------------------------------------------------
 
 
@@ -348,7 +473,7 @@ def test_hybrid_loss_equals_the_integral_over_a_gaussian(fraction):
     denoise, (z, eps) = gauss_denoiser(schedule, 0.0, std), product_grid(160)
 
     def model(x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         x0 = denoise(x_t, t)
         v = target(x0, (x_t - alpha * x0) / sigma, alpha, sigma, "v")
         return torch.cat([v, torch.full_like(v, 2 * fraction - 1)], 1)
@@ -366,7 +491,7 @@ def test_hybrid_loss_trains_the_variance_only_and_is_finite_everywhere():
     t = torch.tensor([0.0, 1e-6, 1e-3, 0.5, 1.0])
     x0, eps = gaussian(torch.arange(5), (3, 4, 4)).clamp(-1, 1), gaussian(torch.arange(5) + 7, (3, 4, 4))
     output = torch.zeros(5, 6, 4, 4, requires_grad=True)
-    weighted, raw = diffusion.losses(lambda x_t, t: output, x0, eps, t, schedule, config)
+    weighted, _ = diffusion.losses(lambda x_t, t: output, x0, eps, t, schedule, config)
     grad = torch.autograd.grad(weighted.sum(), output)[0]
     assert grad.isfinite().all()
     assert weighted.isfinite().all()
@@ -376,11 +501,50 @@ def test_hybrid_loss_trains_the_variance_only_and_is_finite_everywhere():
     torch.testing.assert_close(grad[:, :3], plain[:, :3])
 
 
+@pytest.mark.parametrize("kind", ["uniform", "interpolated"])
+def test_learned_variance_and_likelihood_are_finite_on_every_schedule(kind):
+    t = torch.cat([torch.linspace(0, 1, 401), torch.tensor([1e-7, 1e-5, 0.9999, 0.99999])])
+    x0, eps = (gaussian(torch.arange(len(t)) + k, (1, 2, 2)) for k in (0, 7))
+    config = DiffusionConfig(learn_sigma=True)
+    for schedule in every_schedule(kind):
+        output = torch.zeros(len(t), 2, 2, 2, requires_grad=True)
+        loss = diffusion.losses(lambda x_t, t: output, x0.clamp(-1, 1), eps, t, schedule, config)[0]
+        assert loss.isfinite().all(), schedule
+        assert torch.autograd.grad(loss.sum(), output)[0].isfinite().all(), schedule
+        noise, denoise = diffusion.noise_source(torch.arange(4), (1, 2, 2)), gauss_denoiser(schedule)
+        for times in (even(20), even(20, 0.5), sampling_times(schedule, 50)):
+            bits = diffusion.nll(denoise, x0[:4].clamp(-1, 1), times, noise, schedule)
+            assert bits.isfinite().all(), schedule
+
+
+def test_the_decoder_keeps_its_tails_and_their_slope():
+    x0, half = torch.tensor([0.1, 0.5, -0.3, 1.0, -1.0]), 1 / 255
+    for std, miss in ((1 / 255, 7.0), (0.01, 5.0), (0.05, 3.0), (0.5, 0.0), (1e-4, 0.5), (0.003, 20.0)):
+        for sign in (1, -1):
+            mean = (x0 + sign * miss * std).requires_grad_()
+            bits = diffusion.decoder_bits(x0, mean, torch.full_like(x0, 2 * math.log(std)))
+            low, high = ((x0.double() - mean.double() + k) / std for k in (-half, half))
+            low[4], high[3] = -math.inf, math.inf
+            mirror = low > 0
+            low, high = torch.where(mirror, -high, low), torch.where(mirror, -low, high)
+            lower, upper = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+            exact = -(upper + torch.log1p(-torch.exp(lower - upper))) / math.log(2)
+            torch.testing.assert_close(bits.double(), exact.detach(), rtol=2e-3, atol=2e-3)
+            slope = torch.autograd.grad(bits.sum(), mean)[0]
+            assert slope.isfinite().all()
+            if miss * std > 1.2 * half:
+                outwards = slope[:3] * sign
+                assert (outwards > 0).all()
+    log_var = torch.full((1,), -2 * math.log(255))
+    at_six = diffusion.decoder_bits(torch.zeros(1), torch.full((1,), 7 / 255), log_var)
+    assert at_six.item() == pytest.approx(-math.log2(9.866e-10 - 6.2e-16), abs=1e-3)        # 29.9 bits
+
+
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_nll_equals_the_integral_over_a_gaussian(fraction):
     schedule, std, steps = schedule_of("cosine"), 0.2, 100
     z, eps = product_grid(160)
-    times = time_grid(steps)
+    times = even(steps)
     denoise = gauss_denoiser(schedule, 0.0, std)
     bits = diffusion.nll(denoise, std * z, times, lambda i: eps, schedule, fraction)
     alpha, sigma = schedule.alpha_sigma(torch.tensor(1.0, dtype=F64))
@@ -405,7 +569,8 @@ def test_nll_is_near_the_entropy_of_quantised_data():
     x0 = (gaussian(torch.arange(16), (3, 32, 32)) * std).clamp(-1, 1)
     x0 = ((x0 + 1) * 127.5).round() / 127.5 - 1
     noise = diffusion.noise_source(torch.arange(16), (3, 32, 32))
-    times = diffusion.logsnr_grid(300, schedule)  # steps equal in t, doubling the noise, waste 2 bits
+    logsnr = torch.linspace(-8, 8, 300, dtype=F64)  # steps equal in t, doubling the noise, waste 2 bits
+    times = torch.cat([torch.ones(1), schedule.inverse(logsnr), torch.zeros(1)])
     bits = diffusion.nll(gauss_denoiser(schedule, 0.0, std), x0, times, noise, schedule).mean().item()
     entropy = math.log2(std * 127.5 * math.sqrt(2 * math.pi * math.e))
     assert entropy - 0.01 < bits < entropy + 0.15
@@ -420,7 +585,7 @@ def correlated(schedule, n=192):
     var, mean = torch.logspace(-3, 0, n, dtype=F64), torch.linspace(-0.5, 0.5, n, dtype=F64)
 
     def denoise(x_t, t):
-        alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t.flatten(1))
         miss = (x_t.flatten(1) - alpha * mean) @ basis
         return (mean + (alpha * var / (alpha**2 * var + sigma**2) * miss) @ basis.T).view_as(x_t)
 
@@ -433,7 +598,7 @@ def test_deterministic_samplers_reproduce_mean_and_covariance(name):
     schedule = schedule_of("cosine")
     denoise, mean, covariance = correlated(schedule)
     start = torch.cat([torch.zeros(1, 192, dtype=F64), torch.eye(192, dtype=F64)]).view(-1, 3, 8, 8)
-    out = SAMPLERS[name](denoise, start, time_grid(200), None, schedule).flatten(1)
+    out = SAMPLERS[name](denoise, start, even(200), None, schedule).flatten(1)
     matrix = out[1:] - out[0]
     tolerance = 2e-2 if name in ("ddim", "euler") else 3e-3
     torch.testing.assert_close(out[0], mean, atol=tolerance, rtol=0)
@@ -445,7 +610,7 @@ def test_stochastic_samplers_reproduce_mean_and_covariance(name):
     schedule = schedule_of("cosine")
     denoise, mean, covariance = correlated(schedule)
     noise = diffusion.noise_source(torch.arange(2000), (3, 8, 8))
-    out = SAMPLERS[name](denoise, gaussian(torch.arange(2000), (3, 8, 8)).double(), time_grid(60),
+    out = SAMPLERS[name](denoise, gaussian(torch.arange(2000), (3, 8, 8)).double(), even(60),
                          lambda i: noise(i).double(), schedule).flatten(1)
     assert (out.mean(0) - mean).abs().max() < 0.1
     error = (torch.cov(out.T) - covariance).norm() / covariance.norm()
@@ -459,7 +624,7 @@ def test_stochastic_samplers_reproduce_mean_and_covariance(name):
 def test_every_sampler_draws_a_mixture_of_two_in_float32(name, schedule_name):
     schedule = schedule_of(schedule_name)
     x, noise = gaussian(torch.arange(4000), (1,)), diffusion.noise_source(torch.arange(4000), (1,))
-    out = SAMPLERS[name](mixture_denoiser(schedule), x, time_grid(101), noise, schedule)
+    out = SAMPLERS[name](mixture_denoiser(schedule), x, even(101), noise, schedule)
     mean, var = 0.06, 0.4 * (0.36 + 0.0225) + 0.6 * (0.25 + 0.0625) - 0.06**2
     assert out.dtype == torch.float32
     assert out.isfinite().all()
@@ -475,7 +640,7 @@ def test_every_sampler_draws_a_mixture_of_two_pictures(name):
     centres = 0.25 * gaussian(torch.arange(2) + 7, (192,))
 
     def denoise(x_t, t):
-        alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t.flatten(1))
         var = alpha**2 * std**2 + sigma**2
         miss = x_t.flatten(1)[:, None] - alpha[:, None] * centres                         # (B, 2, 192)
         log_share = torch.tensor([share, 1 - share]).log() - 0.5 * miss.square().sum(2) / var
@@ -483,7 +648,7 @@ def test_every_sampler_draws_a_mixture_of_two_pictures(name):
         return (torch.softmax(log_share, 1)[..., None] * each).sum(1).view_as(x_t)
 
     x, noise = gaussian(torch.arange(n), (3, 8, 8)), diffusion.noise_source(torch.arange(n), (3, 8, 8))
-    out = SAMPLERS[name](denoise, x, time_grid(100), noise, schedule).flatten(1)
+    out = SAMPLERS[name](denoise, x, even(100), noise, schedule).flatten(1)
     first = (out[:, None] - centres).norm(dim=2).argmin(1) == 0
     assert first.float().mean().item() == pytest.approx(share, abs=0.05)
     for mode, centre in ((first, centres[0]), (~first, centres[1])):
@@ -501,9 +666,9 @@ def test_samplers_end_at_a_clean_picture_for_every_step_count(name):
     for steps in (1, 2, 3, 4, 5, 8, 13):
         seen = []
         denoise = lambda x_t, t: seen.append(t.clone()) or torch.full_like(x_t, 0.25)
-        out = SAMPLERS[name](denoise, x, time_grid(steps), noise, schedule)
+        out = SAMPLERS[name](denoise, x, even(steps), noise, schedule)
         torch.testing.assert_close(out, torch.full_like(x, 0.25), atol=2e-6, rtol=0)
-        assert all(t.shape == (4,) and (t > 0).all() for t in seen)  # never called where eps has no meaning
+        assert all(t.shape == () and t > 0 for t in seen)  # never called where eps has no meaning
 
 
 @functools.cache
@@ -511,7 +676,7 @@ def exact(schedule_name, toy, points=101):
     """Where the toy's trajectories from evenly placed noise end, by 4 x 1500 evaluations."""
     schedule = schedule_of(schedule_name)
     x = torch.linspace(-2.5, 2.5, points, dtype=F64)[:, None]
-    return SAMPLERS["prk"](toy(schedule), x, time_grid(1500), None, schedule)
+    return SAMPLERS["prk"](toy(schedule), x, even(1500), None, schedule)
 
 
 def slope(name, grid, steps, schedule, denoise, reference):
@@ -545,7 +710,7 @@ def test_order_survives_both_ends(name, order, schedule_name):
     schedule = schedule_of(schedule_name)
     denoise = mixture_denoiser(schedule)
     reference = exact(schedule_name, mixture_denoiser)
-    measured, error = slope(name, time_grid, (200, 400), schedule, denoise, reference)
+    measured, error = slope(name, even, (200, 400), schedule, denoise, reference)
     log_terms = name in ("dpmpp_2m", "unipc") and schedule_name != "edm"
     floor_reached = error[-1] < 1e-5
     assert floor_reached or measured > order - (0.6 if log_terms else 0.15)
@@ -555,7 +720,7 @@ def test_plms_at_50_evaluations_is_50_times_nearer_than_ddim():
     schedule = schedule_of("cosine")
     x = torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
     for toy in (mixture_denoiser, gauss_denoiser):
-        plms, ddim = (SAMPLERS[name](toy(schedule), x, time_grid(50), None, schedule) - exact("cosine", toy)
+        plms, ddim = (SAMPLERS[name](toy(schedule), x, even(50), None, schedule) - exact("cosine", toy)
                       for name in ("plms", "ddim"))
         assert ddim.norm() > 50 * plms.norm()
 
@@ -573,32 +738,138 @@ def test_ddim_with_eta_1_has_the_variance_of_ddpm():
     torch.testing.assert_close(large.exp(), sigma_t**2 - alpha_t**2 / alpha_s**2 * sigma_s**2)
 
 
+@pytest.mark.parametrize("size", [64, 1024])
+def test_churn_draws_the_same_distribution_with_fresh_noise(size):
+    schedule = schedule_of("cosine", size, size_shift="interpolated")
+    x, noise = gaussian(torch.arange(4000), (1,)).double(), diffusion.noise_source(torch.arange(4000), (1,))
+    ends = []
+    for churn in (0.0, 5.0, 1e9):
+        out = diffusion.heun(mixture_denoiser(schedule), x, sampling_times(schedule, 100),
+                             lambda i: noise(i).double(), schedule, churn=churn)
+        var = 0.4 * (0.36 + 0.0225) + 0.6 * (0.25 + 0.0625) - 0.06**2
+        assert out.mean().item() == pytest.approx(0.06, abs=0.04)
+        assert out.std().item() == pytest.approx(math.sqrt(var), abs=0.03)
+        assert (out < 0).double().mean().item() == pytest.approx(0.4 + 0.6 * 0.0228, abs=0.03)
+        ends.append(out)
+    for churned in ends[1:]:
+        assert torch.corrcoef(torch.cat([ends[0], churned], 1).T)[0, 1] < 0.9
+    still = diffusion.heun(mixture_denoiser(schedule), x, sampling_times(schedule, 100), None, schedule)
+    assert torch.equal(still, ends[0])                                      # no noise is drawn
+
+
+def test_churn_is_the_published_step_back():
+    """In sigma / alpha each level is raised by 1 + min(churn / N, sqrt 2 - 1) (2206.00364, algorithm 2)."""
+    schedule, seen, times = schedule_of("cosine"), [], sampling_times(schedule_of("cosine"), 10)
+    denoise = lambda x_t, t: seen.append(t) or 0.5 * x_t
+    for churn, gamma in ((2.0, 0.2), (1e9, math.sqrt(2) - 1)):
+        seen.clear()
+        diffusion.heun(denoise, torch.ones(1, 1, dtype=F64), times, lambda i: 0, schedule, churn=churn)
+        raised = torch.stack([t for t in seen if (t - times).abs().min() > 1e-12])
+        assert len(raised) == 9                                             # t = 1 is not raised
+        expected = schedule.logsnr(times[1:-1]) - 2 * math.log1p(gamma)
+        torch.testing.assert_close(schedule.logsnr(raised), expected)
+
+
 def test_a_sample_does_not_depend_on_its_neighbours():
     schedule, keys = schedule_of(), torch.arange(6)
     for name, sampler in SAMPLERS.items():
-        run = lambda k: sampler(mixture_denoiser(schedule), gaussian(k, (3, 4, 4)), time_grid(6),
+        run = lambda k: sampler(mixture_denoiser(schedule), gaussian(k, (3, 4, 4)), even(6),
                                 diffusion.noise_source(k, (3, 4, 4)), schedule)
         torch.testing.assert_close(run(keys)[2:5], run(keys[2:5]), atol=1e-6, rtol=0, msg=name)
 
 
-def test_logsnr_grid_suits_the_multistep_solvers():
-    schedule = schedule_of("cosine", 256)
-    times = diffusion.logsnr_grid(20, schedule)
-    assert times.dtype == F64
-    assert times[0] == 1
-    assert times[-1] == 0
-    assert (times.diff() < 0).all()
-    assert len(times) == 21
-    logsnr = schedule.logsnr(times[1:-1])
-    torch.testing.assert_close(logsnr.diff(), logsnr.diff()[:1].expand(18))
-    assert diffusion.logsnr_grid(7, schedule, 0.5)[0] == 0.5
-    assert len(diffusion.logsnr_grid(1, schedule)) == 2
-    assert (diffusion.logsnr_grid(9, schedule, 0.002).diff() < 0).all()
-    schedule, x = schedule_of("cosine"), torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
-    grids = diffusion.logsnr_grid(20, schedule), time_grid(20)
-    ends = [diffusion.dpmpp_2m(mixture_denoiser(schedule), x, times, None, schedule) for times in grids]
-    distance = [(end - exact("cosine", mixture_denoiser)).norm() for end in ends]
-    assert distance[0] < distance[1] / 2
+# Times of a sampler --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", list(GRIDS))
+def test_times_fall_from_the_start_to_exactly_0_over_a_level_that_eight_bits_do_not_show(grid):
+    for schedule in every_schedule():
+        for steps, start, shift in ((1, 1.0, 1.0), (2, 1.0, 1.0), (25, 1.0, 3.0), (25, 1.0, 0.3),
+                                    (9, 0.01, 1.0), (400, 1.0, 1.0)):
+            times = sampling_times(schedule, steps, grid, start, shift)
+            assert times.dtype == F64
+            assert times.shape == (steps + 1,)
+            assert (times[0], times[-1]) == (start, 0)
+            assert (times.diff() < 0).all(), (schedule, steps, start, shift)
+            logsnr = schedule.logsnr(times)
+            assert (logsnr.diff() > 0).all(), (schedule, steps, start, shift)
+            reached = logsnr[-2] > 2 * math.log(255)                        # half a step of eight bits
+            lost = schedule.logsnr(torch.tensor(1e-7, dtype=F64)) < 2 * math.log(255)  # edm, shifted evenly
+            assert reached or lost or steps == 1
+
+
+def test_each_grid_is_even_in_what_it_says():
+    schedule = schedule_of("cosine", 256, size_shift="interpolated")
+    for grid, of in (("uniform", lambda t: t), ("logsnr", schedule.logsnr),
+                     ("karras", lambda t: torch.exp(-schedule.logsnr(t) / 14))):
+        inner = of(sampling_times(schedule, 20, grid)[1:-1])
+        torch.testing.assert_close(inner.diff(), inner.diff()[:1].expand(18), rtol=1e-6, atol=1e-9)
+    half = sampling_times(schedule, 21)[10]
+    assert sampling_times(schedule, 21, shift=3.0)[10] > half > sampling_times(schedule, 21, shift=0.3)[10]
+    flow = schedule_of("flow")
+    t = sampling_times(flow, 20, "uniform")[1:-2]
+    shifted = sampling_times(flow, 20, "uniform", shift=3.0)[1:-2]     # Stable Diffusion 3: 3 t / (1 + 2 t)
+    torch.testing.assert_close(shifted, 3 * t / (1 + 2 * t), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "interpolated"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", list(ORDERS))
+def test_detail_survives_25_steps_at_every_size(name, size, kind):
+    """What is left of the amplitude of Gaussian detail of deviation 0.05, with the exact denoiser."""
+    for schedule_name in SCHEDULES:
+        schedule = schedule_of(schedule_name, size, size_shift=kind)
+        if schedule.logsnr(torch.zeros(1)) < 2 * math.log(255):
+            continue                                                        # edm, shifted evenly, lost it
+        noise = diffusion.noise_source(torch.arange(1), (4000,))
+        x = quantiles(4000)[torch.randperm(4000, generator=torch.Generator().manual_seed(0))][None]
+        denoise = gauss_denoiser(schedule, 0.0, 0.05)
+        out = SAMPLERS[name](denoise, x, sampling_times(schedule, 25), lambda i: noise(i).double(), schedule)
+        assert 0.93 < out.std().item() / 0.05 < 1.07, schedule_name
+
+
+def test_the_default_grid_suits_every_sampler_better_than_even_times():
+    """Error of 25 steps of the mixture and of the amplitude of detail, at 64 and 1024 pixels."""
+    x = torch.linspace(-2.5, 2.5, 101, dtype=F64)[:, None]
+    for name in ("dpmpp_2m", "unipc", "heun", "plms", "ddim"):
+        for schedule_name, size in (("cosine", 64), ("cosine", 1024), ("scaled_linear", 64)):
+            schedule = schedule_of(schedule_name, size, size_shift="interpolated")
+            denoise, fine = mixture_denoiser(schedule), gauss_denoiser(schedule, 0.0, 0.05)
+            reference = exact_on_its_grid(schedule_name, size)
+            error, detail = [], []
+            for grid in GRIDS:
+                times = sampling_times(schedule, 25, grid)
+                out = SAMPLERS[name](denoise, x, times, None, schedule)
+                error.append((out - reference).square().mean().sqrt().item())
+                sharp = SAMPLERS[name](fine, torch.ones(1, 1, dtype=F64), times, None, schedule)
+                detail.append(abs(math.log(sharp.item() / 0.05)))
+            uniform, logsnr, karras = detail
+            assert logsnr < min(uniform, karras), (name, schedule_name, size)
+            if name in ("dpmpp_2m", "unipc"):
+                assert error[1] < min(error[0], error[2]), (name, schedule_name, size)
+            limit = {"dpmpp_2m": 0.014, "unipc": 0.006, "heun": 0.025, "plms": 0.007, "ddim": 0.07}[name]
+            assert error[1] < limit, (name, schedule_name, size)
+
+
+@functools.cache
+def exact_on_its_grid(schedule_name, size, points=101):
+    """Where the mixture's trajectories end on a schedule that is shifted for the size."""
+    schedule = schedule_of(schedule_name, size, size_shift="interpolated")
+    x = torch.linspace(-2.5, 2.5, points, dtype=F64)[:, None]
+    return SAMPLERS["prk"](mixture_denoiser(schedule), x, sampling_times(schedule, 2000), None, schedule)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["ddim", *(n for n in ORDERS if n != "dpmpp_2m_sde")])
+def test_order_is_kept_on_shifted_schedules_on_every_grid(name, size):
+    """From pure noise to t = 0, but for the logarithm by which both ends move out with the steps."""
+    schedule = schedule_of("cosine", size, size_shift="interpolated")
+    denoise, reference = mixture_denoiser(schedule), exact_on_its_grid("cosine", size)
+    for grid in GRIDS:
+        measured, error = slope(name, lambda n, grid=grid: sampling_times(schedule, n, grid), (100, 200),
+                                schedule, denoise, reference)
+        order = 2 if name in ORDERS else 1
+        assert measured > order - 0.36 or error[-1] < 1e-6, grid
 
 
 # The published implementations ---------------------------------------------------------------------------
@@ -626,7 +897,7 @@ def run_oracle(scheduler, steps, x, schedule, denoise, variance_exploding=False,
     x = x / first if variance_exploding else x
     for timestep in scheduler.timesteps:
         t = ((timestep.double() + 1) / 1000).expand(len(x))
-        alpha, sigma = (expand(c, x) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x)
         x_t = x * alpha if variance_exploding else x
         eps = (x_t - alpha * denoise(x_t, t)) / sigma
         x = scheduler.step(eps, timestep, x, **options).prev_sample
@@ -747,7 +1018,7 @@ def test_learned_variance_equals_the_published_one(toy, monkeypatch):
     x = toy
     for timestep in scheduler.timesteps:
         t = ((timestep.double() + 1) / 1000).expand(8)
-        alpha, sigma = (expand(c, x) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x)
         eps = (x - alpha * denoise(x, t)) / sigma
         x = scheduler.step(torch.cat([eps, head(x)], 1), timestep, x).prev_sample
     seen = []
@@ -764,7 +1035,7 @@ def test_plms_equals_the_published_one_after_its_start(toy):
     history = []
 
     def record(x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         history.append((x_t - alpha * denoise(x_t, t)) / sigma)
         return denoise(x_t, t)
 
@@ -782,7 +1053,7 @@ def test_flow_matching_equals_the_published_one(toy):
     scheduler = oracle("FlowMatchEulerDiscreteScheduler", shift=3.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist())
     schedule = schedule_of("flow", 192)
-    denoise, times = mixture_denoiser(schedule), time_grid(20)
+    denoise, times = mixture_denoiser(schedule), even(20)
     torch.testing.assert_close(schedule.alpha_sigma(times)[1], scheduler.sigmas.double(), atol=5e-5, rtol=0)
     x = toy
     for i, timestep in enumerate(scheduler.timesteps):
@@ -889,7 +1160,8 @@ def condition_of(b=4, seed=0):
 @pytest.fixture
 def setting():
     schedule, config = schedule_of(), DiffusionConfig()
-    return schedule, config, condition_of(), gaussian(torch.arange(4), (3, 8, 8)), torch.full((4,), 0.4)
+    t = torch.tensor(0.4, dtype=F64)  # as a sampler gives it
+    return schedule, config, condition_of(), gaussian(torch.arange(4), (3, 8, 8)), t
 
 
 def test_guidance_of_1_is_the_conditional_output_in_one_call_of_b_rows(setting):
@@ -918,12 +1190,18 @@ def test_guidance_of_0_is_the_unconditional_output_and_any_other_is_on_the_line(
     assert condition["mask"].any()
 
 
-def test_guidance_interval_is_plain_outside(setting):
+def test_guidance_interval_is_plain_outside_and_costs_nothing_there(setting):
     schedule, config, condition, x, t = setting
     cond = diffusion.denoiser(Net(), schedule, config, condition)(x, t)
-    for interval, inside in (((0.5, 1.0), False), ((0.2, 0.6), True)):
-        out = diffusion.guided(Net(), schedule, config, condition, 5.0, interval=interval)(x, t)
-        assert torch.equal(out, cond) != inside
+    weak = diffusion.denoiser(Net(), schedule, config, condition_of(seed=9))
+    outside, around = ((0.5, 1.0), (0.0, 0.3)), ((0.2, 0.6), (0.4, 1.0))
+    for interval in outside + around:
+        inside = interval in around
+        for other, rows in ((None, 8), (weak, 4)):
+            net = Net()
+            out = diffusion.guided(net, schedule, config, condition, 5.0, interval=interval, weak=other)(x, t)
+            assert torch.equal(out, cond) != inside
+            assert (net.calls, net.rows) == (1, rows if inside else 4)
 
 
 def test_several_conditions_each_with_a_weight(setting):
@@ -932,7 +1210,7 @@ def test_several_conditions_each_with_a_weight(setting):
     a, b, zero = (diffusion.denoiser(Net(), schedule, config, c)(x, t) for c in (one, two, null))
     net = Net()
     pair = diffusion.branches(net, schedule, config, [one, two], [0.7, -0.2], null)
-    out = diffusion.guidance(pair, 3.0)(x, t)
+    out = diffusion.guidance(None, pair, 3.0)(x, t)
     assert net.calls == 1
     assert net.rows == 12
     torch.testing.assert_close(out, zero + 3 * (0.7 * (a - zero) - 0.2 * (b - zero)))
@@ -940,8 +1218,8 @@ def test_several_conditions_each_with_a_weight(setting):
 
 def test_autoguidance_extrapolates_from_the_weaker_model():
     good, bad = (lambda x, t: x + 1), (lambda x, t: x + 0.5)
-    denoise = diffusion.guidance(lambda x, t: (good(x, t), bad(x, t)), 2.0)
-    out = denoise(torch.zeros(2, 3), torch.full((2,), 0.5))
+    denoise = diffusion.guidance(good, lambda x, t: (good(x, t), bad(x, t)), 2.0)
+    out = denoise(torch.zeros(2, 3), torch.tensor(0.5))
     torch.testing.assert_close(out, torch.full((2, 3), 1.5))
 
 
@@ -962,7 +1240,7 @@ def test_rescaled_guidance_keeps_the_deviation_of_the_conditional_prediction(set
 
 def test_projected_guidance_is_orthogonal_bounded_and_has_momentum():
     cond, uncond = (gaussian(torch.arange(4) + k, (3, 8, 8)) for k in (0, 40))
-    w = torch.full((4, 1, 1, 1), 5.0)
+    w = 5.0
     push = diffusion.projected(limit=1e9)(uncond, cond, w) - cond
     assert (push * cond).flatten(1).sum(1).abs().max() < 1e-3
     full = diffusion.projected(limit=1e9, parallel=1.0)(uncond, cond, w)
@@ -980,7 +1258,7 @@ def test_classifier_guidance_draws_the_posterior():
     prior = gauss_denoiser(schedule, 0.0, std)
 
     def log_prob(x_t, t):
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         var = std**2 * sigma**2 / (alpha**2 * std**2 + sigma**2) + noise_std**2
         return (-0.5 * (y - prior(x_t, t)) ** 2 / var - 0.5 * torch.log(var)).flatten(1).sum(1)
 
@@ -988,7 +1266,7 @@ def test_classifier_guidance_draws_the_posterior():
     x, t = quantiles(500)[:, None], torch.full((500,), 0.5, dtype=F64)
     lean = x + 1e-3 * (denoise(x, t) - prior(x, t))
     assert (log_prob(lean, t) > log_prob(x, t)).all()
-    out = diffusion.heun(denoise, x, time_grid(200), None, schedule)
+    out = diffusion.heun(denoise, x, even(200), None, schedule)
     var = 1 / (1 / std**2 + 1 / noise_std**2)
     assert out.mean().item() == pytest.approx(var * y / noise_std**2, abs=0.01)
     assert out.std().item() == pytest.approx(math.sqrt(var), abs=0.01)
@@ -1022,7 +1300,7 @@ def test_learned_variance_is_never_extrapolated_by_guidance():
         net, fractions = diffusion.LearnedVariance(Net(learn_sigma=True)), []
         denoise = diffusion.guided(net, schedule, config, condition, scale)
         variance = lambda: fractions.append(net.fraction[:4]) or fractions[-1]
-        SAMPLERS["ddpm"](denoise, x, time_grid(5), noise, schedule, variance=variance)
+        SAMPLERS["ddpm"](denoise, x, even(5), noise, schedule, variance=variance)
         seen[scale] = torch.stack(fractions)
     assert torch.equal(seen[1.0], seen[9.0])  # this network's variance depends on the text only
 
@@ -1038,14 +1316,14 @@ def test_inpainting_keeps_what_is_known_and_fills_in_the_rest(name):
 
     def denoise(x_t, t):
         """Pictures of one grey value N(0, 0.5^2): what is known says everything about the rest."""
-        alpha, sigma = (expand(c, x_t) for c in schedule.alpha_sigma(t))
+        alpha, sigma = levels(schedule, t, x_t)
         grey = x_t.mean((1, 2, 3), keepdim=True)
         return (alpha * 0.25 / (alpha**2 * 0.25 + sigma**2 / 16) * grey).expand_as(x_t)
 
     x, noise = gaussian(torch.arange(64), (1, 4, 4)), diffusion.noise_source(torch.arange(64), (1, 4, 4))
     errors = []
     for resample in (1, 8):
-        out = diffusion.inpaint(SAMPLERS[name], denoise, x, time_grid(24), noise, schedule, known, keep,
+        out = diffusion.inpaint(SAMPLERS[name], denoise, x, even(24), noise, schedule, known, keep,
                                 resample, jump=4)
         assert torch.equal(out[keep], known[keep])
         errors.append((out[~keep] - 0.9).abs().mean())
@@ -1053,12 +1331,45 @@ def test_inpainting_keeps_what_is_known_and_fills_in_the_rest(name):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_inpainting_in_one_go_is_the_sampler_itself(name):
+    """No restart, which would take a multistep sampler its history; all of the picture is free."""
+    schedule, x = schedule_of(), gaussian(torch.arange(4), (1, 4, 4))
+    noise, times = diffusion.noise_source(torch.arange(4), (1, 4, 4)), sampling_times(schedule, 25)
+    denoise, free = mixture_denoiser(schedule), torch.zeros(4, 1, 4, 4)
+    out = diffusion.inpaint(SAMPLERS[name], denoise, x, times, noise, schedule, x, free)
+    assert torch.equal(out, SAMPLERS[name](denoise, x, times, noise, schedule))
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "heun", "ddpm"])
+def test_a_grey_mask_holds_a_pixel_until_its_time(name):
+    """Of `keep` 1 stays, 0 is free; what is held to t = 1 - keep is drawn from there, given the known one."""
+    schedule, n, std = schedule_of(), 2000, 0.5
+    grey = [0.0, 0.5, 0.8, 1.0]
+    keep = torch.tensor(grey).expand(n, 1, 1, 4)
+    known, noise = torch.full((n, 1, 1, 4), 0.1), diffusion.noise_source(torch.arange(n), (1, 1, 4))
+    x, denoise = gaussian(torch.arange(n), (1, 1, 4)), gauss_denoiser(schedule, 0.0, std)
+    run = functools.partial(diffusion.inpaint, SAMPLERS[name], denoise, x, even(200), noise, schedule, known)
+    out = run(keep)
+    assert torch.equal(out[..., 3], known[..., 3])
+    assert torch.equal(out[..., 0], run(0 * keep)[..., 0])
+    for column in range(3):                                                 # x_t ~ N(alpha known, sigma^2)
+        alpha, sigma = schedule.alpha_sigma(torch.tensor(1 - grey[column], dtype=F64))
+        power = alpha**2 * std**2 + sigma**2
+        spread = (std**2 * sigma**2 / power + (alpha * std**2 * sigma / power) ** 2).sqrt().item()
+        if name != "ddpm":                                                  # the path from x_t is one
+            spread = (std * sigma / power.sqrt()).item()
+        assert out[..., column].std().item() == pytest.approx(spread, rel=0.06)
+    assert torch.equal(run(keep > 0.7), run((keep > 0.7).float()))
+
+
 def test_image_to_image_moves_further_with_strength():
     schedule, init = schedule_of(), torch.full((256, 1), 0.45)
     eps, distance = gaussian(torch.arange(256), (1,)), []
     for strength in (0.1, 0.5, 1.0):
         start = diffusion.noised(init, eps, torch.full((256,), strength), schedule)
-        out = diffusion.dpmpp_2m(mixture_denoiser(schedule), start, time_grid(20, strength), None, schedule)
+        times = sampling_times(schedule, 20, start=strength)
+        out = diffusion.dpmpp_2m(mixture_denoiser(schedule), start, times, None, schedule)
         distance.append((out - init).abs().mean())
     assert distance[0] < 0.1 < distance[1] < distance[2]
 
@@ -1069,10 +1380,11 @@ def test_image_to_image_moves_further_with_strength():
 def test_bad_input_is_one_clear_line():
     schedule, config, x = schedule_of(), DiffusionConfig(), torch.zeros(2, 3, 8, 8)
     denoise = gauss_denoiser(schedule)
-    inpainting = diffusion.ddim, denoise, x, time_grid(4), None, schedule
+    inpainting = diffusion.ddim, denoise, x, even(4), None, schedule
     cases = [
-        lambda: time_grid(0), lambda: time_grid(-3),
-        lambda: time_grid(5, 0.0), lambda: time_grid(5, math.nan),
+        lambda: sampling_times(schedule, 0), lambda: sampling_times(schedule, -3),
+        lambda: sampling_times(schedule, 5, start=0.0), lambda: sampling_times(schedule, 5, start=math.nan),
+        lambda: sampling_times(schedule, 5, shift=0.0), lambda: sampling_times(schedule, 5, shift=math.inf),
         lambda: diffusion.guided(Net(), schedule, config, condition_of(2), math.nan),
         lambda: diffusion.guided(Net(), schedule, config, condition_of(2), -1.0),
         lambda: diffusion.guided(Net(), schedule, config, condition_of(2), math.inf),
@@ -1092,53 +1404,48 @@ def test_bad_input_is_one_clear_line():
         assert "\n" not in str(error.value)
 
 
-def forbid_reading(monkeypatch) -> list[bool]:
-    """A switch: while it is on, no tensor may be read back, which is what synchronises."""
-    inside = [False]
-    for method in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
-        original = getattr(torch.Tensor, method)
-
-        def guarded(self, *args, original=original, method=method):
-            assert not inside[0], f"{method} inside the loop"
-            return original(self, *args)
-
-        monkeypatch.setattr(torch.Tensor, method, guarded)
-    return inside
-
-
+@pytest.mark.parametrize("options", [{}, {"churn": 5.0}])
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_no_sampler_looks_at_the_device_inside_its_loop(name, monkeypatch):
-    schedule, inside = schedule_of(), forbid_reading(monkeypatch)
+def test_no_sampler_looks_at_the_device_inside_its_loop(name, options):
+    """A tensor on the meta device has no values: whoever wants to read one back, fails."""
+    if options and name != "heun":
+        return
+    schedule, x = schedule_of(), torch.empty(2, 3, 4, 4, device="meta")
+    times = sampling_times(schedule, 7)
+    out = SAMPLERS[name](lambda x_t, t: 0.5 * x_t, x, times, lambda i: x, schedule, **options)
+    assert out.is_meta
+    keep = torch.empty(2, 1, 4, 4, device="meta")
+    half = lambda x_t, t: 0.5 * x_t
+    out = diffusion.inpaint(SAMPLERS[name], half, x, times, lambda i: x, schedule, x, keep)
+    assert out.is_meta
 
-    def denoise(x_t, t):
-        inside[0] = True  # from the first call on
-        return 0.5 * x_t
 
-    x = torch.randn(2, 3, 4, 4)
-    SAMPLERS[name](denoise, x, time_grid(7), lambda i: torch.ones_like(x), schedule)
-
-
-def test_no_guidance_looks_at_the_device_and_all_stay_in_float32(setting, monkeypatch):
+def test_no_guidance_looks_at_the_device_and_all_stay_in_float32(setting):
     schedule, config, condition, x, t = setting
-    net = diffusion.LearnedVariance(Net(learn_sigma=True))
-    plain = diffusion.denoiser(net, schedule, config, condition)
-    log_prob = lambda x, t: -x.square().flatten(1).sum(1)
-    denoisers = [plain, diffusion.threshold(plain), diffusion.threshold(plain, 0.99),
-                 diffusion.classifier_guidance(plain, log_prob, schedule, 2.0),
-                 diffusion.guidance(lambda x, t: (plain(x, t), 0.5 * plain(x, t)), 2.0)]
-    for options in ({"interval": (0.2, 0.7)}, {"combine": diffusion.rescaled(0.5)},
-                    {"combine": diffusion.rescaled(0.5, diffusion.projected(2.0))}):
-        other = condition_of(seed=9)
-        denoisers.append(diffusion.guided(net, schedule, config, condition, 4.0, other, **options))
-    inside = forbid_reading(monkeypatch)
-    inside[0] = True
-    out = [denoise(x, t) for denoise in denoisers]
-    inside[0] = False
-    assert all(x0.dtype == torch.float32 and x0.isfinite().all() for x0 in [*out, net.fraction])
+
+    def denoisers(condition, other):
+        net = diffusion.LearnedVariance(Net(learn_sigma=True))
+        plain = diffusion.denoiser(net, schedule, config, condition)
+        log_prob = lambda x, t: -x.square().flatten(1).sum(1) * t
+        yield from (plain, diffusion.threshold(plain), diffusion.threshold(plain, 0.99),
+                    diffusion.classifier_guidance(plain, log_prob, schedule, 2.0),
+                    diffusion.guidance(plain, lambda x, t: (plain(x, t), 0.5 * plain(x, t)), 2.0))
+        for options in ({"interval": (0.2, 0.7)}, {"combine": diffusion.rescaled(0.5)},
+                        {"interval": (0.5, 0.7)},
+                        {"combine": diffusion.rescaled(0.5, diffusion.projected(2.0))}):
+            yield diffusion.guided(net, schedule, config, condition, 4.0, other, **options)
+
+    for denoise in denoisers(condition, condition_of(seed=9)):
+        x0 = denoise(x, t)
+        assert x0.dtype == torch.float32
+        assert x0.isfinite().all()
+    meta = {"context": x.new_empty(4, 5, 2, device="meta"), "mask": torch.ones(4, 5, device="meta") > 0}
+    for denoise in denoisers(meta, meta):
+        assert denoise(x.to("meta"), t).is_meta
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "heun", "ddpm"])
-def test_compiled_denoiser_does_not_recompile_between_steps(name):
+def test_a_compiled_network_does_not_recompile_between_steps(name):
     torch._dynamo.reset()
     graphs = []
 
@@ -1149,6 +1456,6 @@ def test_compiled_denoiser_does_not_recompile_between_steps(name):
     schedule, config, condition = schedule_of(), DiffusionConfig(), condition_of()
     net = lambda x_t, t, context, mask, **_: torch.tanh(x_t) * expand(t + context.mean() * mask.sum(), x_t)
     x, noise = gaussian(torch.arange(4), (3, 8, 8)), diffusion.noise_source(torch.arange(4), (3, 8, 8))
-    denoise = torch.compile(diffusion.guided(net, schedule, config, condition, 3.0), backend=backend)
-    SAMPLERS[name](denoise, x, time_grid(6), noise, schedule)
+    net = torch.compile(net, backend=backend)
+    SAMPLERS[name](diffusion.guided(net, schedule, config, condition, 3.0), x, even(6), noise, schedule)
     assert len(graphs) == 1

@@ -1,7 +1,12 @@
-"""README.md says what is true: its commands parse, its flags exist, its links lead somewhere."""
+"""README.md says what is true: its commands parse, its flags exist, its recipes work, its links lead somewhere."""
 import itertools
+import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,6 +126,41 @@ def test_every_flag_in_backticks_exists(capsys):
     spans = re.findall(r"`([^`\n]+)`", prose)
     flags = {flag for span in spans for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span)}
     assert flags - known == set()
+
+
+RECIPES = re.findall(r"^```diff\n (\w+\.py)\n(.*?)^```", README, re.M | re.S)
+
+
+def patched(source: str, recipe: str) -> str:
+    """A source with the lines of a recipe: ` ` is found there once, `-` goes, `+` comes."""
+    before = "".join(line[1:] for line in recipe.splitlines(keepends=True) if line[:1] != "+")
+    after = "".join(line[1:] for line in recipe.splitlines(keepends=True) if line[:1] != "-")
+    assert source.count(before) == 1, before
+    return source.replace(before, after)
+
+
+def test_the_recipes_are_short_and_each_works_as_it_stands(tmp_path):
+    """A sampler, a loss weight, a metric and a source, all at once in a copy of the program."""
+    for name in {path.name for path in ROOT.glob("*.py")}:
+        shutil.copy(ROOT / name, tmp_path)
+    for name, recipe in RECIPES:
+        path = tmp_path / name
+        path.write_text(patched(path.read_text(encoding="utf-8"), recipe), encoding="utf-8")
+        assert len([line for line in recipe.splitlines() if line[:1] in ("+", "-") and line[1:].strip()]) <= 15
+    assert {name for name, _ in RECIPES} == {"diffusion.py", "train.py", "data.py"}
+
+    def run(*words: str) -> None:
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+
+    run("train.py", "--size", "16", "--patch", "4", "--channels", "32", "--head-dim", "32", "--attn-resolutions",
+        "4", "--steps", "2", "--batch-size", "4", "--val-images", "4", "--sample-every", "0", "--log-every", "1",
+        "--prediction", "v", "--loss-weight", "root_snr", "--data", "stripes", "--device", "cpu")
+    run("sample.py", "stripes 3 pixels apart", "--sampler", "midpoint", "--sample-steps", "2", "--device", "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "runs/16/metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[0]["mean_t"] < 1
+    assert (tmp_path / "stripes-3-pixels-apart.png").is_file()
 
 
 def test_the_first_screen_has_one_line_to_run_and_one_to_test():

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -310,6 +311,146 @@ def test_times_of_a_batch_are_stratified(monkeypatch, tmp_path):
     run(tmp_path / "run", "--steps 3", "--t-density uniform")
     for t in seen[-3:]:
         assert sorted((t * 8).long().tolist()) == list(range(8))
+
+
+# ------------------------------------------------------------------------- what a step does with an objective
+
+
+def test_a_meter_sums_values_and_pairs_and_starts_anew():
+    meter, cpu = train.Meter(), torch.device("cpu")
+    meter.add(loss=torch.tensor([1.0, 2.0]), norm=torch.tensor(5.0))
+    meter.add(loss=torch.tensor([6.0]), norm=torch.tensor(3.0))
+    for sums, counts in (([1.0, 2.0, 0.0], [1.0, 1.0, 0.0]), ([0.0, 2.0, 4.0], [0.0, 1.0, 2.0])):
+        meter.add(buckets=(torch.tensor(sums), torch.tensor(counts)), replaced=(2, 1))
+    sums, counts = meter.read(train.Ranks(), cpu)
+    assert sums == {"loss": [9], "norm": [8], "buckets": [1, 4, 4], "replaced": [4]}
+    assert counts == {"loss": [3], "norm": [2], "buckets": [1, 2, 2], "replaced": [2]}
+    meter.add(loss=torch.tensor([0.5, 0.25]))
+    assert meter.read(train.Ranks(), cpu) == ({"loss": [0.75]}, {"loss": [2]})
+
+
+class Joining(nn.Module):
+    """Pictures and captions that find each other among all of a batch (Radford et al. 2021, 2103.00020):
+    symmetric cross-entropy of two linear towers, with a learned scale."""
+    joins = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pictures, self.words = nn.Linear(12, 5), nn.Linear(7, 5)
+        self.log_scale = nn.Parameter(torch.tensor(1.5))
+
+    def inputs(self, part, device):
+        return {name: torch.as_tensor(part[name], device=device) for name in ("picture", "words")}
+
+    def forward(self, picture, words):
+        seen, read = (nn.functional.normalize(x) for x in (self.pictures(picture), self.words(words)))
+        return {"seen": seen, "read": read, "log_scale": self.log_scale.expand(len(seen))}
+
+    def loss(self, given):
+        logits = given["log_scale"].mean().exp() * given["seen"] @ given["read"].T
+        right = torch.arange(len(logits))
+        both = [nn.functional.cross_entropy(way, right, reduction="sum") for way in (logits, logits.T)]
+        return (both[0] + both[1]) / 2
+
+    def record(self, meter, inputs, given):
+        meter.add(seen=given["seen"].detach().square().sum(1), words=inputs["words"][:, 0])
+
+    def after_step(self, ranks):
+        pass
+
+    def matrices(self):
+        return {}
+
+
+def pairs(first=0, last=8):
+    """Rows of a fixed batch of pictures and captions."""
+    rng = np.random.default_rng(0)
+    batch = {"picture": rng.normal(size=(8, 12)).astype(np.float32),
+             "words": rng.normal(size=(8, 7)).astype(np.float32),
+             "captions": [f"caption {i}" for i in range(8)], "cut": np.zeros(8, bool)}
+    return {name: column[first:last] for name, column in batch.items()} | {"replaced": []}
+
+
+def joined(micro, ranks, batch):
+    """The gradients after the backward pass of a batch in parts, and what was recorded of it."""
+    device = torch.device("cpu")
+    cfg = train.TrainConfig(micro_batch=micro, batch_size=8, compile=False, dtype="fp32")
+    objective = Joining()
+    state = train.State(objective, 0.0, 0.0, 0.9, False)
+    trainer = train.Trainer(cfg, objective, state, device, ranks)
+    trainer.backward(train.parts_of(batch, micro), len(batch["captions"]))
+    return {name: p.grad for name, p in objective.named_parameters()}, trainer.meter.read(ranks, device)
+
+
+@pytest.fixture
+def whole_batch():
+    """The gradient of the mean loss of the whole batch, by one backward pass without any trainer."""
+    objective = Joining()
+    loss = objective.loss(objective(**objective.inputs(pairs(), torch.device("cpu")))) / 8
+    loss.backward()
+    found = {name: p.grad for name, p in objective.named_parameters()}
+    assert min(gradient.abs().max() for gradient in found.values()) > 0.01
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_a_loss_that_joins_pictures_has_the_gradient_of_the_whole_batch_in_any_parts(micro, whole_batch):
+    """Gao et al. 2021, arXiv:2101.06983; a mean over parts would not know the other parts' captions."""
+    found, (sums, counts) = joined(micro, train.Ranks(), pairs())
+    for name, gradient in whole_batch.items():
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
+    assert counts == {"seen": [8], "words": [8]}                              # each picture once
+    assert sums["seen"] == pytest.approx([8], abs=1e-5)
+
+
+def test_parts_that_do_not_know_each_other_would_have_another_gradient(whole_batch, monkeypatch):
+    monkeypatch.setattr(Joining, "joins", False)
+    found, _ = joined(2, train.Ranks(), pairs())
+    assert (found["words.weight"] - whole_batch["words.weight"]).abs().max() > 0.01
+
+
+def one_of_two(rank, micro, folder):
+    """A rank of two, in a process of its own: half of the batch, in parts."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(joined(micro, train.Ranks(), pairs(4 * rank, 4 * rank + 4)), folder / f"{rank}.pt")
+    dist.barrier()
+    os._exit(0)                                                               # as Ranks.leave does
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_a_loss_that_joins_pictures_has_the_same_gradient_on_two_ranks(micro, whole_batch, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=one_of_two, args=(rank, micro, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for rank in range(2):
+        found, (sums, counts) = torch.load(tmp_path / f"{rank}.pt")
+        for name, gradient in whole_batch.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
+        assert counts == {"seen": [8], "words": [8]}                          # of all ranks
+        assert sums["words"] == pytest.approx([pairs()["words"][:, 0].sum()], abs=1e-5)
+
+
+def test_a_step_moves_by_the_gradient_of_a_loss_that_joins_pictures(whole_batch):
+    """Through `step`: its norm is that of the whole batch's gradient, and all weights move."""
+    device, objective = torch.device("cpu"), Joining()
+    before = [p.detach().clone() for p in objective.parameters()]
+    cfg = train.TrainConfig(micro_batch=2, batch_size=8, compile=False, dtype="fp32")
+    state = train.State(objective, 0.0, 0.0, 0.9, False)
+    trainer = train.Trainer(cfg, objective, state, device, train.Ranks())
+    trainer.step(pairs(), 0.1)
+    sums, counts = trainer.meter.read(train.Ranks(), device)
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in whole_batch.values()))
+    assert sums["grad_norm"] == pytest.approx([norm], rel=1e-5)
+    assert counts["grad_norm"] == counts["skipped"] == counts["replaced"] == [1]
+    assert not any(torch.equal(old, new) for old, new in zip(before, objective.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------------ flags
