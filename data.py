@@ -18,9 +18,10 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import time
 import warnings
 import zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,15 +35,28 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
+from PIL import (
+    Image,
+    ImageCms,
+    ImageColor,
+    ImageDraw,
+    ImageFilter,
+    ImageFont,
+    ImageOps,
+    PngImagePlugin,
+)
 from torch import Tensor
 
-SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")     # of files that hold a picture
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")     # by content: other parsers are out of reach
+# Suffixes of files that hold a picture, and what they may be by content: no other parser is used.
+SUFFIXES = "jpg jpeg png webp gif bmp jpe jfif jpg_large apng tif tiff avif"
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF"
 MAX_PIXELS = 64 * 2**20                   # a larger picture is refused before decoding
 MAX_TRIES = 20                            # unreadable pictures in a row
-MAX_CAPTION = 2000                        # a longer caption is cut [characters]
+MAX_TEXT = 2**20                          # of a longer text or .json the start is read [bytes]
+MAX_CAPTION = 2**16                       # is cut; more than encoders read, 16 for each token [characters]
+MAX_FILES = 10**6                         # that a pattern with braces may name
 MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
+RECODED = "not UTF-8"                     # a field of meta: the encoding of its texts was guessed
 
 
 @dataclass
@@ -61,6 +75,11 @@ class DataConfig:
 
 
 # ---------------------------------------------------------------------------- the order of the data
+def hash_of(content: bytes) -> str:
+    """128 bits as 32 letters: who has the same has the same content."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
     """A random generator, a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
     digest = hashlib.blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
@@ -115,8 +134,8 @@ def shrink(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0)
 
 
-def plain(image: Image.Image) -> Image.Image:
-    """An image upright and in RGB: alpha over white, 16 bits scaled to 8."""
+def plain(image: Image.Image, mode: str) -> Image.Image:
+    """An image upright and in a mode without alpha: over white, 16 bits scaled to 8."""
     with suppress(Exception):                               # damaged tags: as it lies
         ImageOps.exif_transpose(image, in_place=True)
 
@@ -124,21 +143,45 @@ def plain(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).clip(0, 65535) / 257 + 0.5
         image = Image.fromarray(grey.astype(np.uint8))
 
-    if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "La", "RGBa"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
-    return image.convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its colours are floats, of which nothing says what is white")
+    return image.convert(mode)
+
+
+@lru_cache(32)
+def to_srgb(profile: bytes, mode: str) -> Callable | None:
+    """What makes sRGB of an image in a mode (RGB, L, CMYK) by the colour profile of its file.
+    None where it stays as it is: the profile is sRGB within 3 of 255, broken, or of another mode."""
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = given.profile.xcolor_space.strip().replace("GRAY", "L")
+        if space != mode:
+            return None
+        convert = ImageCms.buildTransform(
+            given, ImageCms.createProfile("sRGB"), mode, "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION).apply
+    except Exception:                               # lcms raises nearly anything on garbage
+        return None
+
+    ramp = Image.linear_gradient("L")
+    probe = Image.merge("RGB", (ramp, ramp.rotate(90), ImageOps.invert(ramp))).convert(mode)
+    change = array(convert(probe)) - array(probe.convert("RGB")).astype(int)
+    return convert if abs(change).max() > 3 else None
 
 
 def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
            least=8) -> np.ndarray:
-    """A square of an encoded picture, uint8 (3, size, size): upright, on white, 8 bits.
+    """A square of an encoded picture, uint8 (3, size, size): upright, on white, 8 bits, sRGB.
     It keeps a part of the short side, `least` pixels or more, placed in the rest by fractions, as
     stored; cut before it is resized, a JPEG decoded at the smallest scale that leaves twice the
     size, to save memory. Pixels, uint8 (3, H, W), are treated alike, but stay as they are, whatever
     the crop, where they have the size already. Raises ValueError or Pillow's errors for all but a
     whole, sane picture in FORMATS."""
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")             # of bombs and damaged tags: the limits are ours
         if isinstance(data, np.ndarray):
@@ -147,9 +190,9 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
             image = Image.fromarray(data.transpose(1, 2, 0))
         else:
             try:
-                image = Image.open(io.BytesIO(data), formats=FORMATS)
+                image = Image.open(io.BytesIO(data), formats=FORMATS.split())
             except Image.UnidentifiedImageError:
-                raise ValueError(f"not a whole {'/'.join(FORMATS)} picture") from None
+                raise ValueError(f"not a whole picture of {FORMATS}") from None
 
         width, height = image.size
         kept = keep * min(width, height)
@@ -165,7 +208,11 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
         top = round(down * (image.height - side))
         image = image.crop((left, top, left + side, top + side))
 
-        return array(shrink(plain(image), size))
+        # The small square is converted: of the whole it may take longer than decoding.
+        mode = {"CMYK": "CMYK", "P": "RGB"}.get(image.mode, Image.getmodebase(image.mode))
+        convert = to_srgb(image.info.get("icc_profile") or b"", mode)
+        image = shrink(plain(image, mode if convert else "RGB"), size)
+        return array(convert(image) if convert else image)
 
 
 # ----------------------------------------------------------------------------------------- captions
@@ -181,33 +228,55 @@ def one_line(error: Exception) -> str:
 
 def clean(text: str) -> str:
     """A caption on one line, without control characters and lone surrogates, not too long."""
-    text = text[:4 * MAX_CAPTION].encode("utf-8", "replace").decode("utf-8")
-    words = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
-    return " ".join(words)[:MAX_CAPTION].rstrip()
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    parts = re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()
+    return " ".join(parts)[:MAX_CAPTION].rstrip()
+
+
+def read_text(content: bytes) -> tuple[str, bool]:
+    """The start of a text file, and whether its encoding is none that it says.
+    By its byte order mark, or UTF-8; else as cp1252 where that is printable, else with U+FFFD."""
+    content = content[:MAX_TEXT]
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding), False
+    except UnicodeDecodeError:
+        text = content.decode(encoding, "replace")
+        if len(content) == MAX_TEXT:                # it may be cut within a letter
+            return text, False
+
+    with suppress(UnicodeDecodeError):
+        western = content.decode("cp1252")
+        if "".join(western.split()).isprintable():
+            return western, True
+    return text, True
 
 
 def read_meta(sidecar: bytes) -> dict:
-    """The fields of a .json; {} where it is empty or broken, as if it were not there."""
-    with suppress(ValueError, RecursionError):
-        meta = json.loads(sidecar)
-        if isinstance(meta, dict):
-            return meta
+    """The fields of a .json; {} where it is empty or broken, as if it were not there.
+    RECODED is one more where its encoding was guessed."""
+    text, guessed = read_text(sidecar)
+    with suppress(ValueError, RecursionError, TypeError):
+        meta = {**json.loads(text)}
+        if guessed:
+            meta[RECODED] = True
+        return meta
     return {}
 
 
-def read_captions(text: bytes, meta: dict) -> list[str]:
-    """All captions of a picture: "captions" of its .json, else lines of its .txt, else .json's one.
-    """
-    lines = text.decode("utf-8-sig", "replace").splitlines()
-    for found in (meta.get("captions"), lines, [meta.get("caption"), meta.get("text")]):
-        if not isinstance(found, list):
-            continue
+def words(value: object) -> list[str]:
+    """The captions in a field of a .json: a word, or those of a list."""
+    values = value if isinstance(value, list) else [value]
+    cleaned = [clean(word) for word in values if isinstance(word, str)]
+    return list(filter(None, cleaned))
 
-        cleaned = [clean(caption) for caption in found if isinstance(caption, str)]
-        kept = list(filter(None, cleaned))
-        if kept:
-            return kept
-    return []
+
+def read_captions(text: str, meta: dict) -> list[str]:
+    """All captions of a picture: "captions" of its .json, else the lines of its text, else the first
+    of the .json's usual fields that has any."""
+    found = words(meta.get("captions")) or words(text.splitlines())
+    found = found or words(meta.get("caption")) + words(meta.get("text"))
+    return found or words(meta.get("TEXT")) or words(meta.get("prompt"))
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -226,8 +295,8 @@ class Source:
     def sample(self, i: int) -> Sample:
         """(picture, captions, meta): encoded bytes in FORMATS, or pixels, uint8 (3, H, W); a list
         of str; the parsed .json, {} if none, and where `embedded` is set "embeddings": the bytes of
-        KEY.t5.safetensors. Any error it raises costs this picture alone: it is replaced and
-        counted."""
+        KEY.t5.safetensors; RECODED where the encoding of a text was guessed. Any error it raises
+        costs this picture alone: it is replaced and counted."""
         raise NotImplementedError
 
     def captions(self, i: int) -> list[str]:
@@ -245,9 +314,27 @@ class Source:
         return "\n".join(self.keys()).encode()
 
 
-# Rows of an index are int64 (N, 3, 4): [file, at, size] by the parts of a sample, file -1 for none.
-PARTS = {**dict.fromkeys(SUFFIXES, 0), "txt": 1, "json": 2, "t5.safetensors": 3}
+# Rows of an index are int64 (N, 3, 5): [file, at, size] by the parts of a sample, file -1 for none.
+PARTS = {**dict.fromkeys(SUFFIXES.split(), 0), "txt": 1, "json": 2, "t5.safetensors": 3, "caption": 4}
 NAME = re.compile(rf"(.*)\.({'|'.join(PARTS)})", re.IGNORECASE | re.DOTALL)     # KEY.PART
+# What systems and programs put beside pictures: hidden files and folders, thumbnails, masks.
+HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
+                    re.IGNORECASE)
+Member = namedtuple("Member", "name plain start at size end")   # of a tar: its place [bytes]
+
+
+def split(name: str, left: Counter) -> tuple | None:
+    """Key and part of a file by its name; None for what is no part of a sample, counted by kind."""
+    named = NAME.fullmatch(name)
+    if HIDDEN.search(name):
+        left["hidden, thumbnails or masks"] += 1
+    elif named:
+        key, part = named.groups()
+        return key, PARTS[part.lower()]
+    else:
+        suffix = os.path.splitext(name)[1].lower()
+        left[printable(suffix) or "without suffix"] += 1
+    return None
 
 
 def join(name: str, parts: list[tuple]) -> tuple:
@@ -274,83 +361,140 @@ def join(name: str, parts: list[tuple]) -> tuple:
             twice += 1
             sample = next((run for run in runs if 0 in run), {})
         if 0 in sample:
-            places = [sample.get(part, (-1, 0, 0)) for part in range(4)]
+            places = [sample.get(part, (-1, 0, 0)) for part in range(5)]
             rows.append(list(zip(*places)))
             keys.append(printable(key).encode())
 
     warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
-    return np.array(rows, np.int64).reshape(-1, 3, 4), np.array(keys, "S"), warned
+    return np.array(rows, np.int64).reshape(-1, 3, 5), np.array(keys, "S"), warned
+
+
+def pax_fields(records: bytes) -> dict:
+    """What an extended header of a tar says: records of length, name and value, "9 path=a\\n"."""
+    fields = {}
+    at = 0
+    while at < len(records):
+        length = int(records[at:at + 20].partition(b" ")[0])
+        _, _, record = records[at:at + length - 1].partition(b" ")
+        name, _, value = record.partition(b"=")
+        fields[name] = value
+        at += max(1, length)
+    return fields
+
+
+def members(file: io.RawIOBase) -> Iterator[Member]:
+    """The members of a tar, from its headers alone: a few bytes of memory, whatever they claim.
+    `plain` is a file with all its bytes: no link, device, folder or sparse file. Raises ValueError
+    or tarfile.TarError where a header is damaged or the two zero blocks of the end are missing."""
+    start = 0
+    at = 0
+    said = {}                                       # of the next member, by the headers before it
+    while True:
+        file.seek(at)
+        block = file.read(512)
+        if not any(block):
+            tail = block + file.read(2**16)
+            if len(tail) < 1024 or any(tail):
+                raise ValueError("no end mark")
+            return
+
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        at += 512
+        kind = member.type
+        size = int(said.get(b"size", member.size))
+        if kind in b"123456":                       # links, devices and folders have no content
+            size = 0
+        if size < 0:
+            raise ValueError("a size below 0")
+
+        more = kind == tarfile.GNUTYPE_SPARSE and block[482]
+        while more:                                 # the rest of its map, before the content
+            more = file.read(512)[504]
+            at += 512
+
+        end = at + size + -size % 512
+        if kind in b"LxX":                          # a long name, or fields
+            text = file.read(min(size, MAX_TEXT))
+            said |= {b"path": text.partition(b"\0")[0]} if kind == b"L" else pax_fields(text)
+        elif kind not in b"Kg":
+            name = said.get(b"path", b"").decode("utf-8", "surrogateescape") or member.name
+            sparse = any(field.startswith(b"GNU.sparse") for field in said)
+            yield Member(name, kind in b"0\x007" and not sparse, start, at, size, end)
+            start = end
+            said = {}
+        at = end
 
 
 def scan_tar(path: str) -> tuple:
-    """Rows, keys and warnings of a shard.
-    Names are only keys: nothing is extracted, no link is followed. tarfile takes a damaged header
-    for the end without a word; a whole shard has two zero blocks there."""
+    """Rows, keys, warnings and a count by kind of what is left out of a shard.
+    Names are only keys: nothing is extracted, no link is followed."""
     name = printable(os.path.basename(path))
     parts = []
-    end = 0
+    left = Counter()
     problem = ""
-    with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
+    with open(path, "rb", buffering=0) as file:
+        total, _ = state(file.fileno())
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    tar.members.clear()                     # or it keeps them all in memory
-                    end = tar.offset
-                    named = NAME.fullmatch(member.name)
-                    if named and member.isreg() and not member.issparse():
-                        key, part = named.groups()
-                        parts.append((key, PARTS[part.lower()], 0, member.offset_data, member.size))
-
-            tail = os.pread(file.fileno(), 2**16, end)
-            if len(tail) < 1024 or any(tail):
-                problem = "no end mark"
-        except Exception as error:                  # tarfile raises nearly anything on garbage
+            for member in members(file):
+                named = member.plain and split(member.name, left)
+                if named and member.at + member.size <= total:
+                    parts.append((*named, 0, member.at, member.size))
+        except Exception as error:                  # there is nearly anything in garbage
             problem = one_line(error)
 
-    whole = [part for part in parts if part[3] + part[4] <= total]
-    rows, keys, warned = join(name, whole)
+    rows, keys, warned = join(name, parts)
     if problem:
         warned.append(f"{name}: damaged after {len(rows)} pictures ({problem}); using those")
-    return rows, keys, warned
+    return rows, keys, warned, left
+
+
+def state(file: str | int) -> tuple:
+    """What changes with a file's content: size [bytes], time [ns]."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def index_tar(path: str) -> tuple:
     """scan_tar, once: kept in the user's cache folder until path, size or time change."""
-    state = os.stat(path)
-    mark = f"2 {os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
-    digest = hashlib.blake2b(os.fsencode(mark), digest_size=16).hexdigest()
+    mark = f"3 {os.path.abspath(path)} {state(path)}"
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(home, "limn", f"{digest}.npz")
+    kept = Path(home, "limn", f"{hash_of(os.fsencode(mark))}.index")
 
-    with suppress(Exception), np.load(kept, allow_pickle=False) as stored:      # not there, or torn
-        return stored["rows"], stored["keys"], stored["warned"].tolist()
+    with suppress(Exception):                       # not there, or torn
+        check, content = kept.read_bytes().split(b"\n", 1)
+        if check.decode() == hash_of(content):
+            stored = np.load(io.BytesIO(content), allow_pickle=False)
+            return stored["rows"], stored["keys"], *json.loads(stored["notes"].item())
 
-    rows, keys, warned = scan_tar(path)
+    rows, keys, *notes = scan_tar(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, rows=rows, keys=keys, notes=np.array(json.dumps(notes)))
+    content = buffer.getvalue()
     with suppress(OSError):                         # no room for it: scanned again next time
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, rows=rows, keys=keys, warned=np.array(warned, "U"))
-        temporary.replace(kept)
-    return rows, keys, warned
+        write(kept, hash_of(content).encode() + b"\n" + content)
+    return rows, keys, *notes
 
 
 def expand(pattern: str) -> list[str]:
     """The paths a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
     ValueError where one is not there."""
+    exists = os.path.exists(pattern)
     brace = re.search(r"\{([^{}]*)\}", pattern)
-    if not brace or os.path.exists(pattern):
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    if exists or not brace:
+        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"--data {printable(pattern)} is not on a local disk; "
                              "give folders, tars, patterns")
         return found
 
     choices = brace[1].split(",")
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
+    numbers = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", brace[1])
     if numbers:
         first, last = numbers.groups()
         counted = range(int(first), int(last) + 1)
+        if len(counted) > MAX_FILES:
+            raise ValueError(f"--data {printable(pattern)} names over {MAX_FILES:,} files; give fewer")
         choices = [str(number).zfill(len(first)) for number in counted] or choices
 
     paths = []
@@ -365,24 +509,26 @@ class Files(Source):
     def __init__(self, pattern: str):
         self.name = printable(pattern)
         self.warned = []
-        self.files = []                                     # path, size [bytes]
+        self.files = []                                     # path, state
+        left = Counter()                                    # by kind, what is no part of a sample
         rows = []
         keys = []
         loose = []
-        for path, name in self.walk(pattern):
+        for path, name in self.walk(pattern, left):
             number = len(self.files)
-            size = os.path.getsize(path)
-            self.files.append((path, size))
-            named = NAME.fullmatch(name)
-            if name.lower().endswith(".tar"):
-                shard_rows, shard_keys, warned = index_tar(path)
+            self.files.append((path, state(path)))
+            if name.lower().endswith(".tar") and not HIDDEN.search(name):
+                shard_rows, shard_keys, warned, more = index_tar(path)
                 shard_rows[:, 0] += np.where(shard_rows[:, 0] < 0, 0, number)
                 rows.append(shard_rows)
                 keys.append(np.char.add(printable(name[:-4]).encode() + b"/", shard_keys))
                 self.warned += warned
-            elif named:
-                key, part = named.groups()
-                loose.append((key, PARTS[part.lower()], number, 0, size))
+                left.update(more)
+                continue
+
+            named = split(name, left)
+            if named:
+                loose.append((*named, number, 0, os.path.getsize(path)))
 
         loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
         loose_rows, loose_keys, warned = join(self.name, loose)
@@ -390,18 +536,32 @@ class Files(Source):
         self.names = np.concatenate([*keys, loose_keys])
         self.warned += warned
 
+        if left:
+            kinds = [f"{count} {kind}" for kind, count in left.most_common(12)]
+            self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
         if not len(self.rows):
-            found = f"{len(self.files)} files"
-            if self.files:
-                found += f", e.g. {printable(os.path.basename(self.files[0][0]))}"
             reason = " ".join(self.warned[:1])
-            raise ValueError(f"no pictures in {self.name} (looked for {' '.join(SUFFIXES)} tar); "
-                             f"found {found} {reason}".rstrip())
-        bare = np.count_nonzero(self.rows[:, 2, 1:3].sum(1) == 0)       # no bytes of text
-        if bare:
-            self.warned.append(f"{self.name}: {bare} of {len(self.rows)} pictures have no caption")
+            raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
+                             f"found {len(self.files)} files {reason}".rstrip())
+        self.look()
 
-    def walk(self, pattern: str) -> Iterator[tuple]:
+    def look(self) -> None:
+        """Warn of captions that are missing in up to 256 of the pictures, and name the fields there."""
+        looked = range(0, len(self), len(self) // 256 + 1)
+        fields = set()
+        empty = 0
+        for i in looked:
+            with suppress(Exception):               # replaced and counted when it is drawn
+                found, meta = self.texts(i)
+                if not found:
+                    empty += 1
+                    fields |= set(meta)
+        if empty:
+            names = printable(", ".join(sorted(fields)[:12])) or "nothing"
+            self.warned.append(f"{self.name}: {empty} of {len(looked)} pictures looked at have no caption; "
+                               f"their .json has {names}")
+
+    def walk(self, pattern: str, left: Counter) -> Iterator[tuple]:
         """All files and their names below a folder, in order; links to folders are not followed."""
         def lost(error):
             self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
@@ -412,13 +572,20 @@ class Files(Source):
                 continue
 
             for folder, folders, files in os.walk(root, onerror=lost):
+                inside = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
                 folders.sort()
-                for name in folders + sorted(files):
+                for name in folders[:]:
+                    path = os.path.join(folder, name)
+                    if HIDDEN.search(f"{name}/"):
+                        left[f"{printable(name)}/"] += 1
+                        folders.remove(name)
+                    elif os.path.islink(path):
+                        self.warned.append(f"{printable(path)}: a link to a folder, not followed")
+
+                for name in sorted(files):
                     path = os.path.join(folder, name)
                     if os.path.isfile(path):
-                        yield path, os.path.relpath(path, root)
-                    elif os.path.islink(path) and os.path.isdir(path):
-                        self.warned.append(f"{printable(path)}: a link to a folder, not followed")
+                        yield path, (inside + name).removeprefix("./")
 
     def __len__(self):
         return len(self.rows)
@@ -429,16 +596,20 @@ class Files(Source):
         if file < 0:
             return b""
 
-        path, whole = self.files[file]
+        path, indexed = self.files[file]
         with open(path, "rb", buffering=0) as stream:
-            if os.fstat(stream.fileno()).st_size != whole:
+            if state(stream.fileno()) != indexed:
                 raise ValueError("changed since it was indexed")
-            return os.pread(stream.fileno(), min(size, most), at)
+            stream.seek(at)
+            return stream.read(min(size, most))
 
     def texts(self, i: int) -> tuple:
-        """Captions and .json of a sample; of longer texts the first mebibyte."""
-        text = self.part(i, 1, most=2**20)
-        meta = read_meta(self.part(i, 2, most=2**20))
+        """Captions and .json of a sample."""
+        content = self.part(i, 1, MAX_TEXT) or self.part(i, 4, MAX_TEXT)
+        text, guessed = read_text(content)
+        meta = read_meta(self.part(i, 2, MAX_TEXT))
+        if guessed:
+            meta[RECODED] = True
         return read_captions(text, meta), meta
 
     def sample(self, i):
@@ -455,7 +626,9 @@ class Files(Source):
         return self.names[i].decode()
 
     def fingerprint(self):
-        return self.names.tobytes() + self.rows[:, 2, :3].tobytes()
+        sizes = self.rows[:, 2, :3].copy()
+        sizes[:, 1] += self.rows[:, 2, 4]                   # .caption beside .txt
+        return self.names.tobytes() + sizes.tobytes()
 
     def shards(self) -> list[str]:
         """The files that pictures lie in."""
@@ -470,18 +643,18 @@ def copy_shard(path: str, target: str, beside: Callable) -> None:
     numbers = {at: i for i, at in enumerate(source.rows[:, 1, 0].tolist())}
     unfinished = f"{target}.part"
 
-    with tarfile.open(path, "r:") as old, tarfile.open(unfinished, "w") as new:
-        for member in old:
-            at = member.offset_data
-            old.fileobj.seek(at)
+    with open(path, "rb", buffering=0) as old, open(unfinished, "wb") as new:
+        for member in members(old):
             if not member.name.lower().endswith(".t5.safetensors"):
-                new.addfile(member, old.fileobj if member.isreg() else None)
+                old.seek(member.start)
+                new.write(old.read(member.end - member.start))
 
-            if at in numbers:
-                content = beside(source.captions(numbers[at]))
+            if member.at in numbers:
+                content = beside(source.captions(numbers[member.at]))
                 added = tarfile.TarInfo(member.name.rpartition(".")[0] + ".t5.safetensors")
                 added.size = len(content)
-                new.addfile(added, io.BytesIO(content))
+                new.write(added.tobuf() + content + bytes(-len(content) % 512))
+        new.write(bytes(1024))
     os.replace(unfinished, target)
 
 
@@ -498,11 +671,20 @@ def write(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
 
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left: .tmp-PID-* that nobody has written to for an hour."""
+    for path in folder.glob(".tmp-[0-9]*"):
+        with suppress(OSError):                     # another one swept it
+            if time.time() - path.stat().st_mtime > 3600:
+                path.unlink()
 
 
 def checksum(entry: tuple) -> str:
@@ -560,7 +742,7 @@ class Cache:
         self.found |= {key: (read, text) for key, text in checksums.items()}
 
     def key(self, text: str) -> str:
-        return hashlib.blake2b(f"{self.fingerprint} {text}".encode(), digest_size=16).hexdigest()
+        return hash_of(f"{self.fingerprint} {text}".encode())
 
     def __getitem__(self, text: str) -> tuple[Tensor, ...]:
         key = self.key(text)
@@ -602,6 +784,7 @@ class Cache:
             if key not in self.found:
                 missing[key] = text
         order = [missing[key] for key in sorted(missing)]
+        sweep(self.name)
 
         for start in range(0, len(order), part):
             entries = {}
@@ -637,6 +820,9 @@ class Pictures:
     an entry and batch(entries) -> a dict of arrays; `embedded`, whether these bytes are those of
     KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays. Raises ValueError for
     --data and --blur that make no sense."""
+    embedded = False
+    reader = None
+    draws = None
 
     def __init__(self, config: DataConfig, size: int, seed: int,
                  split: Literal["train", "val"] = "train"):
@@ -644,9 +830,6 @@ class Pictures:
         self.size = size
         self.split = split
         self.seed = seed if split == "train" else 0
-        self.embedded = False
-        self.reader = None
-        self.draws = None
 
         entries = [parse_source(entry) for entry in config.data] or [("built-in", None)]
         weights = [weight for _, weight in entries]
@@ -670,8 +853,7 @@ class Pictures:
         scale = math.lcm(*(weight.denominator for weight in weights))
         self.weights = [int(weight * scale) for weight in weights]
 
-        contents = b"".join(source.fingerprint() for source in self.sources)
-        self.fingerprint = hashlib.blake2b(contents, digest_size=16).hexdigest()
+        self.fingerprint = hash_of(b"".join(source.fingerprint() for source in self.sources))
         counts = [f"{s.name}: {len(rows):,} pictures" for s, rows in zip(self.sources, self.rows)]
         self.summary = "; ".join(counts)
 
@@ -691,7 +873,7 @@ class Pictures:
         hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
         threshold = int(min(0.05, held_out / count) * 2**64)
         held = np.frombuffer(b"".join(hashes), "<u8") < threshold
-        if not held.any():
+        if not 0 < held.sum() < count:              # neither split is empty
             self.warnings.append(f"{source.name}: {count} pictures, none to hold out; "
                                  "validating on them")
             return range(count)
@@ -724,7 +906,8 @@ class Pictures:
                     yield from source.captions(int(row))
 
     def __getitem__(self, position: int) -> dict:
-        """{"position", "picture", "lowres" (see views), "caption", "key", "replaced", "words"}.
+        """{"position", "picture", "lowres" (see views), "caption", "key", "replaced", "words", and
+        "recoded", whether the encoding of its caption was guessed}.
         A picture that cannot be read is replaced by another one of its source, by keys again: no
         other position changes; "replaced" lists f"{key}: {reason}". "words" is the reader's entry.
         Raises ValueError after MAX_TRIES."""
@@ -759,7 +942,8 @@ class Pictures:
                 index = int(rng.integers(len(rows)))
                 continue
 
-            item |= {"position": position, "key": key, "caption": caption, "replaced": replaced}
+            item |= {"position": position, "key": key, "caption": caption, "replaced": replaced,
+                     "recoded": RECODED in meta}
             return item
         raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, "
                          f"last {replaced[-1]}")
@@ -798,7 +982,8 @@ class Pictures:
 
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
-        `draws` make of them, and the lists "captions", "positions", "keys" and "replaced"."""
+        `draws` make of them, and the lists "captions", "positions" and "keys"; of some of them, to
+        be told, "replaced", "uncaptioned" and "recoded": reasons or keys."""
         def column(name):
             return [item[name] for item in items]
 
@@ -807,6 +992,8 @@ class Pictures:
         batch["positions"] = column("position")
         batch["keys"] = column("key")
         batch["replaced"] = list(chain(*column("replaced")))
+        batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
+        batch["recoded"] = [item["key"] for item in items if item["recoded"]]
         if self.reader:
             batch |= self.reader.batch(column("words"))
         if self.draws:
@@ -823,6 +1010,7 @@ def collect(dataset: Pictures, first: int, last: int) -> dict:
 def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
     """A worker process: its batches into a pipe, which holds each back until it is wanted."""
     ours.close()                            # or it would not break when the trainer is gone
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # where it could not be blocked
     torch.set_num_threads(1)                # a forked process has no thread pool
     with suppress(BrokenPipeError):         # the trainer is gone
         try:
@@ -837,7 +1025,14 @@ def start_worker(*job) -> tuple:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(ours, theirs, *job), daemon=True)
-    process.start()
+
+    # Workers inherit blocked signals: only the trainer handles SIGTERM and Ctrl-C.
+    change = getattr(signal, "pthread_sigmask", lambda how, signals: signals)   # Windows has none
+    before = change(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        process.start()
+    finally:
+        change(signal.SIG_SETMASK, before)
     theirs.close()
     return process, ours
 
@@ -879,13 +1074,8 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     seen = 0
     bad = 0
     try:
-        # Workers inherit blocked signals: only the trainer handles SIGTERM and Ctrl-C.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-        try:
-            for worker in range(workers):
-                team.append(start_worker(dataset, firsts[worker::workers], share, stop))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for worker in range(workers):
+            team.append(start_worker(dataset, firsts[worker::workers], share, stop))
 
         for turn, first in enumerate(firsts):
             if workers:
@@ -893,7 +1083,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
             else:
                 batch = collect(dataset, first, min(first + share, stop))
 
-            seen += len(batch["keys"])
+            seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
             if bad > dataset.config.max_bad * max(seen, 1000):
                 last = batch["replaced"][-1]
@@ -948,8 +1138,8 @@ def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
     for i, tile in enumerate(tiles):
         left = gap + i % columns * wide
         top = gap + i // columns * high
-        large = np.repeat(np.repeat(tile, scale, 0), scale, 1)
-        sheet.paste(Image.fromarray(large), (left, top))
+        large = ImageOps.scale(Image.fromarray(tile), scale, Image.Resampling.NEAREST)
+        sheet.paste(large, (left, top))
 
         text = "\n".join(lines[i])
         pen.text((left, top + height * scale + 1), text, "black", letters, spacing=1)
@@ -969,30 +1159,38 @@ def put(path: Path, content: dict | Image.Image, warn: Callable) -> None:
         warn(f"warning: {path} not written ({error.strerror}); training continues")
 
 
-def free_name(path: Path) -> Path:
-    """NAME, NAME-2, NAME-3, ...: the first that does not exist."""
-    free = path
+def claim(path: Path) -> Path:
+    """Create NAME, NAME-2, NAME-3, ...: the first that nobody has, cut to the 255 bytes of a name."""
     number = 1
-    while free.exists():
-        number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
-    return free
+    ending = path.suffix
+    while True:
+        stem = path.stem
+        while stem and len(os.fsencode(stem + ending)) > 255:
+            stem = stem[:-1]
+        free = path.with_name(stem + ending)
+        try:
+            free.open("xb").close()
+            return free
+        except FileExistsError:
+            number += 1
+            ending = f"-{number}{path.suffix}"
 
 
-def save_png(image: Image.Image, path: Path, notes: dict, warn: Callable) -> Path:
+def save_png(image: Image.Image, path: Path, notes: dict, warn: Callable,
+             replace: bool = False) -> Path:
     """Write a picture with its notes inside, whole or not at all; returns where.
-    To the temporary folder if `path` fails, OSError if both do. Nothing is overwritten: see
-    free_name."""
+    To the temporary folder if `path` fails, OSError if both do. Nothing is overwritten, see claim,
+    but `path` itself with `replace`."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt("limn", json.dumps(notes))
     spare = Path(tempfile.gettempdir(), path.name)
 
     for wanted in (path, spare):
-        target = free_name(wanted)
-        unfinished = target.with_name(f".{target.stem}.{os.getpid()}.unfinished")
+        unfinished = wanted.with_name(f".tmp-{os.getpid()}-picture")
         try:
             image.save(unfinished, "PNG", pnginfo=info)
-            return unfinished.replace(target)
+            given = replace and wanted == path
+            return unfinished.replace(path if given else claim(wanted))
         except OSError as error:
             if wanted == spare:
                 raise
@@ -1002,30 +1200,32 @@ def save_png(image: Image.Image, path: Path, notes: dict, warn: Callable) -> Pat
 
 
 # -------------------------------------------------------------------------------- built-in pictures
-def rgb(**colours: str) -> dict:
-    return {name: ImageColor.getrgb(colour) for name, colour in colours.items()}
+def rgb(colours: str) -> dict:
+    """The colours by their names, each behind its name."""
+    words = iter(colours.split())
+    return {name: ImageColor.getrgb(next(words)) for name in words}
 
 
-COLOURS = rgb(red="#d8222c", orange="#f68216", yellow="#fcd624", green="#2e9842", blue="#225cd6",
-              purple="#7e34ac", pink="#fa84b8", brown="#7a4a28", white="#fafaf8", black="#24242a")
-GROUNDS = rgb(white="#f6f5f0", yellow="#fde896", green="#acdca0", black="#2e3248", blue="#a0d0f4",
-              pink="#fac6d8", purple="#d0bcec", grey="#acb0b8")
-TONES = rgb(ink="#282832", snow="#fcfcfa", wood="#845634", leaf="#3e8c46", glass="#c4e6fa",
-            cream="#fcecc4", rose="#f496a0", flame="#ffbe3c")
+COLOURS = rgb("red #d8222c orange #f68216 yellow #fcd624 green #2e9842 blue #225cd6 purple #7e34ac "
+              "pink #fa84b8 brown #7a4a28 white #fafaf8 black #24242a")
+GROUNDS = rgb("white #f6f5f0 yellow #fde896 green #acdca0 black #2e3248 blue #a0d0f4 pink #fac6d8 "
+              "purple #d0bcec grey #acb0b8")
+TONES = rgb("ink #282832 snow #fcfcfa wood #845634 leaf #3e8c46 glass #c4e6fa cream #fcecc4 "
+            "rose #f496a0 flame #ffbe3c")
 SPECIAL = {                                 # darkened, yellow looks green; details of the rest
-    "yellow": rgb(shade="#f0ba1e"),
-    "white": rgb(shade="#d6d6d4", tint="#e0e0de", snow="#b4b4b2"),
-    "black": rgb(shade="#424248", tint="#78787e", ink="#707076"),
+    "yellow": rgb("shade #f0ba1e"),
+    "white": rgb("shade #d6d6d4 tint #e0e0de snow #b4b4b2"),
+    "black": rgb("shade #424248 tint #78787e ink #707076"),
 }
 ENDLESS = 2**40                                            # pictures to train on
 SIZES = {"small": 0.25, "": 0.34, "large": 0.42}           # half a thing's side, of the picture's
-PLACES = {"in the middle": (0, 0), "at the top": (0, -1), "at the bottom": (0, 1), "on the left": (-1, 0),
-          "on the right": (1, 0), "at the top left": (-1, -1), "at the top right": (1, -1),
-          "at the bottom left": (-1, 1), "at the bottom right": (1, 1)}
+PLACES = {"in the middle": "0 0", "at the top": "0 -1", "at the bottom": "0 1", "on the left": "-1 0",
+          "on the right": "1 0", "at the top left": "-1 -1", "at the top right": "1 -1",
+          "at the bottom left": "-1 1", "at the bottom right": "1 1"}               # x and y
 RELATIONS = {"left of": ("right of", -1, 0), "right of": ("left of", 1, 0),         # its reverse, x, y
              "above": ("below", 0, -1), "below": ("above", 0, 1)}
-WORDS = ("ART", "BAR", "CAFE", "FOOD", "GO", "HELLO", "HOME", "ICE", "JAZZ", "KEY", "LOVE", "MAP", "MOON",
-         "OPEN", "PARK", "PIZZA", "SHOP", "STOP", "TAXI", "TEA", "WOW", "YES", "ZOO")
+WORDS = ("ART BAR CAFE FOOD GO HELLO HOME ICE JAZZ KEY LOVE MAP MOON OPEN PARK PIZZA SHOP STOP TAXI TEA "
+         "WOW YES ZOO")
 Thing = namedtuple("Thing", "kind colour x y half")         # centre, half its side, of the picture's
 Scene = namedtuple("Scene", "things background size place relation word", defaults=("", "", "", ""))
 
@@ -1101,13 +1301,13 @@ def scene(index: int) -> Scene:
     background = pick(GROUNDS, colour)
     if layout < 0.19:
         sign = Thing("sign", colour, near(0.5), near(0.5), near(0.42))
-        return Scene((sign,), background, word=pick(WORDS))
+        return Scene((sign,), background, word=pick(WORDS.split()))
 
     size = pick(("large", "large", "large", "", "", "small"))
     place = "in the middle"
     if next(draws) >= 0.4 and size != "large":
         place = pick(PLACES)
-    right, down = PLACES[place]
+    right, down = map(int, PLACES[place].split())
     half = near(SIZES[size])
     room = 0.46 - half
     only = Thing(kind, colour, near(0.5 + right * room), near(0.5 + down * room), half)
@@ -1222,4 +1422,6 @@ class BuiltIn(Source):
         return b"version 3"
 
 
-SOURCES = {"built-in": BuiltIn}             # what --data knows by name; the rest is Files
+SOURCES = {                                 # what --data knows by name; the rest is Files
+    "built-in": BuiltIn,
+}

@@ -1,9 +1,7 @@
-"""The U-Net that predicts, published U-Nets and VAEs, and the files that hold weights.
+"""The U-Net that predicts, and the files that hold weights.
 
     net = UNet(ModelConfig(), size=64, text_dim=128, pooled_dim=128)
-    net = load_unet("stable-diffusion-v1-5/unet")              # or a published one, called alike
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
-    space = load_vae("stable-diffusion-v1-5/vae")              # pictures <-> latents
 
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
@@ -13,14 +11,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -216,44 +210,13 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
     return 4 * torch.cat([angles.sin(), angles.cos()])
 
 
-def waves(numbers: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of numbers (n,) float32 -> (n, dim) float32.
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Cosines and sines of 1000 t, t (B,) in [0, 1] -> (B, dim) float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000."""
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=numbers.device) / half)
-    angles = numbers[:, None] * freqs
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
+    angles = 1000 * t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
-
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim) float32, the waves of 1000 t."""
-    return waves(1000 * t.float(), dim)
-
-
-def with_null(context: Tensor, null: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys of the text (B, L, E), behind them the null (1, 1, E) that is always visible; and what hides
-    them (B, L+1): 0 = visible, -inf = not."""
-    null = null.expand(len(context), -1, -1).to(context.dtype)
-    context = torch.cat([context, null], 1)                                           # (B, L+1, E)
-    hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-    return context, F.pad(hidden, (0, 1))
-
-
-def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
-    """What a block says of its inputs; with `recompute` the backward pass runs it again and keeps nothing."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
-
-
-def matrices_of(parts: tuple[nn.Module, ...], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
-    """The weight matrices of some parts, and of how many each is made: those of the layers `twos` of two."""
-    found = {}
-    for part in parts:
-        for name, p in part.named_parameters():
-            if p.ndim > 1:
-                found[p] = 2 if name.split(".")[-2] in twos else 1
-    return found
 
 
 def mlp(c_in: int, c_out: int) -> nn.Sequential:
@@ -350,13 +313,22 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks: scale and shift (`emb`), keys and values of the text are two."""
-        return matrices_of((self.down, self.mid, self.up), ("emb", "text_kv"))
+        """The weight matrices of the blocks, and of how many each is made: scale and shift (`emb`), keys
+        and values of the text are two."""
+        found = {}
+        for part in (self.down, self.mid, self.up):
+            for name, p in part.named_parameters():
+                if p.ndim > 1:
+                    found[p] = 2 if name.split(".")[-2] in ("emb", "text_kv") else 1
+        return found
 
     def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
         for block in blocks:
             condition = (context, hidden) if isinstance(block, Attention) else (emb,)
-            h = called(block, self.checkpointing, h, *condition)
+            if self.checkpointing and torch.is_grad_enabled():
+                h = checkpoint(block, h, *condition, use_reentrant=False)
+            else:
+                h = block(h, *condition)
         return h
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
@@ -378,7 +350,11 @@ class UNet(nn.Module):
         emb = F.silu(time + self.pooled(pooled))                                      # (B, E)
 
         # The keys: the tokens of the text that are there, and the null.
-        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        context = self.context(context)
+        null = self.null.expand(B, -1, -1).to(context.dtype)
+        context = torch.cat([context, null], 1)                                       # (B, L+1, E)
+        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+        hidden = F.pad(hidden, (0, 1))                                                # (B, L+1), 0 = visible
 
         # The picture, in patches, and where each of them is.
         x = x_t
@@ -429,6 +405,8 @@ def checksum(tensors: Tensors, meta: dict[str, str]) -> str:
 
 def fsync(path: Path) -> None:
     """Have a file, or the names in a folder, on disk."""
+    if os.name == "nt" and path.is_dir():                      # Windows opens no folders
+        return
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -486,12 +464,11 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
-    """The checkpoints of a run directory, oldest first."""
-    found = []
-    for path in (run / "checkpoints").glob("*"):
-        if re.fullmatch(r"\d{6,}", path.name):
-            found.append(path)
-    return sorted(found, key=lambda path: int(path.name))
+    """The checkpoints of a run directory, oldest first. Raises OSError where they may not be looked at."""
+    folder = run / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = [name for name in names if re.fullmatch(r"\d{6,}", name)]
+    return [folder / name for name in sorted(steps, key=int)]
 
 
 def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn: Callable = print,
@@ -502,6 +479,8 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn: Callable
     for folder in reversed(folders):
         try:
             loaded = [load_tensors(folder / f"{name}.safetensors") for name in files]
+            if len({meta.get("step") for _, meta in loaded}) > 1:
+                raise ValueError(f"{folder} has files of different steps")
         except ValueError as e:
             warn(f"{e}; trying the checkpoint before it")
             continue

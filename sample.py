@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -194,10 +195,12 @@ def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
              f"{words.length}")
 
 
-def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None) -> Stage:
+def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None,
+               encoders: Iterable[str] = ()) -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
+    encoders: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
     path, tensors, meta = model.read(path, warn)
     if ema:
@@ -211,8 +214,15 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         config = diffusion.DiffusionConfig(**stored["DiffusionConfig"])
         pictures = data.DataConfig(**stored["DataConfig"])
         size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        text = text_encoder.load_text_encoder(text_encoder.TextConfig(**stored["TextConfig"]), cached)
+        text = text_encoder.TextConfig(**stored["TextConfig"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
+    text = text_encoder.locate(text, meta["text"], [*path.absolute().parents][:4] + [Path()], [*encoders])
+    text = text_encoder.load_text_encoder(text, cached)
+    if not text_encoder.same_encoder(meta["text"], text.fingerprint):
+        raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
 
+    try:
         space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
         small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
         shape = model.ModelConfig(**shape)
@@ -228,8 +238,6 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         if isinstance(e, torch.OutOfMemoryError):
             raise
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
-    if meta["text"] != text.fingerprint:
-        raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
     for part in (unet, text):
         part.to(device).eval().requires_grad_(False)
     return Stage(unet, text, cached, schedule, small_schedule, space, config, pictures, size, device, step,
@@ -279,19 +287,25 @@ def resized(pictures: Iterable[Tensor], mode: str, size: int = 0) -> Tensor:
     return torch.stack(found)
 
 
-def read_pictures(paths: list[str], size: int) -> list[Tensor]:
-    """Pictures that lie on one another, uint8 (3, size, size). ValueError where they cannot."""
-    shapes, found = [], []
+def read_picture(path: str, size: int = 0) -> Tensor:
+    """uint8 (3, size, size), as pictures are read in training; size 0: as large as it is. ValueError if it is
+    none."""
+    if not Path(path).is_file():
+        raise ValueError(f"--init, --mask or --lowres {path} is no file")
     try:
-        for path in paths:
-            width, height = Image.open(path).size
-            shapes.append(f"{width}x{height}")
-            found.append(torch.from_numpy(data.decode(Path(path).read_bytes(), size)))
+        size = size or min(Image.open(path).size)
+        return torch.from_numpy(data.decode(Path(path).read_bytes(), size))
     except Exception as e:                                     # of whichever decoder of Pillow
-        raise ValueError(f"--init, --mask or --lowres is no picture: {e}") from e
-    if len(set(shapes)) > 1:
+        raise ValueError(f"--init, --mask or --lowres {path} is no picture: {e}") from e
+
+
+def read_mask(path: str, init: str, size: int) -> Tensor:
+    """How much of --init stays at each pixel, (size, size) from 0 (white) to 1 (black), sharp where it is."""
+    shapes = [f"{width}x{height}" for width, height in (Image.open(name).size for name in (init, path))]
+    if shapes[0] != shapes[1]:
         raise ValueError(f"--init is {shapes[0]} pixels, --mask {shapes[1]}. Give both the same size")
-    return found
+    mask = read_picture(path).float().mean(0)
+    return 1 - F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0] / 255
 
 
 def weaker(stage: Stage, settings: Settings, times: Tensor) -> Stage | None:
@@ -339,7 +353,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
-    given = read_pictures([path for path in (s.init, s.mask) if path], stage.size)
+    init = read_picture(s.init, stage.size)[None] if s.init else None
+    keep = read_mask(s.mask, s.init, stage.size) if s.mask else None
     weak = weaker(stage, s, times)
 
     # The sampler, and the network that it asks.
@@ -347,7 +362,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     takes = inspect.signature(sampler).parameters
     for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
         if value >= 0 and name not in takes:
-            raise ValueError(f"--{name} {value}: {s.sampler} takes no such noise. Use --sampler {others}")
+            raise ValueError(f"--{name} {value}: {s.sampler} has no fresh noise of that kind. Use "
+                             f"--sampler {others}")
         if value >= 0:
             sampler = partial(sampler, **{name: value})
     learned = stage.config.learn_sigma and "variance" in takes
@@ -369,13 +385,12 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         if small_side:
             small = small_condition(stage, lowres[part], keys[part], s.aug)
         if s.init:
-            known = resized(given[:1], stage.data.picture_mode).to(stage.device)
+            known = resized(init, stage.data.picture_mode).to(stage.device)
             known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            keep = 1 - given[1].float().mean(0) / 255
-            keep = keep.to(x.device).expand(len(x), 1, -1, -1)
-            run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
+            stays = keep.to(x.device).expand(len(x), 1, -1, -1)
+            run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
             x = run(denoise, x, times, noise, stage.schedule)
@@ -458,6 +473,7 @@ def parser() -> argparse.ArgumentParser:
         "with what the last stage makes of them, over levels of --aug [0..10000 images]")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
+    add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
 
@@ -583,8 +599,8 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
     unread(stage.text.reader, prompts[::args.n])
     if args.lowres and i == 0:
-        pictures = read_pictures([args.lowres], stage.data.lowres or stage.size)
-        below = torch.stack(pictures * len(prompts))
+        picture = read_picture(args.lowres, stage.data.lowres or stage.size)
+        below = torch.stack([picture] * len(prompts))
 
     seeds = [seed + k % args.n for k in range(len(prompts))]
     dtype = text_encoder.DTYPES[args.dtype]
@@ -615,7 +631,8 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
     if args.grid:
         columns = n if n > 1 else round(len(made) ** 0.5)
         sheet = data.contact_sheet(pictures, prompts, min(8, max(2, columns)))
-        print(data.save_png(sheet, file or Path(args.out, "grid.png"), {"pictures": made}, warn))
+        path = file or Path(args.out, "grid.png")
+        print(data.save_png(sheet, path, {"pictures": made}, warn, replace=file is not None))
         return
     for picture, prompt, notes in zip(pictures, prompts, made):
         path = file or Path(args.out, f"{file_name(prompt)}.png")
@@ -624,7 +641,10 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
 
 def held_out(path: Path, count: int) -> dict:
     """Up to `count` pictures that a run keeps for validation, and their small versions."""
-    stored = json.loads(model.read(path, warn)[2]["config"])
+    runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
+    if not runs:
+        die(f"--validate needs the config.json of the run of {path}, which says where its pictures are")
+    stored = json.loads((runs[0] / "config.json").read_text("utf-8"))
     whole = data.DataConfig(**stored["DataConfig"] | {"crop": 0})
     pictures = data.Pictures(whole, stored["TrainConfig"]["size"], 0, "val")
     held = data.collect(pictures, 0, min(count, len(pictures)))
@@ -656,7 +676,7 @@ def main(argv: list[str]) -> None:
     # Frozen text encoders read everything first.
     prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
     words = [*prompts, *held.get("captions", ()), args.negative]
-    load = partial(load_stage, device=device, cached=reader(words, device))
+    load = partial(load_stage, device=device, cached=reader(words, device), encoders=args.text_encoder)
     if args.autoguide:
         load(Path(args.autoguide))
 

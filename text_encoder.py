@@ -10,11 +10,14 @@ Training does the same in two halves; the first needs no weights and runs in the
     condition = encoder(**encoder.inputs(batch, device))
 
 Letters: B batch, L text tokens, D text width, P pooled width, K heads, E head width, H W pixels."""
+import base64
 import contextlib
 import itertools
 import json
 import math
+import os
 import re
+import struct
 import unicodedata
 import zipfile
 from collections import Counter
@@ -33,29 +36,26 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from torch.nn import Embedding, LayerNorm, Linear, Module, ModuleDict, ModuleList, RMSNorm
 
-MAX_CHARS = 2000    # captions are cut here first: a megabyte of text takes 0.1 s to tokenise
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
 class TextConfig:
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
-    text_length: int = 128  # a caption is cut or padded to this length [tokens; of the byte encoder: bytes]
+    text_length: int = 128  # a caption is cut or padded to this length (tokens, or bytes) [4..4096 tokens]
     text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
     text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
     text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
-    byte_width: int = 128  # width of the byte encoder, a multiple of 32 [channels]
-    byte_layers: int = 1  # layers of the byte encoder
+    byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..8192 channels]
+    byte_layers: int = 1  # layers of the byte encoder [1..100 layers]
 
     def __post_init__(self):
-        if not 4 <= self.text_length <= 4096:
-            raise ValueError(f"--text-length {self.text_length} is outside 4..4096. "
-                             "The default is 128")
-        if self.byte_width < 32 or self.byte_width % 32 or not 1 <= self.byte_layers <= 100:
-            raise ValueError(f"--byte-width {self.byte_width} is no multiple of 32, "
-                             "or --byte-layers is 0")
+        if not self.text_encoder:
+            raise ValueError("--text-encoder has no value. Give bytes, or folders")
+        if self.byte_width % 32:
+            raise ValueError(f"--byte-width {self.byte_width} is no multiple of 32")
 
 
 # ------------------------------------------------------------------------ files that may be damaged
@@ -84,13 +84,16 @@ def read_json(path: Path) -> dict:
 
 # --------------------------------------------------------------------------------------- tokenizers
 def clean(text: str) -> str:
-    """A caption's start, without what no tokenizer reads: lone surrogates, NUL, byte order mark."""
-    text = text[:MAX_CHARS].encode("utf-8", "replace").decode("utf-8")
+    """A caption without what no tokenizer reads: lone surrogates, NUL, byte order mark."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return text.replace("\0", " ").replace("\ufeff", "").strip()
 
 
 class ByteTokenizer:
     """UTF-8 bytes as tokens (ByT5; Xue et al. 2021, arXiv:2105.13626): byte + 3, end 1."""
+    version = 1
+    files = []
+    content = None
     prefix = []
     suffix = [1]
     unknown = 2
@@ -99,11 +102,46 @@ class ByteTokenizer:
         return [byte + 3 for byte in text.encode()]
 
 
+def message(number: int, content: bytes):
+    """A field of a protocol buffer: its number, the length in five groups of 7 bits, the content."""
+    size = len(content)
+    groups = [size >> shift & 127 | 128 for shift in (0, 7, 14, 21)]
+    return bytes([8 * number + 2, *groups, size >> 28]) + content
+
+
+def spiece_of(content: dict):
+    """The `spiece.model` that the unigrams and the normaliser of a `tokenizer.json` came from."""
+    model = content["model"]
+    if model["type"] != "Unigram" or model.get("byte_fallback"):
+        raise ValueError("its model is not the unigrams of T5")
+
+    kinds = {token["content"]: 3 for token in content["added_tokens"]}      # control: never in a text
+    kinds[model["vocab"][model["unk_id"]][0]] = 2                           # unknown
+    proto = b""
+    for piece, score in model["vocab"]:
+        end = struct.pack("<BfBB", 21, score, 24, kinds.get(piece, 1))      # 1: normal
+        proto += message(1, message(1, piece.encode()) + end)
+
+    normalizer = content["normalizer"] or {"normalizers": []}
+    for part in normalizer.get("normalizers", [normalizer]):
+        if part["type"] not in ("Precompiled", "Replace", "Strip"):
+            raise ValueError(f"its normaliser {part['type']} is not T5's")
+        if part["type"] == "Precompiled":
+            proto += message(3, message(2, base64.b64decode(part["precompiled_charsmap"])))
+    return proto
+
+
 class SentencePieceTokenizer:
-    """The pieces of a `spiece.model` (Kudo & Richardson 2018, arXiv:1808.06226) as T5 uses them."""
+    """The pieces of a `spiece.model` (Kudo & Richardson 2018, arXiv:1808.06226) or `tokenizer.json`,
+    read by sentencepiece, as T5 was trained. The port in transformers differs in three things: a
+    letter with combining marks or joiners is normalised there as a whole, by code point here; the
+    name of a special token in a caption (`</s>`) is text here; NUL is a space here, see `clean`."""
+    version = 1
+
     def __init__(self, path: Path, vocabulary: int):
         with damaged(path):
-            model = SentencePieceProcessor(model_proto=path.read_bytes())
+            proto = spiece_of(read_json(path)) if path.suffix == ".json" else path.read_bytes()
+            model = SentencePieceProcessor(model_proto=proto)
 
         pieces = model.get_piece_size()
         end = model.eos_id()
@@ -116,6 +154,11 @@ class SentencePieceTokenizer:
         self.prefix = []
         self.suffix = [end]
         self.unknown = model.unk_id()
+        self.files = [path]
+        numbers = range(pieces)
+        letters = "".join(map(chr, range(32, 0x3100)))                  # which show the normaliser
+        self.content = [*map(model.id_to_piece, numbers), *map(model.get_score, numbers),
+                        *model.encode(letters)]
 
 
 @lru_cache(1 << 16)
@@ -125,61 +168,75 @@ def letter_class(char: str) -> str:
         return char
     if char in "\t\n\v\f\r\x85":
         return " "
-    kind = unicodedata.category(char)[0]
-    return {"L": "a", "N": "1", "Z": " "}.get(kind, "!")
+    return {"L": "a", "N": "1", "Z": " "}.get(unicodedata.category(char)[0], "!")
 
 
 def letters_of_bytes():
     """CLIP's letter for each byte: its own where that is visible, else one from chr(256) on."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = map(chr, visible + [*range(256, 324)])
-    return dict(zip(visible + hidden, letters))
+    hidden = iter(range(256, 324))
+    letters = {}
+    for byte in range(256):
+        visible = chr(byte).isprintable() and byte != 32
+        letters[byte] = chr(byte if visible else next(hidden))
+    return letters
 
 
 class ClipTokenizer:
-    """Byte pairs by `vocab.json` and `merges.txt` (Radford et al. 2021, arXiv:2103.00020)."""
+    """Byte pairs by `vocab.json` and `merges.txt`, or `tokenizer.json` (Radford et al. 2021,
+    arXiv:2103.00020). The name of a special token in a caption is text, see T5."""
+    version = 2         # 1 merged a pair that repeats without gap only every other time
     words = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[a-z]+|[0-9]|[^\sa-z0-9]+")
 
-    def __init__(self, folder: Path, vocabulary: int):
-        self.vocab = read_json(folder / "vocab.json")
-        start = self.vocab.get("<|startoftext|>")
-        end = self.vocab.get("<|endoftext|>")
-        known = [start, end, *self.vocab.values()]
+    def __init__(self, path: Path, vocabulary: int):
+        content = read_json(path)
+        self.files = [path]
+        if path.name == "vocab.json":
+            merges = path.with_name("merges.txt")
+            self.files.append(merges)
+            with damaged(merges):
+                lines = merges.read_text(encoding="utf-8").splitlines()
+        else:
+            with damaged(path):
+                merges = content["model"]["merges"]
+                lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
+                content = dict(content["model"]["vocab"])
+
+        start = content.get("<|startoftext|>")
+        end = content.get("<|endoftext|>")
+        known = [start, end, *content.values()]
         good = all(isinstance(i, int) and 0 <= i < vocabulary for i in known)
 
-        merges = folder / "merges.txt"
-        with damaged(merges):
-            lines = merges.read_text(encoding="utf-8").splitlines()
         pairs = []
         for line in lines:
             if line.strip() and not line.startswith("#version"):
                 pairs.append(tuple(line.split()))
         if not good or any(len(pair) != 2 for pair in pairs):
-            raise ValueError(f"{folder}: vocab.json or merges.txt is damaged, "
-                             "or does not fit config.json")
+            raise ValueError(f"{path} or merges.txt is damaged, or does not fit config.json")
 
+        self.vocab = content
         self.rank = {pair: i for i, pair in enumerate(pairs)}
+        self.content = sorted(content.items()), pairs
         self.prefix = [start]
         self.suffix = [end]
         self.unknown = end
         self.letter = letters_of_bytes()
         self.word = lru_cache(1 << 16)(self.merge)
-        self.made_of = folder, vocabulary
+        self.made_of = path, vocabulary
 
     def __reduce__(self):
         return ClipTokenizer, self.made_of          # pickled without what it remembers of words
 
     def merge(self, word):
-        """Merge the neighbours of lowest rank until none are left that merge."""
+        """Merge the neighbours of lowest rank until none are left that merge, a pair at all of its
+        places at once, from the left. Each part has a space on both sides of its own."""
         letters = [self.letter[byte] for byte in word.encode()]
-        parts = f" {' '.join(letters)}</w> "
+        parts = f" {'  '.join(letters)}</w> "
         while True:
             pairs = itertools.pairwise(parts.split())
             best = min(pairs, key=lambda pair: self.rank.get(pair, math.inf), default=None)
             if best not in self.rank:
                 return [self.vocab.get(part, self.unknown) for part in parts.split()]
-            parts = parts.replace(f" {' '.join(best)} ", f" {''.join(best)} ")
+            parts = parts.replace(f" {'  '.join(best)} ", f" {''.join(best)} ")
 
     def encode(self, text):
         text = "".join(char.lower() for char in unicodedata.normalize("NFC", text))
@@ -225,11 +282,17 @@ class Reader:
     def __deepcopy__(self, memo):
         return self                     # the average of a network reads nothing of its own
 
+    @property
+    def limit(self):
+        """Captions are cut here before they are tokenised, a megabyte takes 0.1 s [characters]."""
+        return max(2000, 15 * self.length)
+
     def read(self, caption: str, beside: bytes = b"") -> dict:
         """The entry of a caption: "ids" (l,) int64, or "context" (l, D) and "pooled" (P,), uint16;
         and "cut", whether its end is missing. An empty caption has l = 0. beside: what a shard has
         beside the picture, for the lookup. Raises the ValueError of the lookup."""
-        text = clean(caption)
+        start = caption[:self.limit]
+        text = clean(start)
         if self.lookup:
             context = np.zeros((0, self.dim), np.uint16)
             pooled = np.zeros(self.pooled_dim, np.uint16)
@@ -241,12 +304,12 @@ class Reader:
         tokenizer = self.tokenizer
         tokens = tokenizer.encode(text) if text else []
         room = self.length - len(tokenizer.prefix) - len(tokenizer.suffix)
-        cut = len(tokens) > room or len(caption) > MAX_CHARS
+        cut = len(tokens) > room or len(caption) > self.limit
         self.counts.update(
             captions=1,
             empty=not tokens,
             cut=cut,
-            cleaned=text != caption[:MAX_CHARS].strip(),
+            cleaned=text != start.strip(),
             tokens=len(tokens),
             unknown=tokens.count(tokenizer.unknown),
         )
@@ -557,12 +620,24 @@ class CLIPImageEncoder(Module):
 
 # -------------------------------------------------------------------------------- published weights
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json",
+                "model.fp16.safetensors", "model.safetensors.index.fp16.json",
                 "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def first_of(folders, names):
+    """The first of some files that is there, or the one that should be."""
+    paths = [folder / name for folder in folders for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_shape(table, config, path):
     """The fields of `table` out of a config.json; ValueError for one missing or impossible."""
     shape = {}
+    kind = config.get("model_type")
+    if kind not in table["model_type"]:
+        read = ", ".join(table["model_type"])
+        raise ValueError(f"{path}: model_type is {kind!r}, which is not read here: {read} is")
+
     for name, usual in table.items():
         if isinstance(usual, tuple):
             value = config.get(name, usual[0])
@@ -571,7 +646,7 @@ def read_shape(table, config, path):
         else:
             value = config.get(name, usual)
             kind = float if isinstance(usual, float) else int
-            limit = 1000 if "layers" in name else 10**7
+            limit = 1000 if "layers" in name else 500_000       # no product of three overflows
             good = type(value) is kind and 0 < value < limit
             known = f"a number below {limit}"
         if not good:
@@ -580,13 +655,16 @@ def read_shape(table, config, path):
 
     if shape.get("hidden_size", 0) % shape.get("num_attention_heads", 1):
         raise ValueError(f"{path}: hidden_size is no multiple of num_attention_heads")
+    near = shape.get("relative_attention_num_buckets", 4) // 4
+    if not 0 < near < shape.get("relative_attention_max_distance", 2):
+        raise ValueError(f"{path}: relative_attention_num_buckets is below 4, or a quarter of it "
+                         "not below relative_attention_max_distance")
     return SimpleNamespace(**shape)
 
 
 def weight_files(folder: Path, allow_bin: bool):
     """The file with a folder's weights, or the shards that its index lists."""
-    paths = [folder / name for name in WEIGHT_FILES]
-    path = next((path for path in paths if path.exists()), paths[0])
+    path = first_of([folder], WEIGHT_FILES)
     major, minor = torch.__version__.split(".")[:2]
     recent = (int(major), int(minor)) >= (2, 10)
     if ".bin" in path.name and not (allow_bin and recent):
@@ -597,11 +675,11 @@ def weight_files(folder: Path, allow_bin: bool):
 
     with damaged(path):
         shards = sorted(set(map(str, read_json(path)["weight_map"].values())))
-    for name in shards:
-        if name != Path(name).name or name in ("", ".."):
-            raise ValueError(f"{path} lists a path outside the folder: {name!r}")
-        if not (folder / name).exists():
-            raise ValueError(f"{path} lists {name}, which is missing. Incomplete download?")
+        for name in shards:
+            if name != Path(name).name or name in ("", ".."):
+                raise ValueError(f"it lists a path outside the folder: {name!r}")
+            if not (folder / name).exists():
+                raise ValueError(f"it lists {name}, which is missing")
     return [folder / name for name in shards]
 
 
@@ -616,7 +694,9 @@ def open_weights(path: Path):
         if path.suffix == ".bin":
             tensors = torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             for name, tensor in tensors.items():
-                yield name, tensor.shape, tensor.__getitem__
+                if tensor.nbytes > tensor.untyped_storage().nbytes():
+                    raise ValueError(f"{name} is larger than what is stored of it")
+                yield str(name), tensor.shape, tensor.__getitem__
         else:
             with safe_open(path, "pt") as file:
                 for name in list(file.keys()):
@@ -628,9 +708,10 @@ class Weights:
     """The tensors of a folder by their published names; each is read only when it is asked for."""
     def __init__(self, folder: Path, allow_bin: bool):
         self.folder = folder
+        self.files = weight_files(folder, allow_bin)
         self.shape = {}
         self.read = {}                  # name -> function of the rows to read
-        for path in weight_files(folder, allow_bin):
+        for path in self.files:
             for name, shape, read in open_weights(path):
                 if name == "encoder.embed_tokens.weight":
                     name = "shared.weight"              # two names of one matrix
@@ -642,13 +723,10 @@ class Weights:
     def check(self, model):
         """ValueError unless these are the tensors of `model`, but for those of its `others`."""
         wrong = []
-        wanted = model.state_dict()
-        for name, tensor in wanted.items():
-            shape = tuple(tensor.shape)
-            found = self.shape.get(name)
-            if found is None:
-                wrong.append(f"{name} is missing")
-            elif found != shape:
+        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name, shape in wanted.items():
+            found = self.shape.get(name, "missing")
+            if found != shape:
                 wrong.append(f"{name} is {found}, config.json says {shape}")
         for name in sorted(set(self.shape) - set(wanted)):
             if not name.startswith(model.others) and not name.endswith(".position_ids"):
@@ -674,14 +752,35 @@ class Weights:
         model.load_state_dict(state, assign=True)
         return model.eval().requires_grad_(False)
 
-    def digest(self, model, *also):
-        """Which weights these are: a hash of each tensor's first and last row, and of `also`."""
+    def digest(self, model, parts, also=()):
+        """A hash of `parts` (slices) of the rows of each tensor, as float32, and of `also`."""
         result = sha256(repr(also).encode())
         for name in model.state_dict():
-            for rows in (slice(0, 1), slice(-1, None)):
-                row = self.read[name](rows).float().numpy()
-                result.update(name.encode() + row.tobytes())
+            for rows in parts:
+                row = self.read[name](rows).float().contiguous()
+                result.update(name.encode())
+                result.update(row.flatten().numpy())
         return result.hexdigest()[:32]
+
+    def whole_digest(self, model):
+        """That of all rows, read once: kept in the user's cache folder until a file's path, size or
+        time changes."""
+        mark = list(model.state_dict())
+        for path in self.files:
+            state = path.stat()
+            mark.append((os.path.abspath(path), state.st_size, state.st_mtime_ns))
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        kept = Path(home, "limn", sha256(repr(mark).encode()).hexdigest())
+
+        with contextlib.suppress(OSError, ValueError):
+            found = kept.read_text()
+            if len(found) == 32:                # else it was torn
+                return found
+        found = self.digest(model, [slice(None)])
+        with contextlib.suppress(OSError):      # no room for it: read again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(found)
+        return found
 
 
 # ------------------------------------------------------------------------------------ text encoders
@@ -710,21 +809,16 @@ class TextEncoder(Module):
         mask = batch["mask"]
         width = padded(int(mask.sum(1).max()), self.length) if trim else self.length
         more = width - mask.shape[1]                    # a negative number of tokens is cut off
-        ends = {
-            "mask": (0, more),
-            "ids": (0, more),
-            "context": (0, 0, 0, more),
-            "pooled": ()
-        }
-
         found = {}
-        for name, end in ends.items():
+        for name in ("mask", "ids", "context", "pooled"):
             if name in batch:
                 x = torch.as_tensor(batch[name])
                 if x.dtype == torch.uint16:
                     x = x.view(torch.bfloat16)
                 x = x.to(device, non_blocking=True)
-                found[name] = F.pad(x, end)
+                if name != "pooled":
+                    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, more))
+                found[name] = x
         return found
 
     def forward(self, mask, ids=None, context=None, pooled=None):
@@ -817,28 +911,57 @@ def encode_captions(encoder: TextEncoder, captions: list[str], batch_tokens=8192
 
 
 # ----------------------------------------------------------------------------------------- loading
+FINGERPRINT = re.compile(r"[^+]{0,255}?d=(\d+) length=(\d+) (\w{32})"
+                         r"(?: p=(\d+) (\w{32}) tokens=([\d.]+))?")
+OLD_TOKENS = "1.2000"       # of fingerprints that do not say it
+
+
+def same_encoder(stored: str, own: str, tokens: bool = False):
+    """Whether two fingerprints are of encoders with the same weights, pieces and settings.
+
+    One says: kind and settings, width, length, a hash of first and last rows and files, P, a hash
+    of all numbers, the version of the tokenizer with its limit in characters. Older ones begin with
+    the name of a folder and end at the rows: then these decide. `tokens`: captions must be read
+    alike, too, as for a cache. Several are joined by +; what is trained along must be equal."""
+    if FINGERPRINT.sub("#", stored) != FINGERPRINT.sub("#", own):
+        return False
+    for a, b in zip(FINGERPRINT.finditer(stored), FINGERPRINT.finditer(own)):
+        groups = (1, 2, 5) if a[5] and b[5] else (1, 2, 3)
+        if a.group(*groups) != b.group(*groups):
+            return False
+        if tokens and (a[6] or OLD_TOKENS) != (b[6] or OLD_TOKENS):
+            return False
+    return True
+
+
 def open_folder(name: str, config: TextConfig, tower: str):
     """The path of config.json, what it says (of CLIP: of this tower), the weights, still unread."""
-    path = Path(name) / "config.json"
-    if not path.parent.is_dir():
+    folder = Path(name)
+    if not folder.is_dir():
         raise ValueError(f"--text-encoder or --rank {name} is no folder. "
                          "Name a published one, or bytes")
+    path = folder / "config.json"
+    inside = list(folder.glob("text_encoder*/config.json"))     # of a pipeline
+    if len(inside) == 1 and not path.exists():
+        path = inside[0]
 
     content = read_json(path)
     if content.get("model_type") == "clip":
-        content = {
-            **(content.get(f"{tower}_config") or {}),
-            **(content.get(f"{tower}_config_dict") or {}),
-            "projection_dim": content.get("projection_dim", 512),
-            "model_type": f"clip_{tower}_model",
-        }
+        whole = content
+        content = {"projection_dim": whole.get("projection_dim", 512)}
+        with damaged(path):
+            for end in ("config", "config_dict"):
+                content = {**(whole.get(f"{tower}_{end}") or {}), **content}
+        content["model_type"] = f"clip_{tower}_model"
     return path, content, Weights(path.parent, config.allow_bin)
 
 
 def frozen_encoder(name: str, config: TextConfig):
     """The encoder of a published folder, still without weights, and what reads them, once."""
     path, content, weights = open_folder(name, config, "text")
-    folder = path.parent
+    folder = path.parent.absolute()
+    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")       # in a pipeline
+    find = partial(first_of, (path.parent, beside))
     length = config.text_length
     kind = content.get("model_type")
     with torch.device("meta"):
@@ -846,32 +969,85 @@ def frozen_encoder(name: str, config: TextConfig):
             shape = read_shape(CLIP_TEXT, content, path)
             projected = "text_projection.weight" in weights.shape
             tower = CLIPTextEncoder(shape, projected, config.clip_layer)
-            tokenizer = ClipTokenizer(folder, shape.vocab_size)
+            tokenizer = ClipTokenizer(find(("vocab.json", "tokenizer.json")), shape.vocab_size)
             length = min(length, shape.max_position_embeddings)
         else:
             feed = "relu" if kind == "t5" else "gated-gelu"
-            usual = {"model_type": None, "feed_forward_proj": feed}
-            shape = read_shape(T5_SHAPE, usual | content, path)
+            shape = read_shape(T5_SHAPE, {"feed_forward_proj": feed} | content, path)
             tower = T5Encoder(shape)
-            pieces = folder / "spiece.model"
+            pieces = find(("spiece.model", "tokenizer.model", "tokenizer.json"))
             if shape.vocab_size == 384 and not pieces.exists():
                 tokenizer = ByteTokenizer()
             else:
                 tokenizer = SentencePieceTokenizer(pieces, shape.vocab_size)
     weights.check(tower)
 
-    words = []
-    for file in ("spiece.model", "vocab.json", "merges.txt"):
-        source = folder / file
-        if source.exists():
-            words.append(sha256(source.read_bytes()).hexdigest())
-    digest = weights.digest(tower, repr(shape), config.clip_layer, config.text_dtype, *words)
-    fingerprint = f"{folder.name} d={tower.dim} length={length} {digest}"
-
+    # What is the same in all copies of an encoder, whatever their folders and files.
     reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim)
+    settings = repr(shape), config.clip_layer, config.text_dtype
+    files = [sha256(file.read_bytes()).hexdigest() for file in tokenizer.files]
+    ends = weights.digest(tower, (slice(0, 1), slice(-1, None)), (*settings, *files))
+    content = (settings, tokenizer.content, weights.whole_digest(tower))
+    digest = sha256(repr(content).encode()).hexdigest()[:32]
+    fingerprint = (f"{kind} {config.text_dtype} {config.clip_layer} d={tower.dim} length={length} "
+                   f"{ends} p={tower.pooled_dim} {digest} tokens={tokenizer.version}.{reader.limit}")
+
     encoder = TextEncoder(tower, reader, fingerprint, trainable=False)
     load = partial(weights.fill, tower, DTYPES[config.text_dtype])
     return encoder, cache(load)
+
+
+def fingerprint_of(name: str, config: TextConfig):
+    """That of the encoder in a published folder, or in one line why there is none."""
+    try:
+        return frozen_encoder(name, config)[0].fingerprint
+    except ValueError as error:
+        return str(error)
+
+
+def fingerprints(stored: str):
+    """Those of frozen encoders in what a checkpoint or a file of embeddings says of several."""
+    return [match[0].strip(" +") for match in FINGERPRINT.finditer(stored)]
+
+
+def locate(config: TextConfig, stored: str, near: list[Path], given: list[str]):
+    """The configuration with the folders where the encoders of a fingerprint lie now: one of those
+    `given`, that which it names, or one inside the folders `near`. ValueError if there is none."""
+    wanted = fingerprints(stored)
+    names = []
+    for name in config.text_encoder:
+        if name != "bytes":
+            own = wanted.pop(0) if wanted else stored
+            places = [*given, name]
+            for folder in near:
+                places.append(str(folder / Path(name).name))
+                places += [str(path.parent) for path in sorted(folder.glob("*/config.json"))]
+            said = fingerprint_of(places[0], config)
+            same = (place for place in places if same_encoder(fingerprint_of(place, config), own))
+            name = next(same, "")
+            if not name:
+                raise ValueError(f"the text encoder {own} is not in {places[0]} ({said}), nor near. "
+                                 "Say where its folder is: --text-encoder DIR")
+        names.append(name)
+    return replace(config, text_encoder=names)
+
+
+def embedded_encoder(name: str, config: TextConfig, stored: list[str], usual: str):
+    """The encoder of embeddings, by their fingerprints, without its weights. Its folder need not be
+    there: then it is the one that is `usual`, if that has the settings of the configuration."""
+    own = fingerprint_of(name, config)
+    if not FINGERPRINT.match(own):
+        own = usual
+    for part in stored:
+        match = FINGERPRINT.match(part)
+        dim, length, pooled = (int(number or match[1]) for number in match.group(1, 2, 4))
+        fits = length == min(config.text_length, 77 if "clip" in part else 4096)
+        if match[5]:
+            fits &= f" {config.text_dtype} {config.clip_layer} d=" in part
+        if fits and same_encoder(part, own, tokens=True):
+            return TextEncoder(None, Reader(None, length, dim, pooled), part, trainable=False)
+    raise ValueError(f"the embeddings were made with {' + '.join(stored)}, not with {own or name}, "
+                     f"--text-length {config.text_length}. Write the shards again")
 
 
 def load_image_encoder(name: str, config: TextConfig) -> CLIPImageEncoder:
@@ -898,17 +1074,26 @@ def byte_encoder(config: TextConfig):
     return TextEncoder(tower, reader, f"bytes {shape} {length}", trainable=True)
 
 
-def load_text_encoder(config: TextConfig, cached: Callable | None = None):
+def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored: str = ""):
     """The TextEncoder of a configuration, or several as a MultiEncoder; ValueError if unreadable.
 
     cached(number, encoder, load) -> lookup, see Reader: what a frozen encoder says is looked up and
-    no weights are read; load() reads them into `encoder`, once, for encode_captions."""
+    no weights are read; load() reads them into `encoder`, once, for encode_captions. stored: the
+    fingerprints of embeddings that a file has of every caption: no folder is needed beside them."""
+    parts = fingerprints(stored)
+    frozen = [name for name in config.text_encoder if name != "bytes"]
+    usual = dict(zip(frozen, parts)) if len(frozen) == len(parts) else {}
     encoders = []
     for number, name in enumerate(config.text_encoder):
         if name == "bytes":
             encoder = byte_encoder(config)
         else:
-            encoder, load = frozen_encoder(name, config)
+            load = None
+            if stored:
+                encoder = embedded_encoder(name, config, parts, usual.get(name, ""))
+            else:
+                encoder, load = frozen_encoder(name, config)
+
             if cached:
                 reader = replace(encoder.reader, lookup=cached(number, encoder, load))
                 encoder = TextEncoder(None, reader, encoder.fingerprint, trainable=False)

@@ -151,6 +151,8 @@ MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers"
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "size_shift",
          "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
+TOLD = {"uncaptioned": "has no caption and trains as unconditional",
+        "recoded": "has a caption that is not UTF-8 and was read as cp1252"}
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
 PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent
 # What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
@@ -862,8 +864,9 @@ def lock(run: Path) -> None:
             left.unlink()
 
 
-def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int) -> Path:
-    """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all.
+def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int, own: dict | None = None):
+    """Publish `run`/checkpoints/STEP with a file of tensors for each of `files`, all at once or not at all;
+    `own`: what the metadata of some of them says otherwise.
     Temporary folder, fsync of the files and the folder, rename, fsync of the parent; only then are older
     checkpoints pruned to the last `keep`. An OSError before that leaves everything as it was."""
     parent = run / "checkpoints"
@@ -874,7 +877,7 @@ def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int) ->
     try:
         temp.mkdir()
         for name, tensors in files.items():
-            model.save_tensors(temp / f"{name}.safetensors", tensors, meta)
+            model.save_tensors(temp / f"{name}.safetensors", tensors, meta | (own or {}).get(name, {}))
         if target.exists():                                    # of this step, and damaged: keep it aside
             os.replace(target, parent / f"{target.name}.damaged-{os.getpid()}")
         os.replace(temp, target)
@@ -903,14 +906,26 @@ def save_snapshot(folder: Path, step: int, tensors: model.Tensors, updates: int,
         (folder / f"{steps.pop(crowded):06d}.safetensors").unlink()
 
 
+def without_folders(config: str) -> str:
+    """A configuration, JSON, for the file that is shared: without where things lie on this machine."""
+    recipe = json.loads(config)
+    for group in recipe.values():
+        for name in ("out", "init", "data", "text_cache", "text_shards"):
+            group.pop(name, None)
+    names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
+    recipe["TextConfig"]["text_encoder"] = names
+    return json.dumps(recipe)
+
+
 def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: bool) -> None:
     """Write a snapshot of the profiles, if any, and a checkpoint. Training survives a disk that is full,
     unless this is the last one."""
     meta = {**meta, "step": str(step), "scaler": json.dumps(state.scaler.state_dict())}
+    shared = {"ema": {"config": without_folders(meta["config"])}}
     try:
         if state.profiles:
             save_snapshot(out / "profiles", step, state.snapshot(), int(state.updates), state.snapshots)
-        say(f"saved {save_checkpoint(out, step, state.tensors(), meta, keep)}")
+        say(f"saved {save_checkpoint(out, step, state.tensors(), meta, keep, shared)}")
     except OSError as e:
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
@@ -919,10 +934,10 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, text) -> tuple:
     """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
-    found = model.load_checkpoint(out, ("ema", "train"), lambda line: say(f"warning: {line}"))
+    found = model.load_checkpoint(out, ("train", "ema"), lambda line: say(f"warning: {line}"))
     if found is None:
         return 0, 0
-    folder, tensors, meta = found
+    folder, (train, ema), meta = found
 
     # Shape must match, the rest is noted.
     stored = json.loads(meta["config"])
@@ -933,17 +948,19 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, t
             old = stored.get(group, {}).get(name, getattr(type(config)(), name))
             if name in MACHINE or json.dumps(old) == json.dumps(value):
                 continue
+            if name == "text_encoder":                         # by its content, below
+                continue
             if name in SHAPE or group in SHAPE or WITH_WEIGHTS & {str(old), str(value)}:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
             say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
 
-    state.load(*tensors, scaler=json.loads(meta["scaler"]))
-    if meta["text"] != text.fingerprint:
+    if not text_encoder.same_encoder(meta["text"], text.fingerprint):
         raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
     if meta["data"] != pictures.fingerprint:
         say("warning: the pictures are not those of the checkpoint: their order differs from here")
     if json.loads(meta["versions"]) != VERSIONS:
         say(f"note: {meta['versions']} -> {json.dumps(VERSIONS)}: it continues, but not bit for bit")
+    state.load(ema, train, json.loads(meta["scaler"]))
     say(f"resumed from step {meta['step']} ({folder})")
     return int(meta["step"]), int(meta["images"])
 
@@ -983,6 +1000,19 @@ def embedding_inside(fingerprint: str, caption: str, beside: bytes) -> tuple:
 
 def embedding_of(cache: data.Cache, caption: str, beside: bytes) -> tuple:
     return cache[caption]
+
+
+def embedded_by(pictures: data.Pictures) -> str:
+    """What made the embeddings inside shards, by the first that there are, "" without any."""
+    for source in pictures.sources:
+        source.embedded = True
+        for i in range(min(len(source), 100)):
+            content = source.sample(i).meta.get("embeddings")
+            if content:
+                size = int.from_bytes(content[:8], "little")
+                header = json.loads(content[8:8 + size])
+                return header.get("__metadata__", {}).get("fingerprint", "")
+    return ""
 
 
 def say_cut(cut: int, captions: int) -> None:
@@ -1034,7 +1064,8 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
         caches.append(data.Cache(cache.name, encoder.fingerprint))            # with what the others wrote
         return partial(embedding_of, caches[-1])
 
-    text = text_encoder.load_text_encoder(text_cfg, look_up if text_cfg.text_cache else None)
+    stored = embedded_by(sets[0]) if text_cfg.text_cache == "shards" and not cfg.dry_run else ""
+    text = text_encoder.load_text_encoder(text_cfg, look_up if text_cfg.text_cache else None, stored)
     return text.to(device), caches
 
 
@@ -1209,6 +1240,7 @@ class Trainer:
         self.meter = Meter()
         self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
+        self.told = set()
 
     def batches(self, pictures: data.Pictures, first: int, images: int) -> Iterator[dict]:
         """The batches of the steps from `first`, of this rank, whose first picture is number `images`."""
@@ -1243,6 +1275,10 @@ class Trainer:
             self.replaced += 1
             if self.replaced <= 10 or self.replaced % 1000 == 0:
                 say(f"warning: {note}; replaced")
+        for name, what in TOLD.items():
+            if batch[name] and name not in self.told:
+                self.told.add(name)
+                say(f"warning: {batch[name][0]} {what}; others of its kind are not named")
         before = self.cut
         self.cut += int(batch["cut"].sum())
         self.captions += len(batch["captions"])

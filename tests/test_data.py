@@ -11,9 +11,12 @@ import re
 import resource
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
+import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 import data
 from data import (
@@ -264,6 +267,20 @@ def test_built_in_pictures_do_not_change_by_accident():
 GOLDEN = [2477541, 1903862, 2201340, 2613307], "a large pink flower in the middle on a yellow background"
 
 
+def test_validation_takes_no_last_picture(tmp_path):
+    """Whatever it is called: its key may be among those that are held out."""
+    for i in range(80):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / f"{i}.png").write_bytes(encoded(flat((i, i, i), (8, 8))))
+        sets = [open_source(folder, held_out=1024, split=split) for split in ("train", "val")]
+        assert [len(pictures) for pictures in sets] == [1, 1]
+        assert [pictures[5]["key"] for pictures in sets] == [str(i)] * 2
+        assert any("none to hold out" in line for line in sets[1].warnings)
+    mixed = open_source(*(tmp_path / str(i) for i in range(80)))
+    assert set(keys(mixed, 80)) == {str(i) for i in range(80)}
+
+
 def test_validation_is_held_out_of_training(tmp_path):
     for i in range(300):
         (tmp_path / f"{i}.png").write_bytes(encoded(flat(size=(8, 8))))
@@ -283,6 +300,7 @@ def test_validation_is_held_out_of_training(tmp_path):
 
 # ----------------------------------------------------------------------------------------------- decoding
 
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
 RAMP = np.linspace(0, 255, 32).astype(np.uint8)[None].repeat(32, 0)
 RED_HIDDEN = np.full((32, 32, 4), (255, 0, 0, 0), np.uint8)
 
@@ -299,6 +317,11 @@ MODES = {
     "RGB webp": (lambda: encoded(flat(), "WEBP", lossless=True), (200, 100, 50)),
     "RGB bmp": (lambda: encoded(flat(), "BMP"), (200, 100, 50)),
     "RGB gif": (lambda: encoded(flat(), "GIF"), (200, 100, 50)),
+    "RGB tiff": (lambda: encoded(flat(), "TIFF"), (200, 100, 50)),
+    "packed tiff": (lambda: encoded(flat(), "TIFF", compression="tiff_lzw"), (200, 100, 50)),
+    "RGBA tiff": (lambda: encoded(flat((200, 0, 0, 127), mode="RGBA"), "TIFF"), (228, 128, 128)),
+    "CMYK tiff": (lambda: encoded(flat((0, 255, 255, 0), mode="CMYK"), "TIFF"), (255, 0, 0)),
+    "RGB avif": (lambda: encoded(flat(), "AVIF", quality=100), (200, 100, 50)),
     "1": (lambda: encoded(flat(1, mode="1")), (255, 255, 255)),
     "L": (lambda: encoded(flat(77, mode="L")), (77, 77, 77)),
     "LA": (lambda: encoded(flat((0, 127), mode="LA")), (128, 128, 128)),
@@ -330,7 +353,7 @@ def test_16_bit_grey_keeps_its_greys():
     assert np.abs(wide - decode(encoded(Image.fromarray(RAMP)), 32)).max() <= 1
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_undone(orientation, kind):
     upright = np.zeros((32, 32, 3), np.uint8)
@@ -344,6 +367,111 @@ def test_orientation_is_undone(orientation, kind):
     shown = decode(encoded(Image.fromarray(np.ascontiguousarray(stored)), kind, exif=exif, **options), 32)
     assert np.abs(shown.transpose(1, 2, 0).astype(int) - upright)[2:14, 2:14].max() < 12
     assert np.abs(shown.transpose(1, 2, 0).astype(int) - upright)[18:30, 2:14].max() < 12
+
+
+def numbers(*values) -> bytes:
+    """As a colour profile writes them: 16 bits before the point and 16 behind it."""
+    return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
+
+
+def profile(space: str, tags: dict) -> bytes:
+    """A colour profile, ICC version 2, of tags by their names."""
+    table, content, at = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, tag in tags.items():
+        tag += bytes(-len(tag) % 4)
+        table += struct.pack(">4sII", name.encode(), at + len(content), len(tag))
+        content += tag
+    connection = b"Lab " if "A2B0" in tags else b"XYZ "
+    kind = b"prtr" if space == "CMYK" else b"mntr"
+    head = struct.pack(">II4s4s4s", 0, 0x02400000, kind, space.encode(), connection)[4:]
+    head = b"none" + head + bytes(12) + b"acsp" + bytes(28) + numbers(0.9642, 1, 0.8249)
+    head = head.ljust(124, b"\0")
+    size = 4 + len(head) + 4 + len(table) + len(content)
+    return struct.pack(">I", size) + head + struct.pack(">I", len(tags)) + table + content
+
+
+def of_gamma(gamma: float) -> bytes:
+    return b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256)) + b"\0\0"
+
+
+def of_colours(*columns, gamma=2.19921875) -> bytes:
+    tags = {"wtpt": b"XYZ " + bytes(4) + numbers(0.9505, 1, 1.0891)}
+    for name, column in zip("rgb", columns):
+        tags[f"{name}XYZ"] = b"XYZ " + bytes(4) + numbers(*column)
+        tags[f"{name}TRC"] = of_gamma(gamma)
+    return profile("RGB ", tags)
+
+
+def of_inks() -> bytes:
+    """CMYK in which every ink is grey: a table from 2 steps of each to L*a*b*, of 8 bits."""
+    steps = itertools.product((0, 1), repeat=4)
+    lab = b"".join(bytes([255 - 50 * sum(inks), 128, 128]) for inks in steps)
+    curve = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + numbers(1, 0, 0, 0, 1, 0, 0, 0, 1)
+    return profile("CMYK", {"wtpt": b"XYZ " + bytes(4) + numbers(0.9642, 1, 0.8249),
+                            "A2B0": table + 4 * curve + lab + 3 * curve})
+
+
+ADOBE = of_colours((0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457))
+DISPLAY_P3 = of_colours((0.51512, 0.24120, -0.00105), (0.29198, 0.69225, 0.04189),
+                        (0.15710, 0.06657, 0.78407), gamma=2.2)
+GREY = profile("GRAY", {"wtpt": b"XYZ " + bytes(4) + numbers(0.9642, 1, 0.8249), "kTRC": of_gamma(1.0)})
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
+def test_colours_are_those_of_the_profile(kind):
+    """Adobe RGB: (2.2 - Adobe RGB (1998), section 4.3.1): (96, 159, 70) there is (40, 160, 60) in sRGB."""
+    options = {"PNG": {}, "TIFF": {}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(
+        kind, {"quality": 100, "subsampling": 0})
+    stored = flat((96, 159, 70), (64, 48))
+    shown = decode(encoded(stored, kind, icc_profile=ADOBE, **options), 16)
+    assert np.abs(shown.astype(int) - np.array([40, 160, 60])[:, None, None]).max() <= 5
+    white = decode(encoded(flat((255, 255, 255, 9), mode="RGBA"), icc_profile=ADOBE), 16)
+    assert white.min() == 255
+    alpha = decode(encoded(flat((96, 159, 70, 255), mode="RGBA"), icc_profile=ADOBE), 16)
+    assert np.abs(alpha.astype(int) - np.array([40, 160, 60])[:, None, None]).max() <= 2
+    paletted = flat(1, mode="P")
+    paletted.putpalette([9, 9, 9, 96, 159, 70])
+    found = decode(encoded(paletted, icc_profile=ADOBE), 16)
+    assert np.abs(found.astype(int) - np.array([40, 160, 60])[:, None, None]).max() <= 2
+
+
+def test_colours_of_display_p3_grey_and_ink_are_converted():
+    found = decode(encoded(flat((234, 51, 35)), icc_profile=DISPLAY_P3), 8)[:, 0, 0]     # sRGB's red in it
+    assert found[0] >= 253
+    assert max(found[1:]) <= 25
+    for image in (flat(55, mode="L"), flat((55, 255), mode="LA"),
+                  Image.fromarray(np.full((32, 32), 55 * 257, np.uint16))):
+        found = decode(encoded(image, icc_profile=GREY), 8).astype(int)      # linear 55/255 is 128 in sRGB
+        assert np.abs(found - 128).max() <= 2
+    ink = flat((255, 0, 0, 0), mode="CMYK")
+    for kind in ("JPEG", "TIFF"):
+        assert np.ptp(decode(encoded(ink, kind), 8)[:, 0, 0]) > 200          # cyan, without a profile
+        found = decode(encoded(ink, kind, icc_profile=of_inks()), 8)[:, 0, 0].astype(int)
+        assert np.ptp(found) <= 3                                            # L* 80.4, with black at 21.6
+        assert 170 < found[0] < 215
+
+
+@pytest.mark.parametrize("stored", [
+    ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"garbage", ADOBE[:200], GREY,
+    of_inks(), ADOBE[:129]])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_srgb_and_broken_profiles_and_those_of_other_modes_change_nothing(stored, kind):
+    found = decode(encoded(NOISE, kind, icc_profile=stored), 32)
+    assert np.array_equal(found, decode(encoded(NOISE, kind), 32))
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_png_with_megabytes_of_text_is_whole(place):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("prompt", "a cat " * 500_000, zip=True)
+    notes.add_itxt("workflow", "a cat " * 500_000, zip=True)
+    content = encoded(NOISE)
+    middle = content.index(b"IDAT") - 4 if place == "before" else content.index(b"IEND") - 4
+    for name, text in notes.chunks[0][:2], notes.chunks[1][:2]:
+        chunk = struct.pack(">I", len(text)) + name + text + struct.pack(">I", zlib.crc32(name + text))
+        content = content[:middle] + chunk + content[middle:]
+    assert np.array_equal(decode(content, 32), decode(encoded(NOISE), 32))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\0" * 40])
@@ -371,7 +499,6 @@ def test_jpeg_draft_gives_the_same_picture():
     assert np.abs(slow.astype(int) - fast).mean() < 3
 
 
-NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
 BAD = {
     "truncated jpeg": lambda: encoded(NOISE, "JPEG")[:1500],
     "truncated png": lambda: encoded(NOISE)[:3000],
@@ -383,7 +510,7 @@ BAD = {
     "bomb": lambda: encoded(Image.new("1", (20000, 20000))),
     "larger bomb": lambda: encoded(Image.new("1", (9000, 9000))),
     "eps": lambda: encoded(flat(), "EPS"),
-    "tiff": lambda: encoded(flat(), "TIFF"),
+    "floats": lambda: encoded(flat(0.5, mode="F"), "TIFF"),
     "ppm": lambda: encoded(flat(), "PPM"),
     "pdf": lambda: encoded(flat(), "PDF"),
     "ico": lambda: encoded(flat(), "ICO"),
@@ -445,6 +572,14 @@ def test_nothing_readable_is_one_clear_error(tmp_path):
         batches.close()
 
 
+def test_no_more_pictures_are_unreadable_than_there_are(tmp_path):
+    pictures = open_source(make_folder(tmp_path / "a", 12, bad=range(6)), held_out=0, max_bad=0.05)
+    with pytest.raises(ValueError, match="pictures are unreadable") as error:
+        list(loader(pictures, 0, 3000, 4))
+    bad, seen = map(int, re.match(r"(\d+) of (\d+) ", str(error.value)).groups())
+    assert 0.3 < bad / seen < 0.7
+
+
 def test_too_many_bad_pictures_stop_the_run(tmp_path):
     pictures = open_source(make_folder(tmp_path / "a", 10, bad=[1, 2]), held_out=0, max_bad=0.1)
     with pytest.raises(ValueError, match=r"of \d+ pictures are unreadable .*--max-bad 0.1"):
@@ -457,7 +592,23 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path):
 @pytest.mark.parametrize(("text", "sidecar", "expected"), [
     (b"one\ntwo\n\n", b"", ["one", "two"]),
     (b"\xef\xbb\xbfwith BOM", b"", ["with BOM"]),
-    (b"latin \xe9", b"", ["latin \ufffd"]),
+    (b"latin \xe9", b"", ["latin \xe9"]),
+    (b"a cat\x92s \x93box\x94", b"", ["a cat\u2019s \u201cbox\u201d"]),
+    (b"no letter: \xe9\x81", b"", ["no letter: \ufffd"]),
+    (b"no text: \xe9\x07\x01", b"", ["no text: \ufffd"]),
+    ("\ufeffone\ntwo 家".encode("utf-16-le"), b"", ["one", "two 家"]),
+    ("\ufeffone\ntwo 家".encode("utf-16-be"), b"", ["one", "two 家"]),
+    ("\ufeffone".encode("utf-32-le"), b"", ["one"]),
+    (b"genuine \xef\xbf\xbd", b"", ["genuine \ufffd"]),
+    (b"", '{"caption": "a cat\u2019s box"}'.encode("cp1252"), ["a cat\u2019s box"]),
+    (b"", '{"caption": "家"}'.encode("utf-16"), ["家"]),
+    (b"", b'{"prompt": "a red box"}', ["a red box"]),
+    (b"", b'{"TEXT": "a red box", "prompt": "another"}', ["a red box"]),
+    (b"", b'{"caption": ["a", "b", 3, null], "text": "c"}', ["a", "b", "c"]),
+    (b"", b'{"captions": "a red box"}', ["a red box"]),
+    (b"text", b'{"prompt": "a red box", "TEXT": "a", "caption": ["b"]}', ["text"]),
+    (b"", b'{"caption": null, "url": "x"}', []),
+    (b"", b'{"captions": [[["a"]]], "caption": {"a": "b"}, "prompt": 3.5}', []),
     (b"nul\0nul\x07 \t  tab", b"", ["nul nul tab"]),
     ("a 👩‍🚀 naïve 家".encode(), b"", ["a 👩‍🚀 naïve 家"]),
     (b"  \n \n", b"", []),
@@ -466,19 +617,19 @@ def test_too_many_bad_pictures_stop_the_run(tmp_path):
     (b"", b'{"caption": "json", "text": "too"}', ["json", "too"]),
     (b"text", b'{"captions": ["one", "two", 3, null, " "]}', ["one", "two"]),
     (b"text", b'{"captions": []}', ["text"]),
-    (b"text", b'{"captions": "one"}', ["text"]),
+    (b"text", b'{"captions": "one"}', ["one"]),
     (b"text", b'{"caption": ', ["text"]),
     (b"", b'{"caption": null}', []),
     (b"", b'{"caption": 7}', []),
-    (b"", b'{"caption": ["a"]}', []),
+    (b"", b'{"caption": ["a"]}', ["a"]),
     (b"text", b"[1, 2]", ["text"]),
     (b"text", b"[" * 100000, ["text"]),
     (b"", b'{"caption": "lone \\ud800 surrogate"}', ["lone ? surrogate"]),
     (b"", b'{"caption": "two\\nlines"}', ["two lines"]),
-    (b"word " * 200000, b"", [("word " * 400).strip()]),
+    (b"word " * 200000, b"", [("word " * 20000)[:65536].strip()]),
 ])
 def test_captions_are_cleaned(text, sidecar, expected):
-    found = data.read_captions(text, data.read_meta(sidecar))
+    found = data.read_captions(data.read_text(text)[0], data.read_meta(sidecar))
     assert found == expected
     assert all(c.encode() for c in found)
 
@@ -494,8 +645,66 @@ def test_pictures_without_captions_are_counted(tmp_path):
         (tmp_path / "a" / f"00{i}.txt").unlink()
     (tmp_path / "a" / "002.txt").write_text("")
     pictures = open_source(tmp_path / "a", held_out=0)
-    assert any("3 of 6 pictures have no caption" in line for line in pictures.warnings)
+    (line,) = pictures.warnings
+    assert line.endswith("3 of 6 pictures looked at have no caption; their .json has nothing")
     assert {item["caption"] for item in stream(pictures, 6) if item["key"] < "003"} == {""}
+    assert sorted(data.collect(pictures, 0, 6)["uncaptioned"]) == ["000", "001", "002"]
+
+
+def test_captions_that_are_empty_after_reading_are_counted_and_the_fields_named(tmp_path):
+    """img2dataset writes a null caption and an empty text; other programs use other fields."""
+    make_folder(tmp_path / "a", 600)
+    for i in range(600):
+        (tmp_path / "a" / f"{i:03}.txt").write_text(" \n" if i % 2 else "text")
+        (tmp_path / "a" / f"{i:03}.json").write_text('{"caption": null, "my_words": "a cat", "url": ""}')
+    pictures = open_source(tmp_path / "a", held_out=0)
+    (line,) = pictures.warnings
+    read, of = map(int, re.search(r"(\d+) of (\d+) pictures looked at have no caption", line).groups())
+    assert of <= 256
+    assert read > 0
+    assert line.endswith("their .json has caption, my_words, url")
+    batch = data.collect(pictures, 0, 600)
+    assert len(batch["uncaptioned"]) == 300
+    assert all(int(key) % 2 for key in batch["uncaptioned"])
+    assert not batch["recoded"]
+
+
+def test_a_guessed_encoding_is_told_with_the_picture(tmp_path):
+    make_folder(tmp_path / "a", 6)
+    (tmp_path / "a" / "001.txt").write_bytes(b"a cat\x92s box")
+    (tmp_path / "a" / "002.txt").write_bytes("a cat".encode("utf-16"))
+    (tmp_path / "a" / "003.json").write_bytes(b'{"caption": "caf\xe9"}')
+    batch = data.collect(open_source(tmp_path / "a", held_out=0), 0, 6)
+    assert sorted(batch["recoded"]) == ["001", "003"]
+    assert dict(zip(batch["keys"], batch["captions"]))["001"] == "a cat\u2019s box"
+    assert dict(zip(batch["keys"], batch["captions"]))["002"] == "a cat"
+
+
+def test_a_text_cut_within_a_letter_is_no_guess():
+    whole = "家".encode() * (data.MAX_TEXT // 3 + 9)
+    text, guessed = data.read_text(whole)
+    assert not guessed
+    assert text.count("家") == data.MAX_TEXT // 3
+    assert data.read_text("家".encode()[:2])[1]
+
+
+@pytest.mark.parametrize("text", ["word " * 1000, "家" * 4096, "sesquipedalian " * 4096])
+def test_a_caption_is_not_cut_before_an_encoder_counts(text):
+    """4096 is the greatest --text-length; 16 characters a token are more than any vocabulary needs."""
+    assert data.read_captions(text, {}) == [text.strip()]
+
+
+def test_a_caption_may_lie_in_a_caption_file(tmp_path):
+    make_folder(tmp_path / "a", 2)
+    plain = open_source(tmp_path / "a", held_out=0)
+    (tmp_path / "a" / "000.txt").rename(tmp_path / "a" / "000.caption")
+    (tmp_path / "a" / "001.caption").write_text("not this one")
+    pictures = open_source(tmp_path / "a", held_out=0)
+    assert not pictures.warnings
+    found = {item["key"]: item["caption"].split()[-1] for item in stream(pictures, 2)}
+    assert found == {"000": "0", "001": "1"}
+    (tmp_path / "a" / "001.caption").unlink()
+    assert open_source(tmp_path / "a", held_out=0).fingerprint == plain.fingerprint
 
 
 # --------------------------------------------------------------------------------- folders and tar shards
@@ -522,13 +731,20 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     path = make_tar(tmp_path / "a.tar", 3)
     before = open_source(path, held_out=0)
     kept = list((tmp_path / "cache" / "limn").iterdir())
-    assert [p.suffix for p in kept] == [".npz"]
+    assert [p.suffix for p in kept] == [".index"]
     assert sorted(os.listdir(tmp_path)) == ["a.tar", "cache"]
     with monkeypatch.context() as patch:
         patch.setattr(data, "scan_tar", None)
         assert open_source(path, held_out=0).fingerprint == before.fingerprint
     kept[0].write_bytes(kept[0].read_bytes()[:100])
     assert open_source(path, held_out=0).fingerprint == before.fingerprint
+    whole = kept[0].read_bytes()
+    for place in range(0, len(whole), 41):              # any bit: of the checksum, a header, a number
+        broken = bytearray(whole)
+        broken[place] ^= 1 << place % 8
+        kept[0].write_bytes(broken)
+        assert open_source(path, held_out=0).fingerprint == before.fingerprint
+    assert [p.name for p in kept[0].parent.iterdir()] == [kept[0].name]
     make_tar(path, 5)
     assert len(open_source(path, held_out=0)) == 5
     with pytest.raises(ValueError, match="changed since it was indexed"):
@@ -573,6 +789,182 @@ def test_what_is_no_tar_is_one_clear_error(tmp_path, content):
     with pytest.raises(ValueError, match="no pictures in") as error:
         open_source(tmp_path / "a.tar")
     assert "\n" not in str(error.value)
+
+
+def header(name: str, size: int = 0, kind: bytes = b"0") -> bytes:
+    """A block of a tar with a size of any sign, in base 256, and its checksum."""
+    member = tarfile.TarInfo(name)
+    member.type = kind
+    block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = (size % 256**12).to_bytes(12, "big") if size < 0 else b"\x80" + size.to_bytes(11, "big")
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+@pytest.mark.parametrize("size", [-512, -1024, -1, 2**40, 2**80])
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"g", b"S"])
+def test_a_header_that_leads_nowhere_ends_the_shard(tmp_path, size, kind):
+    """CVE-2025-8194: sizes below 0 led back to the same header, for ever."""
+    with tarfile.open(make_tar(tmp_path / "a.tar", 3)) as tar:
+        end = tar.getmembers()[-1]
+    whole = (tmp_path / "a.tar").read_bytes()
+    end = end.offset_data + 512 * -(-end.size // 512)
+    (tmp_path / "a.tar").write_bytes(whole[:end] + header("9.png", size, kind) + whole[end:])
+    pictures = open_source(tmp_path / "a.tar", held_out=0)
+    assert len(pictures) == 3
+    (line,) = pictures.warnings
+    assert "a.tar: damaged after 3 pictures" in line
+
+
+def test_members_are_those_that_tarfile_finds(tmp_path):
+    """Long and strange names in each format, links, folders, sizes and names of extended headers."""
+    names = ["a.png", "./b.png", "x" * 90 + "/" + "y" * 90 + ".png", "z" * 240 + ".png", "é家👍.png",
+             "w" * 300 + "é.png", "é\nline.png"]
+    for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        path = tmp_path / f"{kind}.tar"
+        with tarfile.open(path, "w", format=kind, pax_headers={"comment": "of all"}) as tar:
+            add(tar, "folder.png", type=tarfile.DIRTYPE)
+            add(tar, "link.png", type=tarfile.SYMTYPE, linkname="k" * (99 if kind == 0 else 300))
+            for i, name in enumerate(names):
+                if kind == tarfile.USTAR_FORMAT and (len(name) > 200 or not name.isascii()):
+                    continue
+                add(tar, name, bytes([i]) * (700 * i), pax_headers={"SCHILY.xattr.user": "a\n9 path=b\n"})
+        with tarfile.open(path) as tar:
+            expected = [(m.name, m.isreg(), m.offset, m.offset_data, m.size) for m in tar]
+        with open(path, "rb") as file:
+            found = list(data.members(file))
+        assert [member[:2] + member[3:5] for member in found] == [row[:2] + row[3:] for row in expected]
+        if kind == tarfile.USTAR_FORMAT:
+            assert [member.start for member in found] == [row[2] for row in expected]
+
+
+def test_sparse_members_take_no_memory_and_are_no_pictures(tmp_path):
+    """Of GNU tar, its three forms in pax and its own: what is behind them is found."""
+    picture = encoded(flat((7, 7, 7), (16, 16)))
+    ends = header("b.png", len(picture)) + picture + bytes(-len(picture) % 512 + 1024)
+    map_of_many = b"3000000\n" + b"0\n0\n" * 100_000
+    padded = map_of_many + bytes(-len(map_of_many) % 512)
+    record = b"GNU.sparse.major=1\n"
+    fields = b"%d %s" % (len(record) + 3, record)
+    pax = header("PaxHeader", len(fields), b"x") + fields + bytes(-len(fields) % 512)
+    more = bytes(504) + b"\1" + bytes(7)
+    own = bytearray(header("a.png", 512, b"S"))
+    own[482:495] = b"\1" + b"%011o\0" % (4 * 2**30)
+    own[148:156] = b" " * 8
+    own[148:156] = b"%06o\0 " % sum(own)
+    for content in (pax + header("a.png", len(padded)) + padded,
+                    bytes(own) + more * 40 + bytes(512) + bytes(512)):
+        (tmp_path / "a.tar").write_bytes(content + ends)
+        pictures = open_source(tmp_path / "a.tar", held_out=0)
+        assert keys(pictures, 1) == ["a/b"]
+        assert (pictures[0]["picture"] == 7).all()
+        assert not [line for line in pictures.warnings if "damaged" in line]
+    with open(tmp_path / "a.tar", "wb") as file:            # an extended header of 4 GiB, which are a hole
+        file.write(header("PaxHeader", 2**32, b"x"))
+        file.truncate(2**32 + 512)
+        file.seek(2**32 + 512)
+        file.write(ends)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"no pictures in .* damaged after 0 pictures"):
+        open_source(tmp_path / "a.tar", held_out=0)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    (tmp_path / "a.tar").unlink()
+
+
+NO_PICTURES = ["._000.png", ".hidden.png", ".ipynb_checkpoints/000.png", "@eaDir/000.png",
+               ".Trash-1000/000.png", "__MACOSX/000.png", "__MACOSX/._000.png", "thumbnails/000.png",
+               ".thumbnails/000.png", "Thumbs/000.png", "000-masklabel.png", ".tmp-1-000.png", "._shard.tar"]
+
+
+@pytest.mark.parametrize("root", ["", "deep/", "./"])
+def test_what_systems_put_beside_pictures_is_no_picture(tmp_path, root):
+    make_folder(tmp_path / "a" / root, 2)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ["000.png", "000.txt", "...dots.png", "..up/000.png"]:
+            add(tar, root + name, encoded(flat((5, 5, 5), (16, 16))) if name == "000.png" else b"text")
+        for name in NO_PICTURES:
+            path = tmp_path / "a" / root / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"\0\5\x16\7 no picture")
+            add(tar, root + name, b"\0\5\x16\7 no picture")
+    pictures = open_source(tmp_path / "a", held_out=0)
+    deep = root.removeprefix("./")
+    assert sorted(keys(pictures, 2)) == [f"{deep}000", f"{deep}001"]
+    assert not any(item["replaced"] for item in stream(pictures, 2))
+    (line,) = pictures.warnings
+    assert "5 hidden, thumbnails or masks" in line
+    for folder in ("__MACOSX/", "@eaDir/", ".Trash-1000/", "thumbnails/", ".thumbnails/", "Thumbs/"):
+        assert f"1 {folder}" in line
+    shard = open_source(tmp_path / "a.tar", held_out=0)
+    assert keys(shard, 1) == [f"a/{root}000"]
+    assert any(f"{len(NO_PICTURES) + 2} hidden" in line for line in shard.warnings)
+
+
+def test_suffixes_that_are_read_and_those_that_are_named(tmp_path):
+    kinds = {"png": "PNG", "jpg": "JPEG", "JPEG": "JPEG", "jfif": "JPEG", "jpe": "JPEG", "jpg_large": "JPEG",
+             "tif": "TIFF", "TIFF": "TIFF", "avif": "AVIF", "webp": "WEBP", "gif": "GIF", "bmp": "BMP",
+             "apng": "PNG"}
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, (suffix, kind) in enumerate(kinds.items()):
+            (folder / f"{i}.{suffix}").write_bytes(encoded(flat(), kind))
+            (folder / f"{i}.txt").write_text("text")
+        for name in ("a.heic", "b.HEIC", "c.jp2", "d", "e.svg", "f.new\nline"):
+            (folder / name).write_bytes(b"x")
+        for path in sorted(folder.iterdir()):
+            add(tar, path.name, path.read_bytes())
+    for path in (folder, tmp_path / "a.tar"):
+        pictures = open_source(path, held_out=0)
+        assert len(pictures) == len(kinds)
+        items = stream(pictures, len(kinds))
+        assert not any(item["replaced"] for item in items)
+        assert max(np.abs(item["picture"][:, 8, 8].astype(int) - (200, 100, 50)).max() for item in items) < 8
+        (line,) = pictures.warnings
+        assert "2 .heic" in line
+        assert all(f"1 {kind}" in line for kind in (".jp2", ".svg", "without suffix", r".new\nline"))
+        assert "\n" not in line
+
+
+def test_a_shard_of_the_same_size_in_its_place_is_noticed(tmp_path):
+    path = make_tar(tmp_path / "a.tar", 3)
+    pictures = open_source(path, held_out=0)
+    assert pictures[0]["caption"].startswith("picture")
+    content = path.read_bytes().replace(b"picture", b"PICTURE")
+    path.write_bytes(content)
+    os.utime(path, ns=(0, 12345))
+    with pytest.raises(ValueError, match="changed since it was indexed"):
+        pictures[0]
+    again = open_source(path, held_out=0)
+    assert again[0]["caption"].startswith("PICTURE")
+
+
+@pytest.mark.parametrize("name", ["a{0..99999999999}", "a{0..9}{0..99999999999}.tar", "{0..9999999999999}"])
+def test_a_pattern_of_too_many_files_is_one_clear_error(tmp_path, name):
+    with pytest.raises(ValueError, match=r"--data .* names over 1,000,000 files; give fewer") as error:
+        open_source(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_only_regular_files_are_read_and_of_texts_the_start(tmp_path):
+    folder = make_folder(tmp_path / "a", 2)
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe.tar")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    with open(folder / "000.txt", "wb") as file:
+        file.write(b"a cat\n")
+        file.truncate(2**33)                                # 8 GiB of nothing
+    with open(folder / "001.json", "wb") as file:
+        file.truncate(2**33)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pictures = open_source(folder, held_out=0)
+    assert {item["key"]: item["caption"] for item in stream(pictures, 9)}["000"] == "a cat"
+    assert len(pictures) == 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+    for path in ("pipe.png", "pipe.tar", "zero.png"):
+        with pytest.raises(ValueError, match="no pictures in"):
+            open_source(folder / path)
 
 
 def test_an_undamaged_shard_gives_no_warning(tmp_path):
@@ -696,7 +1088,7 @@ def test_an_empty_or_wrong_folder_is_one_clear_error(tmp_path):
     with pytest.raises(ValueError, match=r"no pictures in .*a .*looked for jpg.*found 0 files"):
         open_source(tmp_path / "a")
     (tmp_path / "a" / "notes.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"found 1 files, e.g. notes.docx"):
+    with pytest.raises(ValueError, match=r"found 1 files .*left out 1 .docx"):
         open_source(tmp_path / "a")
 
 
@@ -855,7 +1247,7 @@ def test_what_a_reader_and_draws_make_is_in_the_batch_as_tensors():
     for workers in (0, 2):
         pictures = Pictures(DataConfig(lowres=8), 16, 3)
         assert set(data.collect(pictures, 0, 2)) == {
-            "picture", "lowres", "captions", "positions", "keys", "replaced"}
+            "picture", "lowres", "captions", "positions", "keys", "replaced", "uncaptioned", "recoded"}
         pictures.reader = Reader()
         pictures.embedded = True
         assert pictures[0]["words"] == (pictures[0]["caption"], b"")        # none is there
@@ -1184,6 +1576,19 @@ def test_the_mode_of_a_cache_follows_the_umask(tmp_path, umask):
     assert stat.S_IMODE((tmp_path / "x.safetensors").stat().st_mode) == 0o666 & ~umask
 
 
+def test_what_killed_writers_left_is_removed(tmp_path):
+    """Of an hour ago; a younger file may be one that another machine is writing."""
+    for name, age in ((".tmp-1-a.safetensors", 7200), (".tmp-2-b.safetensors", 60), (".tmp-mine", 7200),
+                      ("c.txt", 7200)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    filled(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {".tmp-2-b.safetensors", ".tmp-mine", "c.txt"}
+    assert ".tmp-1-a.safetensors" not in names
+    assert data.Cache(tmp_path, "an encoder")[MANY[0]]
+
+
 # ------------------------------------------------------------------------------------------- pictures out
 
 def test_side_by_side_repeats_pixels_and_grey():
@@ -1229,6 +1634,56 @@ def test_a_picture_keeps_its_notes_and_overwrites_nothing(tmp_path):
             assert image.getpixel((0, 0)) == (i, i, i)
     assert names == ["a.png", "a-2.png", "a-3.png"]
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == sorted(names)
+
+
+def test_a_picture_replaces_what_was_given_by_name_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "out" / "sheet.png"
+    path.parent.mkdir()
+    for i in range(2):
+        assert data.save_png(flat((i, i, i)), path, {}, print, replace=True) == path
+    before = path.read_bytes()
+    assert Image.open(path).getpixel((0, 0)) == (1, 1, 1)
+    monkeypatch.setattr(data.tempfile, "gettempdir", lambda: str(tmp_path))
+    real = Image.Image.save
+
+    def save(self, target, *args, **options):
+        if Path(target).parent == path.parent:
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, target, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    (tmp_path / "sheet.png").write_bytes(b"of somebody")
+    lines = []
+    assert data.save_png(flat(), path, {}, lines.append, replace=True) == tmp_path / "sheet-2.png"
+    assert len(lines) == 1
+    assert (path.read_bytes(), (tmp_path / "sheet.png").read_bytes()) == (before, b"of somebody")
+    assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize("stem", ["n" * 251, "家" * 83 + "nn", "n" * 400, "é" * 200])
+def test_names_that_are_too_long_are_cut(tmp_path, stem):
+    names = [data.save_png(flat(), tmp_path / f"{stem}.png", {}, print).name for _ in range(3)]
+    assert sorted(names) == sorted(os.listdir(tmp_path))
+    assert [name.endswith(ending) for name, ending in zip(names, (".png", "-2.png", "-3.png"))] == [True] * 3
+    assert all(len(name.encode()) <= 255 and stem.startswith(name[:60]) for name in names)
+
+
+def save_many(folder, count):
+    for _ in range(count):
+        data.save_png(flat(size=(8, 8)), folder / "a-house.png", {}, print)
+
+
+def test_two_samplers_keep_all_their_pictures(tmp_path):
+    jobs = [multiprocessing.get_context("fork").Process(target=save_many, args=(tmp_path, 30))
+            for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    expected = ["a-house.png", *(f"a-house-{i}.png" for i in range(2, 61))]
+    assert sorted(os.listdir(tmp_path)) == sorted(expected)
+    assert all(Image.open(path).size == (8, 8) for path in tmp_path.iterdir())
 
 
 def test_a_picture_appears_whole_or_goes_to_the_temporary_folder(tmp_path, monkeypatch):
@@ -1339,6 +1794,45 @@ def test_workers_ignore_polite_signals_and_end_at_close():
         next(batches)
     batches.close()
     assert children() == before
+
+
+def test_nothing_is_bound_to_a_platform():
+    """The modules and functions that Windows lacks are hidden; workers are spawned, as they are there."""
+    code = """
+import multiprocessing, os, signal, sys, types, torch, safetensors.torch, PIL.Image, PIL.ImageFont
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+del os.pread, os.mkfifo
+lacking = "pthread_sigmask", "sigwait", "SIGKILL"
+there = {name: getattr(signal, name) for name in dir(signal) if name not in lacking}
+signals = types.SimpleNamespace(**there)
+context = multiprocessing.get_context
+multiprocessing.get_context = lambda kind: context("spawn")
+del os.O_DIRECTORY
+os_open = os.open
+def files_only(path, *rest, **named):
+    if os.path.isdir(path):
+        raise PermissionError(13, "Permission denied")
+    return os_open(path, *rest, **named)
+os.open = files_only
+import data
+data.signal = signals
+if __name__ == "__main__":
+    pictures = data.Pictures(data.DataConfig(data=sys.argv[1:], held_out=0), 16, 0)
+    found = [list(data.loader(pictures, 0, 8, 4, workers=workers)) for workers in (0, 1)]
+    for a, b in zip(*found, strict=True):
+        assert a["keys"] == b["keys"] and (a["picture"] == b["picture"]).all()
+    print(len(found[1]))
+"""
+    folder = Path(os.environ["XDG_CACHE_HOME"]).parent
+    make_folder(folder / "a", 3)
+    make_tar(folder / "b.tar", 3)
+    script = folder / "script.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script), str(folder / "a"), str(folder / "b.tar")], text=True,
+                          capture_output=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": os.path.dirname(data.__file__)})
+    assert (done.stdout, done.stderr) == ("2\n", "")
 
 
 class Stuck(Pictures):

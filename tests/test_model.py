@@ -463,3 +463,24 @@ def test_there_is_no_pickle():
         source = source.replace("safetensors.torch.", "")
         found = re.findall(r"pickle\.|import pickle|torch\.(load|save)\(|weights_only|allow_pickle=T", source)
         assert found == [], name
+
+
+def test_files_of_different_steps_are_no_checkpoint(tmp_path):
+    save_steps(tmp_path, [4, 6])
+    newest = tmp_path / "checkpoints/000006"
+    (newest / "train.safetensors").write_bytes((tmp_path / "checkpoints/000004/train.safetensors").read_bytes())  # noqa: E501
+    lines = []
+    folder, _, _ = load_checkpoint(tmp_path, ("train", "ema"), lines.append)
+    assert folder.name == "000004"
+    assert "000006 has files of different steps" in lines[0]
+
+
+def test_checkpoints_that_may_not_be_looked_at_are_not_missing_ones(tmp_path, monkeypatch):
+    save_steps(tmp_path, [4])
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(PermissionError):
+        load_checkpoint(tmp_path)

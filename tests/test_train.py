@@ -147,7 +147,7 @@ def dies(capfd, function, status):
 def own_process(monkeypatch, tmp_path):
     """Signal handlers and environment as they were; nothing slow is measured."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 1e11)
+    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n=0: 1e11)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
@@ -1060,7 +1060,7 @@ def test_stopping_three_times_changes_no_bit(tmp_path, monkeypatch, straight, wo
     assert digest(tmp_path / "run")[0] == 1
     for stop in (5, 11):
         monkeypatch.undo()
-        monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 1e11)
+        monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n=0: 1e11)
         steps = stop - digest(tmp_path / "run")[0]
         during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGINT), at=steps)
         run(tmp_path / "run", "--micro-batch 4", f"--workers {2 - workers}")
@@ -1552,7 +1552,7 @@ def test_without_a_gpu_the_cpu_is_used_and_said_so(tmp_path, monkeypatch, capsys
     argv = flags(tmp_path / "run", "--steps 1")
     at = argv.index("--device")
     train.main(argv[:at] + argv[at + 2:])
-    assert "note: no GPU found, using the CPU and --model tiny" in capsys.readouterr().out
+    assert "note: no GPU found, using the CPU, --model tiny and --dtype fp32" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -1817,3 +1817,135 @@ def test_two_ranks_share_the_filling_of_the_cache(byt5, tmp_path):
     captions = {c for i in range(40) for c in data.captions(data.scene(i))}
     assert len(sizes) == 2
     assert sum(sizes) == len(captions)
+
+
+# --------------------------------------------------------------------- output, signals, flags, other machines
+
+
+@pytest.mark.parametrize("output", ["> /dev/full 2> /dev/full", ">&- 2>&-"])
+def test_output_is_no_reason_to_stop_or_not_to_save(tmp_path, output):
+    words = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", "--log-every 1")]
+    command = " ".join([*words, output])
+    done = subprocess.run(["bash", "-c", command], env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0
+    assert digest(tmp_path / "run")[0] == 12
+
+
+def test_what_a_killed_save_of_a_snapshot_left_is_no_snapshot_and_is_removed(tmp_path):
+    changes = ("--profiles 4", "--save-every 2")
+    whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
+    run(tmp_path / "run", "--steps 2", *changes)
+    left = tmp_path / "run/profiles/.tmp-99-000004.safetensors"
+    left.write_bytes(b"half")
+    run(tmp_path / "run", "--steps 4", *changes)
+    assert not left.exists()
+    assert digest(tmp_path / "run")[0] == whole[0]
+
+
+@pytest.mark.parametrize(("command", "message"), [
+    ("--seed=1 --seed=2", "--seed is given twice"), ("--seed 1 --seed=2", "--seed is given twice"),
+    ("--reinit x", "--reinit x has no effect without --init"),
+    ("--train-only x{99999999999}", "is no regular expression"),
+    ("--out run\udcff", "has bytes that are no text"), ("--t-mean 1000", "--t-mean 1000.0 is outside -100"),
+    ("--zero-snr --schedule linear --prediction eps", "prediction eps")])
+def test_a_flag_that_makes_no_sense_is_one_line(tmp_path, capfd, monkeypatch, command, message):
+    monkeypatch.setattr(sys, "argv", ["train.py", *command.split()])
+    err = dies(capfd, lambda: runpy.run_path(str(ROOT / "train.py"), run_name="__main__"), 2)
+    assert message in err
+
+
+def test_warm_up_and_cooldown_of_a_preset_go_with_the_steps_and_given_ones_that_do_not_fit_warn(capsys):
+    cfg = train.parse(["--model", "tiny", "--steps", "185"])[0]
+    assert (cfg.warmup, cfg.cooldown) == (5, 130)
+    assert train.rate(30, cfg) == cfg.lr
+    assert train.parse(["--model", "tiny", "--steps", "5000"])[0].cooldown == 1300
+    assert capsys.readouterr().out == ""
+    cfg = train.parse(["--model", "tiny", "--steps", "100", "--cooldown", "1300"])[0]
+    assert cfg.cooldown == 1300
+    assert "do not fit into --steps 100: the rate never reaches --lr" in capsys.readouterr().out
+
+
+def test_a_lock_is_no_link_to_something_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("a thesis")
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        train.lock(tmp_path / "run")
+    assert (tmp_path / "precious").read_text() == "a thesis"
+
+
+def test_no_memory_before_the_loop_is_one_line_too(tmp_path, monkeypatch, capfd):
+    def fails(*args, **options):
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train, "count_flops", fails)
+    assert "out of memory at --micro-batch 8" in dies(capfd, lambda: run(tmp_path / "run"), 1)
+
+
+def test_a_signal_before_the_loop_ends_the_program_at_once(tmp_path, monkeypatch, capsys):
+    def waits(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(train, "pictures_of", waits)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        run(tmp_path / "run")
+    assert end.value.code == 0
+    assert time.monotonic() - began < 2
+    assert "stopping before the first step; run the same command to continue" in capsys.readouterr().out
+
+
+def test_bf16_is_taken_where_it_is_faster_than_float32(monkeypatch):
+    cpu = torch.device("cpu")
+    speeds = {torch.bfloat16: 3.0, torch.float32: 1.0}
+    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n: speeds[dtype])
+    assert train.fastest_dtype(cpu) == "bf16"
+    speeds[torch.bfloat16] = 0.1
+    assert train.fastest_dtype(cpu) == "fp32"
+
+
+def test_without_bf16_instructions_float32_is_chosen_and_said(tmp_path):
+    imitated = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    argv = flags(tmp_path / "run", "--steps 1", "--dtype auto")
+    at = argv.index("--device")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *argv[:at], *argv[at + 2:]], text=True,
+                          env={**os.environ, **imitated, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    if not torch.cuda.is_available():
+        assert "using the CPU, --model tiny and --dtype fp32" in done.stdout
+
+
+def test_nothing_is_bound_to_one_platform_at_import(tmp_path):
+    """Without the modules that Windows does not have; the lock is that of msvcrt there."""
+    code = ("import sys, types, torch, safetensors.torch, multiprocessing.connection\n"
+            "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+            "calls = []\n"
+            "sys.modules['msvcrt'] = types.SimpleNamespace(LK_NBLCK=1, locking=lambda *a: calls.append(a))\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "import train, sample\n"
+            "from pathlib import Path\n"
+            f"train.lock(Path({str(tmp_path / 'run')!r}))\n"
+            "assert len(calls) == 1 and train.memory_peak(torch.device('cpu')) == 0\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_file_that_is_shared_names_no_folder_of_this_machine(tmp_path):
+    source = folder_of(tmp_path / "secret place", 8)
+    out = tmp_path / "run"
+    train.main([*flags(out, "--steps 1"), "--data", str(source)])
+    folder = model.checkpoint_folders(out)[-1]
+    assert b"secret place" not in (folder / "ema.safetensors").read_bytes()
+    assert b"secret place" in (folder / "train.safetensors").read_bytes()
+    assert str(tmp_path).encode() not in (folder / "ema.safetensors").read_bytes()
+
+
+def test_a_grid_may_take_longer_than_the_ranks_wait_for_one_another(tmp_path):
+    code = ("import time\nreal = train.sample_grid\n"
+            "def slow(*a):\n    time.sleep(8)\n    return real(*a)\n"
+            "train.sample_grid = slow")
+    changes = ("--steps 2", "--sample-every 1", "--timeout 4")
+    status, shown, err = finish(start(tmp_path / "run", *changes, ranks=2, code=code))
+    assert status == 0, err
+    assert digest(tmp_path / "run")[0] == 2
