@@ -1422,6 +1422,7 @@ class BuiltIn(Source):
         return b"version 3"
 
 
-SOURCES = {                                 # what --data knows by name; the rest is Files
+# What --data knows by name; the rest is Files.
+SOURCES = {
     "built-in": BuiltIn,
 }

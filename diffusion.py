@@ -827,7 +827,8 @@ def noise_levels(times: Tensor, schedule: Schedule) -> list[Level]:
     """One for each of the times. Raises ValueError where they do not fall within 1 and 0."""
     times = times.to("cpu", torch.float64)
     row = times.ndim == 1 and len(times) >= 2
-    if not row or times[0] > 1 or times[-1] < 0 or not (times.diff() < 0).all():
+    falls = row and bool((times.diff() < 0).all())
+    if not falls or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times {times.tolist()[:8]} do not fall, or not within 1 and 0")
     return [Level(index, t, schedule) for index, t in enumerate(times)]
 

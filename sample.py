@@ -217,7 +217,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         text = text_encoder.TextConfig(**stored["TextConfig"])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
-    text = text_encoder.locate(text, meta["text"], [*path.absolute().parents][:4] + [Path()], [*encoders])
+    near = [*path.absolute().parents][:4]
+    text = text_encoder.locate(text, meta["text"], [*near, Path()], [*encoders])
     text = text_encoder.load_text_encoder(text, cached)
     if not text_encoder.same_encoder(meta["text"], text.fingerprint):
         raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
@@ -323,6 +324,10 @@ def weaker(stage: Stage, settings: Settings, times: Tensor) -> Stage | None:
     return weak
 
 
+def noise_key(seed: int) -> int:
+    return int(data.keyed(seed, "sample", 0).integers(2**63))
+
+
 def small_condition(stage: Stage, pictures: Tensor, keys: Tensor, aug: float) -> dict[str, Tensor]:
     """What the network is told of pictures, uint8 (B, 3 or 1, h, w), that are to be enlarged."""
     small = resized(pictures, stage.data.lowres_mode).to(stage.device)
@@ -347,8 +352,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if stage.data.lowres != small_side:
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {small_side}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
-    needs_init = s.mask or s.strength != 1
-    if (needs_init and not s.init) or (s.resample > 1 and not s.mask):
+    alone = s.mask or s.strength != 1
+    if (alone and not s.init) or (s.resample > 1 and not s.mask):
         raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
@@ -370,13 +375,11 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if learned:
         network = diffusion.LearnedVariance(network)
 
-    keys = [int(data.keyed(seed, "sample", 0).integers(2**63)) for seed in seeds]
-    keys = torch.tensor(keys)
-    side = stage.size // space.scale
+    keys = torch.tensor([noise_key(seed) for seed in seeds])
+    shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
     drawn = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        shape = (space.channels, side, side)
         x = diffusion.gaussian(keys[part], shape, stage.device)
         noise = diffusion.noise_source(keys[part], shape, stage.device)
         small, run = {}, sampler
@@ -636,7 +639,8 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         return
     for picture, prompt, notes in zip(pictures, prompts, made):
         path = file or Path(args.out, f"{file_name(prompt)}.png")
-        print(data.save_png(to_image(picture), path, notes, warn))
+        replace = file is not None and len(made) == 1
+        print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
 def held_out(path: Path, count: int) -> dict:

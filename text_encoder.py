@@ -986,7 +986,8 @@ def frozen_encoder(name: str, config: TextConfig):
     reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim)
     settings = repr(shape), config.clip_layer, config.text_dtype
     files = [sha256(file.read_bytes()).hexdigest() for file in tokenizer.files]
-    ends = weights.digest(tower, (slice(0, 1), slice(-1, None)), (*settings, *files))
+    first_and_last = slice(0, 1), slice(-1, None)
+    ends = weights.digest(tower, first_and_last, (*settings, *files))
     content = (settings, tokenizer.content, weights.whole_digest(tower))
     digest = sha256(repr(content).encode()).hexdigest()[:32]
     fingerprint = (f"{kind} {config.text_dtype} {config.clip_layer} d={tower.dim} length={length} "

@@ -152,7 +152,7 @@ SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", 
          "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
-        "recoded": "has a caption that is not UTF-8 and was read as cp1252"}
+        "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
 PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent
 # What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
@@ -316,7 +316,7 @@ def parse(argv: list[str]) -> Configs:
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for config in (cfg, data_cfg, diff_cfg):
+    for config in (cfg, data_cfg, diff_cfg, text_cfg):
         for name, comment in helps(type(config)).items():
             value = getattr(config, name)
             limits = re.search(r"\[(-?[\d.e-]+?)\.\.([\de.]+)", comment)      # as [0..1] or [1..99 steps]
@@ -1276,7 +1276,7 @@ class Trainer:
             if self.replaced <= 10 or self.replaced % 1000 == 0:
                 say(f"warning: {note}; replaced")
         for name, what in TOLD.items():
-            if batch[name] and name not in self.told:
+            if batch.get(name) and name not in self.told:
                 self.told.add(name)
                 say(f"warning: {batch[name][0]} {what}; others of its kind are not named")
         before = self.cut
