@@ -258,7 +258,7 @@ class Settings:
     aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
-    steps: int = 25  # of the sampler [1..1000 steps]
+    steps: int = 25  # of the sampler; where not given 2 for a stage that enlarges [1..1000 steps]
     grid_times: str = "logsnr"  # in what the steps are even: uniform (in t), logsnr or karras
     shift: float = 1.0  # above 1 more of the steps at the noisy end, below 1 at the clean one [0.01..100]
     respacing: str = ""  # these of 1000 steps instead: 250, 10,10,20 (of equal sections) or ddim25
@@ -510,7 +510,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    args.guidance_is_usual = args.guidance_scale == Settings.guidance_scale   # what is given is still text
+    args.usual = set()                                         # what is given is still text
+    for name in ("guidance_scale", "steps"):
+        if getattr(args, name) == getattr(Settings, name):
+            args.usual.add(name)
 
     for action in p._actions:
         values = getattr(args, action.dest, None)
@@ -550,8 +553,10 @@ def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
         if field.name in FIRST and i > 0:
             value = field.default
         chosen[field.name] = value
-    if (stage.data.lowres and args.guidance_is_usual) or i >= len(args.guidance_scale):
+    if (stage.data.lowres and "guidance_scale" in args.usual) or i >= len(args.guidance_scale):
         chosen["guidance_scale"] = 1.0
+    if stage.data.lowres and "steps" in args.usual:            # the small picture says most of it
+        chosen["steps"] = 2
     chosen["seed"] = args.seed[min(i, len(args.seed) - 1)]
     return chosen
 

@@ -106,8 +106,8 @@ LARGE = dict(BASE, steps=500000, batch_size=1024, warmup=5000, cooldown=50000)
 ENLARGES = dict(channel_mult=(1, 2, 4, 8), num_res_blocks=(2, 4, 8, 8), efficient=True)
 ENLARGES_CROPS = dict(ENLARGES, conv_only=True, crop=256)
 TINY_ENLARGES = dict(
-    NEW, channel_mult=(1, 2, 4), emb_dim=256, efficient=True, conv_only=True,
-    t_density="logit_normal", t_mean=2.0, optimizer="muon", lr=1.5e-3, warmup=50, ema_decay=0.995)
+    NEW, channel_mult=(1, 2, 4), emb_dim=256, efficient=True, conv_only=True, loss_weight="learned",
+    t_density="logit_normal", t_std=1.5, optimizer="muon", lr=1.5e-3, warmup=50, ema_decay=0.995)
 PRESETS = {
     (64, "tiny"): dict(
         weights=5.21e6, flops=1.26e9, channels=128, channel_mult=(1, 1), attn_resolutions=(8,),
@@ -124,8 +124,8 @@ PRESETS = {
         LARGE, weights=1.22e9, flops=779e9, channels=384, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
         attn_resolutions=(32, 16, 8), patch=1, emb_dim=1536),
     (256, "tiny"): dict(
-        TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, steps=3400, batch_size=16,
-        cooldown=2000),
+        TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, t_mean=0.5,
+        steps=3400, batch_size=16, cooldown=2000),
     (256, "small"): dict(
         SMALL | ENLARGES, weights=104e6, flops=119e9, channels=64, num_res_blocks=(2, 4, 4, 4),
         attn_resolutions=(16,), emb_dim=256),
@@ -1203,7 +1203,7 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         shape = (net.space.channels, side, side)
         x = diffusion.gaussian(keys, shape, device)
         noise = diffusion.noise_source(keys, shape, device)
-        times = diffusion.sampling_times(net.schedule, 20)
+        times = diffusion.sampling_times(net.schedule, 2 if enlarges else 20)
         drawn = diffusion.dpmpp_2m(denoise, x, times, noise, net.schedule)
         views = [net.space.decode(drawn)]
         if enlarges:
