@@ -155,14 +155,23 @@ def test_two_steps_of_training_leave_what_a_reader_expects(here):
     assert Image.open(run / "first_batch.png").size[0] > 16
 
 
-def test_nothing_is_overwritten(here, cli):
+def test_what_is_named_by_a_prompt_is_never_overwritten(here, cli):
     first = [cli("a house", "--seed", 5)[1] for _ in range(3)]
     assert first == ["a-house.png\n", "a-house-2.png\n", "a-house-3.png\n"]
     before = (here / "a-house.png").read_bytes()
     assert cli("A house!", "--seed", 6)[1] == "a-house-4.png\n"
-    assert cli("a house", "--out", "a-house.png")[1] == "a-house-5.png\n"
     assert (here / "a-house.png").read_bytes() == before
     assert (here / "a-house-2.png").read_bytes() == before   # same prompt, same seed, same bytes
+
+
+def test_a_name_that_was_given_is_replaced(here, cli):
+    assert cli("a house", "--seed", 5, "--out", "one.png")[1] == "one.png\n"
+    before = (here / "one.png").read_bytes()
+    assert cli("a house", "--seed", 6, "--out", "one.png")[1] == "one.png\n"
+    assert (here / "one.png").read_bytes() != before
+    assert cli("a house", "--n", 2, "--grid", "--out", "sheet.png")[1] == "sheet.png\n"
+    assert cli("a house", "--n", 2, "--grid", "--out", "sheet.png")[1] == "sheet.png\n"
+    assert not list(here.glob("*-2.png"))
 
 
 def test_metadata_tells_how_the_picture_was_made_and_no_local_path(here, cli):
