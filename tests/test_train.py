@@ -1946,9 +1946,9 @@ def test_the_file_that_is_shared_names_no_folder_of_this_machine(tmp_path):
 
 def test_a_grid_may_take_longer_than_the_ranks_wait_for_one_another(tmp_path):
     code = ("import time\nreal = train.sample_grid\n"
-            "def slow(*a):\n    time.sleep(8)\n    return real(*a)\n"
+            "def slow(*a):\n    time.sleep(5)\n    return real(*a)\n"
             "train.sample_grid = slow")
-    changes = ("--steps 2", "--sample-every 1", "--timeout 4")
+    changes = ("--steps 2", "--sample-every 2", "--timeout 3")
     status, shown, err = finish(start(tmp_path / "run", *changes, ranks=2, code=code))
     assert status == 0, err
     assert digest(tmp_path / "run")[0] == 2
