@@ -68,10 +68,10 @@ class DataConfig:
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
     min_size: int = 8  # a picture that gives a smaller square is refused before decoding [1..65536 pixels]
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
-    lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [pixels]
+    lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [0..4096 pixels]
     lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
     blur: tuple[float, ...] = (0.0, 0.4, 0.6)  # share of the small pictures that is blurred; sigmas [pixels]
-    crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [pixels]
+    crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [0..4096 pixels]
 
 
 # ---------------------------------------------------------------------------- the order of the data

@@ -1,4 +1,4 @@
-"""The U-Net that predicts, and the files that hold weights.
+"""The U-Net that predicts, and the files that hold weights and configurations.
 
     net = UNet(ModelConfig(), size=64, text_dim=128, pooled_dim=128)
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
@@ -7,14 +7,17 @@ Letters: B batch, C channels of a feature map, H W its height and width, N = H*W
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
 import hashlib
+import inspect
 import json
 import math
 import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -27,13 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class ModelConfig:
-    channels: int = 32  # width of the first level, a multiple of 32 [channels]
-    channel_mult: tuple[int, ...] = (1, 2, 4)  # width of each level, one number a level [times --channels]
-    num_res_blocks: tuple[int, ...] = (1,)  # residual blocks of each level, or one number for all of them
-    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps that have attention [pixels]
-    head_dim: int = 32  # width of one attention head [channels]
-    patch: int = 2  # side of the squares that are folded into channels at the border [pixels]
-    emb_dim: int = 512  # width of the embedding of time and text [channels]
+    channels: int = 32  # width of the first level, a multiple of 32 [0..8192 channels]
+    channel_mult: tuple[int, ...] = (1, 2, 4)  # width of each level, a number each [0..64 times --channels]
+    num_res_blocks: tuple[int, ...] = (1,)  # residual blocks of each level, or one number for all [0..64]
+    attn_resolutions: tuple[int, ...] = ()  # sides of the feature maps that have attention [1..4096 pixels]
+    head_dim: int = 32  # width of one attention head [0..8192 channels]
+    patch: int = 2  # side of the squares that are folded into channels at the border [0..64 pixels]
+    emb_dim: int = 512  # width of the embedding of time and text [0..8192 channels]
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
 
@@ -383,6 +386,80 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
 
 
+# -------------------------------------------------------------------------------------------- configurations
+def helps(cls: type) -> dict[str, str]:
+    """The comment behind each field of a dataclass."""
+    return dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+
+
+def fits(value: object, kind: object) -> bool:
+    """Whether a value is of a declared type: of a Literal, bool | None, list[str], tuple[int, ...], float."""
+    members = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in members
+    if get_origin(kind) in (list, tuple):
+        return isinstance(value, list | tuple) and all(fits(one, members[0]) for one in value)
+    if members:
+        return any(fits(value, member) for member in members)
+    return isinstance(value, kind) or (kind is float and type(value) is int)
+
+
+def check(name: str, value: object, kind: object, comment: str) -> None:
+    """Raise ValueError, one line, where a value is not of its declared type, or outside of the limits in the
+    comment, as in [0..1] or [1..99 steps]; without any, a number is one from 0 to a billion."""
+    if not fits(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name} is {str(value)[:80]!r}, not {getattr(kind, '__name__', kind)}")
+    limits = re.search(r"\[(-?[\d.e-]+?)\.\.([\de.]+)", comment)
+    least, most = map(float, limits.groups()) if limits else (0, 1e9)
+    for one in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(one, int | float) and not least <= one <= most:         # a nan is outside, too
+            raise ValueError(f"{name} {one} is outside {least:g} to {most:g}")
+
+
+def check_fields(config: object) -> None:
+    """`check` of each field of a dataclass, named as its flag."""
+    comments, kinds = helps(type(config)), get_type_hints(type(config))
+    for name, comment in comments.items():
+        check(f"--{name.replace('_', '-')}", getattr(config, name), kinds[name], comment)
+
+
+def configured(cls: type, stored: dict):
+    """The dataclass of what a file says of it, with the usual values of what it does not say. Raises
+    ValueError or TypeError where a name, a type or a limit is not that of the flags."""
+    values = {}
+    for name, value in stored.items():
+        values[name] = tuple(value) if isinstance(getattr(cls, name, 0), tuple) else value
+    config = cls(**values)
+    check_fields(config)
+    return config
+
+
+@contextmanager
+def reading(path: Path):
+    """Turn what a configuration or weights of other code, or crafted ones, raise into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} does not fit this code ({reason}). Use the code that wrote it") from e
+
+
+def fill(net: nn.Module, tensors: "Tensors", device: torch.device) -> None:
+    """Give a network on the meta device its weights, in its own types and layout, without gradients.
+    ValueError, before any memory is taken, where names or shapes are others."""
+    wanted = net.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        shapes = [tuple(group[name].shape) if name in group else "missing" for group in (tensors, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} is {shapes[0]}, the configuration has {shapes[1]}")
+
+    weights = {}
+    for name, like in wanted.items():
+        weights[name] = torch.empty_like(like, device=device).copy_(tensors[name])
+    net.load_state_dict(weights, assign=True)
+    net.eval().requires_grad_(False)
+
+
 # ------------------------------------------------------------------------------------------ files of weights
 FORMAT = "limn 1"
 Tensors = dict[str, Tensor]                                    # by name
@@ -442,6 +519,8 @@ def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
 def load_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
     """Read and verify a file of `save_tensors`: (tensors on the CPU, meta).
     Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file. Name a run directory, a checkpoint folder or a file")
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}

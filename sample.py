@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import json
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -14,6 +15,9 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)               # during the imports that take seconds
 
 import numpy as np
 import torch
@@ -27,10 +31,10 @@ import model
 import text_encoder
 
 
-def die(message: object) -> NoReturn:
+def die(message: object, status: int = 2) -> NoReturn:
     """The user's mistake in one line on standard error, exit status 2."""
     print(f"sample.py: error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def warn(message: str) -> None:
@@ -65,8 +69,9 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     for run in runs:
         try:
             recipe = json.loads((run / "config.json").read_text("utf-8"))
-            ways[recipe["DataConfig"].get("lowres", 0)] = run, recipe["TrainConfig"]["size"]
-        except (OSError, ValueError, KeyError) as e:
+            drawn = model.configured(data.DataConfig, recipe["DataConfig"])
+            ways[drawn.lowres] = run, recipe["TrainConfig"]["size"]
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
 
     starts = [side for side in ways if bool(side) == lowres]
@@ -206,41 +211,35 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     if ema:
         run = (path if path.is_dir() else path.parent) / "../.."
         tensors |= reconstruct((run / "profiles").resolve(), int(meta["step"]), ema)
-    try:
+    with model.reading(path):
         stored = json.loads(meta["config"])
-        shape = {}
-        for name, value in stored["ModelConfig"].items():
-            shape[name] = tuple(value) if isinstance(value, list) else value
-        config = diffusion.DiffusionConfig(**stored["DiffusionConfig"])
-        pictures = data.DataConfig(**stored["DataConfig"])
-        size, step = stored["TrainConfig"]["size"], int(meta["step"])
-        text = text_encoder.TextConfig(**stored["TextConfig"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
-    near = [*path.absolute().parents][:4]
-    text = text_encoder.locate(text, meta["text"], [*near, Path()], [*encoders])
-    text = text_encoder.load_text_encoder(text, cached)
-    if not text_encoder.same_encoder(meta["text"], text.fingerprint):
-        raise ValueError(f"{path} was trained with {meta['text']}, not with {text.fingerprint}. Put it there")
+        shape = model.configured(model.ModelConfig, stored["ModelConfig"])
+        config = model.configured(diffusion.DiffusionConfig, stored["DiffusionConfig"])
+        pictures = model.configured(data.DataConfig, stored["DataConfig"])
+        text = model.configured(text_encoder.TextConfig, stored["TextConfig"])
+        size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
+        model.check("size", size, int, "[8..4096]")
 
-    try:
+    near = [*path.absolute().parents][:4]
+    text = text_encoder.locate(text, made_with, [*near, Path()], [*encoders])
+    text = text_encoder.load_text_encoder(text, cached, device="meta")
+    if not text_encoder.same_encoder(made_with, text.fingerprint):
+        raise ValueError(f"{path} was trained with {made_with}, not with {text.fingerprint}. Put it there")
+
+    # Built without memory, and compared with the file, before anything is allocated.
+    with model.reading(path), torch.device("meta"):
         space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
         small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        shape = model.ModelConfig(**shape)
         unet = model.UNet(shape, size, text.dim, text.pooled_dim, space.channels, small, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
+    with model.reading(path):
         weights = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
-        parts.load_state_dict(weights)
+        model.fill(parts, weights, device)
         schedule = diffusion.make_schedule(config, size)
         small_schedule = diffusion.make_schedule(config, pictures.lowres or size)
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        if isinstance(e, torch.OutOfMemoryError):
-            raise
-        raise ValueError(f"{path} does not fit this code ({str(e)[:200]}). Use the code that wrote it") from e
-    for part in (unet, text):
-        part.to(device).eval().requires_grad_(False)
+    text.to(device).eval().requires_grad_(False)
     return Stage(unet, text, cached, schedule, small_schedule, space, config, pictures, size, device, step,
                  meta["sha256"])
 
@@ -343,9 +342,9 @@ def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
 
 @torch.no_grad()
 def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
-             dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, **settings) -> Tensor:
+             dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, kept=(), **settings) -> Tensor:
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
-    dtype: of the matrix products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; settings: fields of Settings.
+    dtype: of the products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; kept: gets each batch; and Settings.
     Raises ValueError where these do not fit together, and when the network's output is not finite."""
     s, space = Settings(**settings), stage.space
     small_side = 0 if lowres is None else lowres.shape[-1]
@@ -377,7 +376,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
 
     keys = torch.tensor([noise_key(seed) for seed in seeds])
     shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
-    drawn = []
+    drawn = [] if kept == () else kept
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         x = diffusion.gaussian(keys[part], shape, stage.device)
@@ -480,7 +479,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
 
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Settings), re.MULTILINE))
+    helps = model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
     for field in fields(Settings):
         options = {"dest": field.name, "default": field.default, "help": helps[field.name]}
@@ -504,6 +503,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def read_lines(path: str) -> list[str]:
+    """Those of a text file, see data.read_text; ValueError if it is none, or has over a mebibyte."""
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts {path} is no file")
+    with open(path, "rb") as file:
+        content = file.read(data.MAX_TEXT + 1)
+    text, guessed = data.read_text(content)
+    if (guessed and "\ufffd" in text) or "\0" in text:
+        raise ValueError(f"--prompts {path} is no text in UTF-8. Save it as that")
+    if guessed:
+        warn(f"--prompts {path} is not UTF-8; read as cp1252")
+    if len(content) > data.MAX_TEXT:
+        raise ValueError(f"--prompts {path} has over {data.MAX_TEXT >> 20} MiB. Draw it in parts")
+    return text.splitlines()
+
+
 def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. A mistake ends the program in one line."""
     p = parser()
@@ -525,18 +540,13 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             except ValueError:
                 die(f"{flag} {values} is none of: {action.help}; or of these one a stage, a,b")
             setattr(args, action.dest, values)
-        limits = re.search(r"\[(-?[\d.]+?)\.\.([\de.]+)", action.help)
-        if limits:
-            least, most = limits.groups()
-            for value in values if isinstance(values, list | tuple) else [values]:
-                if not float(least) <= value <= float(most):   # a nan is outside, too
-                    die(f"{flag} {value} is outside {least} to {most}")
+        model.check(flag, values, object, action.help)
 
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     args.wanted = [args.prompt]
     if args.prompts is not None:
-        lines = Path(args.prompts).read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_lines(args.prompts)
         args.wanted = [line.strip() for line in lines if line.strip()]
         if not args.wanted:
             die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
@@ -613,7 +623,13 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     seeds = [seed + k % args.n for k in range(len(prompts))]
     dtype = text_encoder.DTYPES[args.dtype]
     draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
-    pictures = draw(prompts, seeds, lowres=below)
+    kept = []
+    try:
+        pictures = draw(prompts, seeds, lowres=below, kept=kept)
+    except KeyboardInterrupt:                                  # what is drawn is kept, see main
+        if not kept:
+            raise
+        pictures, held = torch.cat(kept), {}
     if held:
         validate(stage, draw, held, prompts, seeds, below)
     for k, picture in enumerate(pictures, 1):
@@ -653,9 +669,12 @@ def held_out(path: Path, count: int) -> dict:
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
         die(f"--validate needs the config.json of the run of {path}, which says where its pictures are")
-    stored = json.loads((runs[0] / "config.json").read_text("utf-8"))
-    whole = data.DataConfig(**stored["DataConfig"] | {"crop": 0})
-    pictures = data.Pictures(whole, stored["TrainConfig"]["size"], 0, "val")
+    with model.reading(runs[0] / "config.json"):
+        stored = json.loads((runs[0] / "config.json").read_text("utf-8"))
+        whole = model.configured(data.DataConfig, stored["DataConfig"] | {"crop": 0})
+        size = stored["TrainConfig"]["size"]
+        model.check("size", size, int, "[8..4096]")
+    pictures = data.Pictures(whole, size, 0, "val")
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
@@ -667,6 +686,7 @@ def held_out(path: Path, count: int) -> dict:
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     warnings.showwarning = lambda message, *where: warn(str(message))
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     device, out = choose_device(args.device), Path(args.out)
     folder = out.parent if out.suffix.lower() == ".png" else out
     folder.mkdir(parents=True, exist_ok=True)                  # what is wrong comes before any work
@@ -698,6 +718,9 @@ def main(argv: list[str]) -> None:
         if made:
             notes = [note | {"below": below} for note, below in zip(notes, made)]
         made, n = notes, args.n
+        if len(pictures) < len(prompts):
+            write(pictures, made[:len(pictures)], n, args)
+            die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}", 130)
         if args.rank and last:
             n = args.best or n
             scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
@@ -712,8 +735,11 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        die("stopped before a picture was drawn", 130)
     except torch.OutOfMemoryError:
         die("out of GPU memory. Try a lower --batch-size")
     except (ValueError, OSError) as error:

@@ -48,8 +48,8 @@ class TextConfig:
     text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
-    byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..8192 channels]
-    byte_layers: int = 1  # layers of the byte encoder [1..100 layers]
+    byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..2048 channels]
+    byte_layers: int = 1  # layers of the byte encoder [1..24 layers]
 
     def __post_init__(self):
         if not self.text_encoder:
@@ -1075,19 +1075,22 @@ def byte_encoder(config: TextConfig):
     return TextEncoder(tower, reader, f"bytes {shape} {length}", trainable=True)
 
 
-def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored: str = ""):
+def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored: str = "",
+                      device: str = "cpu"):
     """The TextEncoder of a configuration, or several as a MultiEncoder; ValueError if unreadable.
 
     cached(number, encoder, load) -> lookup, see Reader: what a frozen encoder says is looked up and
     no weights are read; load() reads them into `encoder`, once, for encode_captions. stored: the
-    fingerprints of embeddings that a file has of every caption: no folder is needed beside them."""
+    fingerprints of embeddings that a file has of every caption: no folder is needed beside them.
+    device: of the weights that train along, such as meta, which takes no memory."""
     parts = fingerprints(stored)
     frozen = [name for name in config.text_encoder if name != "bytes"]
     usual = dict(zip(frozen, parts)) if len(frozen) == len(parts) else {}
     encoders = []
     for number, name in enumerate(config.text_encoder):
         if name == "bytes":
-            encoder = byte_encoder(config)
+            with torch.device(device):
+                encoder = byte_encoder(config)
         else:
             load = None
             if stored:
@@ -1101,4 +1104,5 @@ def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored
             else:
                 load()
         encoders.append(encoder)
-    return encoders[0] if len(encoders) == 1 else MultiEncoder(encoders)
+    with torch.device(device):
+        return encoders[0] if len(encoders) == 1 else MultiEncoder(encoders)

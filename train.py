@@ -7,7 +7,6 @@ import copy
 import ctypes
 import dataclasses
 import difflib
-import inspect
 import itertools
 import json
 import math
@@ -153,6 +152,7 @@ SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", 
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
+COUNTED = ("replaced", *TOLD)                                  # pictures, in metrics.jsonl
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
 PROFILES = {0.05: 16.972198602303447, 0.1: 6.937203937601809}  # width of an average: its exponent
 # What a checkpoint was written with: a run goes on with other versions, but not bit for bit.
@@ -261,18 +261,13 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
-def helps(cls: type) -> dict[str, str]:
-    """The comment behind each field of a dataclass."""
-    return dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-
-
 def parse(argv: list[str]) -> Configs:
     """The dataclasses from the command line: a field is a flag, the comment behind it the help."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for cls in get_args(Configs):
         group = parser.add_argument_group(cls.__name__)
-        comments = helps(cls)
+        comments = model.helps(cls)
         for name, kind in get_type_hints(cls).items():
             group.add_argument(f"--{name.replace('_', '-')}", default=getattr(cls(), name),
                                help=comments[name].replace("%", "%%"), **flag_options(kind))
@@ -316,13 +311,8 @@ def parse(argv: list[str]) -> Configs:
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
-    for config in (cfg, data_cfg, diff_cfg, text_cfg):
-        for name, comment in helps(type(config)).items():
-            value = getattr(config, name)
-            limits = re.search(r"\[(-?[\d.e-]+?)\.\.([\de.]+)", comment)      # as [0..1] or [1..99 steps]
-            least, most = (float(x) for x in limits.groups()) if limits else (0, 1e9)
-            if isinstance(value, int | float) and not least <= value <= most:     # a nan is outside, too
-                raise ValueError(f"--{name.replace('_', '-')} {value} is outside {least:g} to {most:g}")
+    for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
+        model.check_fields(config)
 
     if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
@@ -492,6 +482,26 @@ def memory_peak(device: torch.device) -> int:
     except ImportError:                                        # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_there(device: torch.device) -> float:
+    """What the GPU, or this machine, has in all [bytes]; inf where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):                       # Windows
+        return math.inf
+
+
+def memory_needed(cfg: TrainConfig, crop: int, shape: model.ModelConfig, weights: int) -> int:
+    """A training step takes more than this: so many weights with gradient, average and momentum, the pictures
+    of the step, and of a part of it noise, x_t and the first feature map [bytes]."""
+    side = crop or cfg.size
+    pictures = cfg.batch_size // Ranks().world
+    part = cfg.micro_batch or pictures
+    first = 2 * shape.channels * (side // shape.patch) ** 2
+    return 16 * weights + 3 * side**2 * pictures + (24 * side**2 + first) * part
 
 
 def count_flops(network: nn.Module, *args, **kwargs) -> int:
@@ -677,6 +687,20 @@ def unstacked(stacked: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return views
 
 
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names in which a regular expression finds something. ValueError where it looks for over 10 s."""
+    def late(*_):
+        raise ValueError(f"the pattern {pattern} needs over 10 s for the names of weights. Use a simpler one")
+
+    if hasattr(signal, "setitimer"):                           # Windows has none
+        signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, 10)
+    found = {name for name in names if re.search(pattern, name)}
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return found
+
+
 class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. matrices: weights that move by
@@ -697,8 +721,10 @@ class State:
 
         # Who moves by what.
         self.frozen, stacks = [], {}
-        for name, p in net.named_parameters():
-            if not re.search(train_only, name):
+        named = dict(net.named_parameters())
+        trained = matching(train_only, named)
+        for name, p in named.items():
+            if name not in trained:
                 self.frozen.append(p)
             elif matrices and p in matrices:
                 shape = len(p) // matrices[p], p[0].numel()
@@ -804,15 +830,20 @@ class State:
 
     def load(self, ema: model.Tensors, train: model.Tensors, scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
+        try:
+            self.fill(ema, train)
+        except (RuntimeError, LookupError, ValueError) as e:
+            raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+
+    def fill(self, ema: model.Tensors, train: model.Tensors) -> None:
         weights = {}
         for key in train:
             if key.startswith("weights."):
                 weights[key.removeprefix("weights.")] = train[key]
-        try:
-            self.ema.load_state_dict(ema)
-            self.net.load_state_dict(weights)
-        except RuntimeError as e:
-            raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
+        self.ema.load_state_dict(ema)
+        self.net.load_state_dict(weights)
 
         if "updates" not in train:                             # of before Muon: AdamW counted them
             counted = [value for key, value in train.items() if key.endswith(".step")]
@@ -828,8 +859,6 @@ class State:
                 like = self.updates if part == "step" else named[name]
                 moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
                 moment.copy_(train[key])
-        if scaler and self.scaler.is_enabled():
-            self.scaler.load_state_dict(scaler)
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
@@ -939,8 +968,15 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, t
         return 0, 0
     folder, (train, ema), meta = found
 
+    with model.reading(folder):
+        stored = {group: dict(fields) for group, fields in json.loads(meta["config"]).items()}
+        step, images = int(meta["step"]), int(meta["images"])
+        scaler, made_on = dict(json.loads(meta["scaler"])), json.loads(meta["versions"])
+        made_with = meta["text"]
+        model.check("step", step, int, "[0..1e9]")
+        model.check("images", images, int, "[0..1e15]")
+
     # Shape must match, the rest is noted.
-    stored = json.loads(meta["config"])
     for config in configs:
         group = type(config).__name__
         for name, value in dataclasses.asdict(config).items():
@@ -954,15 +990,15 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, t
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
             say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
 
-    if not text_encoder.same_encoder(meta["text"], text.fingerprint):
-        raise ValueError(f"the text encoder is {text.fingerprint}, not {meta['text']}. Use another --out")
-    if meta["data"] != pictures.fingerprint:
-        say("warning: the pictures are not those of the checkpoint: their order differs from here")
-    if json.loads(meta["versions"]) != VERSIONS:
-        say(f"note: {meta['versions']} -> {json.dumps(VERSIONS)}: it continues, but not bit for bit")
-    state.load(ema, train, json.loads(meta["scaler"]))
-    say(f"resumed from step {meta['step']} ({folder})")
-    return int(meta["step"]), int(meta["images"])
+    if not text_encoder.same_encoder(made_with, text.fingerprint):
+        raise ValueError(f"the text encoder is {text.fingerprint}, not {made_with}. Use another --out")
+    if meta.get("data") != pictures.fingerprint:
+        say("warning: the pictures or captions are not those of the checkpoint: they differ from here on")
+    if made_on != VERSIONS:
+        say(f"note: {made_on} -> {VERSIONS}: it continues, but not bit for bit")
+    state.load(ema, train, scaler)
+    say(f"resumed from step {step} ({folder})")
+    return step, images
 
 
 @torch.no_grad()
@@ -970,15 +1006,17 @@ def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
     """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
     Returns a report: how many were copied, which were sliced, which are new, which had no place."""
     found = {"copied": [], "sliced": [], "new": []}
-    for name, p in net.state_dict().items():                   # which holds the weights themselves
+    weights = net.state_dict()                                 # which holds the weights themselves
+    left = matching(reinit, weights) if reinit else ()
+    for name, p in weights.items():
         old = tensors.get(name)
-        if old is None or old.ndim != p.ndim or (reinit and re.search(reinit, name)):
+        if old is None or old.ndim != p.ndim or name in left:
             found["new"].append(name)
             continue
         common = tuple(slice(min(lengths)) for lengths in zip(old.shape, p.shape))
         p[common] = old[common].to(p)
         found["copied" if old.shape == p.shape else "sliced"].append(name)
-    found["unused"] = sorted(tensors.keys() - net.state_dict().keys())
+    found["unused"] = sorted(tensors.keys() - weights.keys())
 
     report = []
     for kind, names in found.items():
@@ -1107,8 +1145,15 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     cfg, data_cfg, model_cfg, diff_cfg, _ = configs
     space = diffusion.Pixels(len(data.MODES[data_cfg.picture_mode]))
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
-    unet = model.UNet(model_cfg, cfg.size, text.dim, text.pooled_dim, space.channels, small,
-                      diff_cfg.learn_sigma)
+    make = partial(model.UNet, model_cfg, cfg.size, text.dim, text.pooled_dim, space.channels, small,
+                   diff_cfg.learn_sigma)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in make().parameters())
+    needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count) / 2**30, memory_there(device) / 2**30
+    if needed > there:
+        raise ValueError(f"a step of {count / 1e6:.0f} M weights and its pictures needs {needed:.0f} GiB "
+                         f"or more, of {there:.0f}. Use a smaller --model, --batch-size or --micro-batch")
+    unet = make()
     unet.checkpointing = cfg.checkpointing
     objective = Denoising(unet, text, diff_cfg, space, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
@@ -1267,7 +1312,8 @@ class Trainer:
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
         self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad)
-        self.meter.add(replaced=(len(batch["replaced"]), 1))
+        for name in COUNTED:
+            self.meter.add(**{name: (len(batch[name]), 1)})
 
     def tell(self, batch: dict) -> None:
         """Name what was replaced, the first ten pictures and each thousandth; once that captions are cut."""
@@ -1276,7 +1322,7 @@ class Trainer:
             if self.replaced <= 10 or self.replaced % 1000 == 0:
                 say(f"warning: {note}; replaced")
         for name, what in TOLD.items():
-            if batch.get(name) and name not in self.told:
+            if batch[name] and name not in self.told:
                 self.told.add(name)
                 say(f"warning: {batch[name][0]} {what}; others of its kind are not named")
         before = self.cut
@@ -1335,7 +1381,8 @@ class Trainer:
 
         # These are counted, not averaged; loss has a value for each picture.
         line["skipped"] = round(sums["skipped"][0] / self.ranks.world)
-        line["replaced"] = round(sums["replaced"][0])
+        for name in COUNTED:
+            line[name] = round(sums[name][0])
         speed = counts["loss"][0] / seconds
         line["pictures/s"] = number(speed)
         line["share_of_peak"] = number(3 * self.flops * speed / self.ranks.world / self.peak)

@@ -199,7 +199,9 @@ def test_n_pictures_have_the_next_seeds(here, cli):
 
 def test_a_file_of_prompts_gives_a_picture_a_line(here, cli):
     Path("list.txt").write_bytes("a house\n\n  a red car  \nein grünes Haus\n\xff\n".encode("latin-1"))
-    out = cli("--prompts", "list.txt", "--out", "drawn/deep")[1].split()
+    _, out, err = cli("--prompts", "list.txt", "--out", "drawn/deep")
+    out = out.split()
+    assert err == "sample.py: warning: --prompts list.txt is not UTF-8; read as cp1252\n"
     assert out == [f"drawn/deep/{n}.png" for n in ("a-house", "a-red-car", "ein-gr-nes-haus", "picture")]
     assert notes_of(Path(out[1]))["prompt"] == "a red car"
 
@@ -928,9 +930,20 @@ BAD = [
     (["a", "--device", "tpu"], "--device tpu is not here. Choose from"),
     (["a", "--guid", "3"], "unrecognized arguments: --guid"),
     (["a", "--nonsense"], "unrecognized arguments: --nonsense"),
-    (["--prompts", "nowhere.txt"], "No such file"),
+    (["--prompts", "nowhere.txt"], "--prompts nowhere.txt is no file"),
     (["--prompts", "blank.txt"], "--prompts blank.txt has no prompt in it. Write one a line"),
-    (["--prompts", "runs"], "Is a directory"),
+    (["--prompts", "runs"], "--prompts runs is no file"),
+    (["--prompts", "/dev/zero"], "--prompts /dev/zero is no file"),
+    (["--prompts", "pipe"], "--prompts pipe is no file"),
+    (["--prompts", "chinese.txt"], "--prompts chinese.txt is no text in UTF-8. Save it as that"),
+    (["--prompts", "torn.safetensors"], "--prompts torn.safetensors is no text in UTF-8"),
+    (["--prompts", "long.txt"], "--prompts long.txt has over 1 MiB. Draw it in parts"),
+    (["a", "--ckpt", "pipe"], "pipe is no file. Name a run"),
+    (["a", "--ckpt", "/dev/zero"], "/dev/zero is no file. Name a run"),
+    (["a", "--init", "pipe"], "--lowres pipe is no file"),
+    (["a", "--init", "bomb.gif"], "12000x12000 is over 64 megapixels"),
+    (["a", "--out", "n" * 300], "File name too long"),
+    (["a", "--ckpt", "n" * 300], "File name too long"),
     (["a", "--out", "blank.txt"], "File exists: 'blank.txt'"),
     (["a", "--out", "blank.txt/x.png"], "File exists: 'blank.txt'"),
     (["a", "--out", "blank.txt/folder"], "Not a directory"),
@@ -951,6 +964,11 @@ BAD = [
 @pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(argv)[:40] or "nothing" for argv, _ in BAD])
 def test_bad_input_ends_in_one_line_with_status_2(here, cli, argv, words):
     Path("blank.txt").write_text(" \n\n")
+    Path("chinese.txt").write_bytes("一座红色的房子\n房子\x81".encode("gbk", "ignore") + b"\x81\n")
+    Path("long.txt").write_text("a house\n" * 2**18)
+    os.mkfifo("pipe")
+    if "bomb.gif" in argv:
+        Image.new("1", (12000, 12000)).save("bomb.gif")
     save_file({"transformer.h.0": torch.zeros(2)}, "foreign.safetensors")
     content = bytearray(checkpoint_of(here).read_bytes())
     content[-9] ^= 1
@@ -1004,6 +1022,92 @@ def test_a_checkpoint_of_other_code_is_one_line(here, cli, change):
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert "does not fit this code" in err
     assert len(err) < 500
+
+
+NO_NUMBERS = {"null": None, "a list": [[1]], "a word": "x", "10^30": 10**30, "nan": math.nan, "below 0": -5,
+              "true": True}
+CRAFTED = {
+    "no object": lambda config: [],
+    "null": lambda config: None,
+    "nested": lambda config: json.loads("[" * 500 + "]" * 500),
+    **{f"{group} is {what}": lambda config, group=group, value=value: config | {group: value}
+       for group in ("ModelConfig", "DiffusionConfig", "DataConfig", "TextConfig", "TrainConfig")
+       for what, value in {"null": None, "a list": [1], "a number": 7}.items()},
+    **{f"{field} is {what}": lambda config, group=group, field=field, value=value:
+       config | {group: config[group] | {field: value}}
+       for group, field in (
+           ("ModelConfig", "channels"), ("ModelConfig", "num_res_blocks"), ("TrainConfig", "size"),
+           ("DiffusionConfig", "shift_base"), ("DataConfig", "lowres"), ("TextConfig", "byte_width"))
+       for what, value in NO_NUMBERS.items()},
+    **{f"{field} is {value}": lambda config, group=group, field=field, value=value:
+       config | {group: config[group] | {field: value}}
+       for group, field, value in (
+           ("ModelConfig", "num_res_blocks", [10**6]), ("ModelConfig", "channels", 2**20),
+           ("ModelConfig", "channels", 8192), ("ModelConfig", "emb_dim", 2**20), ("ModelConfig", "patch", 0),
+           ("TextConfig", "byte_width", 2**20), ("TextConfig", "byte_width", 2048),
+           ("TextConfig", "byte_layers", 10**6), ("TextConfig", "byte_layers", 24),
+           ("TrainConfig", "size", 0), ("TrainConfig", "size", 10**6),
+           ("DiffusionConfig", "prediction", "magic"),
+           ("TextConfig", "text_encoder", [None]), ("DataConfig", "picture_mode", "infrared"))},
+}
+
+
+@pytest.mark.parametrize("what", CRAFTED)
+def test_a_crafted_configuration_is_one_line_and_takes_no_memory(here, what):
+    path = checkpoint_of(here)
+    tensors, meta = model.load_tensors(path)
+    del meta["sha256"]
+    config = CRAFTED[what](json.loads(meta["config"]))
+    model.save_tensors(path, tensors, meta | {"config": json.dumps(config)})
+    before = train.memory_peak(torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"does not fit this code|was trained with|nor near") as error:
+        sample.load_stage(path, torch.device("cpu"))
+    assert "\n" not in str(error.value)
+    assert train.memory_peak(torch.device("cpu")) - before < 2**27
+
+
+@pytest.mark.parametrize("name", ["text", "step", "config"])
+def test_metadata_that_is_missing_is_one_line(here, name):
+    path = checkpoint_of(here)
+    tensors, meta = model.load_tensors(path)
+    del meta["sha256"], meta[name]
+    model.save_tensors(path, tensors, meta)
+    with pytest.raises(ValueError, match=f"does not fit this code .'{name}'.. Use the code"):
+        sample.load_stage(path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("content", [
+    "[]", "null", '{"DataConfig": []}', '{"DataConfig": {"lowres": "x"}}', "[" * 9999])
+def test_a_crafted_config_of_a_run_is_one_line(here, cli, content):
+    (here / "runs/16/config.json").write_text(content)
+    status, out, err = cli("a house")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "config.json is damaged" in err
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_drawn(here, cli, monkeypatch):
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return gaussian(*args, **kwargs)
+    gaussian = diffusion.gaussian
+    monkeypatch.setattr(diffusion, "gaussian", interrupted)
+    status, out, err = cli("a house", "--n", "8", "--batch-size", "2")
+    assert (status, len(out.splitlines()), len(list(here.glob("*.png")))) == (130, 4, 4)
+    assert err == "sample.py: error: stopped after 4 of 8 pictures of runs/16\n"
+    calls[:] = [0, 0]
+    status, out, err = cli("a house")
+    assert (status, out, err) == (130, "", "sample.py: error: stopped before a picture was drawn\n")
+
+
+def test_prompts_with_a_byte_order_mark_are_read(here, cli):
+    Path("wide.txt").write_text("a house\na café\n", encoding="utf-16")
+    status, out, _ = cli("--prompts", "wide.txt")
+    assert (status, len(out.splitlines())) == (0, 2)
+    assert notes_of(here / "a-caf.png")["prompt"] == "a café"
 
 
 def test_help_names_every_flag_with_its_default(cli):

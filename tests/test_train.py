@@ -369,7 +369,8 @@ def pairs(first=0, last=8):
     batch = {"picture": rng.normal(size=(8, 12)).astype(np.float32),
              "words": rng.normal(size=(8, 7)).astype(np.float32),
              "captions": [f"caption {i}" for i in range(8)], "cut": np.zeros(8, bool)}
-    return {name: column[first:last] for name, column in batch.items()} | {"replaced": []}
+    return {name: column[first:last] for name, column in batch.items()} | {
+        "replaced": [], "uncaptioned": [], "recoded": []}
 
 
 def joined(micro, ranks, batch):
@@ -570,6 +571,16 @@ BAD_TRAIN = {
     "--lowres -3": "--lowres -3 is outside",
     "--train-only (": "--train-only ( is no regular expression",
     "--train-only xyz": "--train-only xyz is no weight",
+    "--train-only x{99999999999}": "is no regular expression",
+    f"--train-only {'(' * 5000}": "is no regular expression",
+    "--channels 1000000": "--channels 1000000 is outside 0 to 8192",
+    "--emb-dim 1000000": "--emb-dim 1000000 is outside",
+    "--head-dim 1000000": "--head-dim 1000000 is outside",
+    "--byte-width 1000000": "--byte-width 1000000 is outside 32 to 2048",
+    "--num-res-blocks 1000000": "--num-res-blocks 1000000 is outside 0 to 64",
+    "--channels 8192": "weights and its pictures needs",
+    "--batch-size 1048576 --size 4096": "weights and its pictures needs",
+    "--lowres 1000000": "--lowres 1000000 is outside 0 to 4096",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
     "--data notes": "no pictures in notes",
@@ -946,7 +957,7 @@ def test_a_run_leaves_what_the_design_promises(tmp_path, capsys):
     logs, validations = metrics(out)[::2], metrics(out)[1::2]
     assert [line["step"] for line in metrics(out)] == [2, 2, 4, 4]
     assert set(logs[0]) == {"step", "images", "loss", "raw_loss", "grad_norm", "clipped", "pictures/s", "lr",
-                            "skipped", "replaced", "buckets", "share_of_peak"}
+                            "skipped", "replaced", "uncaptioned", "recoded", "buckets", "share_of_peak"}
     assert set(validations[0]) == {"step", "val_loss", "val_gap", "val_buckets"}
     assert all(len(line["buckets"]) == 8 and all(map(math.isfinite, line["buckets"])) for line in logs)
     assert logs[0]["images"] == 16
@@ -1161,7 +1172,7 @@ def test_changed_pictures_are_a_warning(tmp_path, capsys):
     assert "not those of the checkpoint" not in capsys.readouterr().out
     folder_of(source, 7)
     run(tmp_path / "run", "--steps 4", f"--data {source}")
-    assert "warning: the pictures are not those of the checkpoint" in capsys.readouterr().out
+    assert "warning: the pictures or captions are not those of the checkpoint" in capsys.readouterr().out
 
 
 def test_other_versions_are_noted(tmp_path, monkeypatch, capsys):
@@ -1952,3 +1963,53 @@ def test_a_grid_may_take_longer_than_the_ranks_wait_for_one_another(tmp_path):
     status, shown, err = finish(start(tmp_path / "run", *changes, ranks=2, code=code))
     assert status == 0, err
     assert digest(tmp_path / "run")[0] == 2
+
+
+def test_a_pattern_that_never_ends_is_one_line(monkeypatch):
+    monkeypatch.setattr(train.signal, "setitimer", lambda which, seconds, set=signal.setitimer:
+                        set(which, seconds / 20))
+    with pytest.raises(ValueError, match=r"needs over 10 s for the names of weights\. Use a simpler"):
+        train.matching(r"(\w+\.?)+!", ["unet.down.0.blocks.1.conv1.weight.of.a.long.name"])
+    assert train.matching("conv", ["a.conv", "b"]) == {"a.conv"}
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_step_takes_more_memory_than_is_told():
+    configs = cfg, pictures, shape, *_ = train.parse(["--size=64", "--model=tiny", "--batch-size=8"])
+    weights = int(train.PRESETS[64, "tiny"]["weights"])
+    told = train.memory_needed(cfg, pictures.crop, shape, weights)
+    assert 16 * weights < told < 2**30
+    half = dataclasses.replace(configs[0], micro_batch=4)
+    assert told / 2 < train.memory_needed(half, 0, shape, weights) < told
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("config", "[]"), ("config", "null"), ("config", "x"), ("config", '{"TrainConfig": 7}'), ("step", "x"),
+    ("step", "-1"), ("images", "1" * 30), ("scaler", "7"), ("versions", "x"), ("text", None),
+    ("images", None)])
+def test_crafted_metadata_of_a_run_is_one_line(tmp_path, name, value, capfd):
+    run(tmp_path / "run", "--steps 1")
+    folder = model.checkpoint_folders(tmp_path / "run")[-1]
+    for file in ("ema", "train"):
+        tensors, meta = model.load_tensors(folder / f"{file}.safetensors")
+        del meta["sha256"], meta[name]
+        changed = meta if value is None else meta | {name: value}
+        model.save_tensors(folder / f"{file}.safetensors", tensors, changed)
+    with pytest.raises(ValueError, match="does not fit this code") as error:
+        run(tmp_path / "run", "--steps 2")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda train: train.pop("updates") and train.update(updates=torch.zeros(3)),
+    lambda train: train.update({"optimizer.nobody.exp_avg": torch.zeros(1)}),
+    lambda train: train.pop(next(name for name in train if name.startswith("weights.")))])
+def test_a_crafted_state_is_one_line(tmp_path, change):
+    run(tmp_path / "run", "--steps 1")
+    path = model.checkpoint_folders(tmp_path / "run")[-1] / "train.safetensors"
+    tensors, meta = model.load_tensors(path)
+    change(tensors)
+    del meta["sha256"]
+    model.save_tensors(path, tensors, meta)
+    with pytest.raises(ValueError, match="the checkpoint does not fit these flags"):
+        run(tmp_path / "run", "--steps 2")
