@@ -46,6 +46,7 @@ from PIL import (
     PngImagePlugin,
 )
 from torch import Tensor
+from tqdm import tqdm
 
 # Suffixes of files that hold a picture, and what they may be by content: no other parser is used.
 SUFFIXES = "jpg jpeg png webp gif bmp jpe jfif jpg_large apng tif tiff avif"
@@ -514,7 +515,8 @@ class Files(Source):
         rows = []
         keys = []
         loose = []
-        for path, name in self.walk(pattern, left):
+        seen = os.environ.get("RANK", "0") == "0" and sys.stderr and sys.stderr.isatty()
+        for path, name in tqdm(self.walk(pattern, left), "files", delay=1, disable=not seen):
             number = len(self.files)
             self.files.append((path, state(path)))
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
@@ -546,13 +548,16 @@ class Files(Source):
         self.look()
 
     def look(self) -> None:
-        """Warn of captions that are missing in up to 256 of the pictures, and name the fields there."""
+        """Warn of captions that are missing in up to 256 of the pictures, and name the fields there.
+        What these captions say is kept for the fingerprint."""
         looked = range(0, len(self), len(self) // 256 + 1)
+        self.looked = []
         fields = set()
         empty = 0
         for i in looked:
             with suppress(Exception):               # replaced and counted when it is drawn
                 found, meta = self.texts(i)
+                self.looked += found
                 if not found:
                     empty += 1
                     fields |= set(meta)
@@ -628,7 +633,7 @@ class Files(Source):
     def fingerprint(self):
         sizes = self.rows[:, 2, :3].copy()
         sizes[:, 1] += self.rows[:, 2, 4]                   # .caption beside .txt
-        return self.names.tobytes() + sizes.tobytes()
+        return self.names.tobytes() + sizes.tobytes() + repr(self.looked).encode()
 
     def shards(self) -> list[str]:
         """The files that pictures lie in."""

@@ -1147,6 +1147,39 @@ def test_permission_denied_is_one_clear_line(tmp_path):
     assert "ermission denied" in error
 
 
+@pytest.mark.parametrize("tar", [False, True])
+def test_the_fingerprint_follows_what_captions_say(tmp_path, tar):
+    """Of the same length, in a shard of the same size."""
+    prints = []
+    for number, word in enumerate(("house", "mouse", "house")):
+        folder = make_folder(tmp_path / str(number), 4)
+        (folder / "a.jpg").write_bytes(next(folder.glob("*.*g")).read_bytes())
+        (folder / "a.txt").write_text(f"a {word}")
+        if tar:
+            with tarfile.open(tmp_path / f"{number}.tar", "w") as shard:
+                for path in sorted(folder.iterdir()):
+                    shard.add(path, path.name)
+            folder = tmp_path / f"{number}.tar"
+            folder = folder.rename(tmp_path / "shard.tar")
+        prints.append(open_source(folder, held_out=0).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+
+
+def test_indexing_shows_its_progress_on_a_terminal_of_the_first_rank(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a", 3)
+    shown = []
+    monkeypatch.setattr(data, "tqdm", lambda files, *what, disable, delay: shown.append(disable) or files)
+    open_source(tmp_path / "a")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    open_source(tmp_path / "a")
+    monkeypatch.setenv("RANK", "1")
+    open_source(tmp_path / "a")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(sys, "stderr", None)
+    open_source(tmp_path / "a")
+    assert [bool(disable) for disable in shown] == [True, False, True, True]
+
+
 def test_the_fingerprint_follows_names_and_sizes_not_the_place(tmp_path):
     a, b = open_source(make_folder(tmp_path / "a", 5)), open_source(make_folder(tmp_path / "b", 5))
     assert a.fingerprint == b.fingerprint
