@@ -1045,7 +1045,8 @@ def start_worker(*job) -> tuple:
 def receive(process, pipe, timeout: float) -> dict:
     """The next batch of a worker, or what it ended with."""
     if not pipe.poll(timeout):
-        raise TimeoutError(f"no data in {timeout} s")
+        raise TimeoutError(f"a data worker gave nothing for {timeout:g} s; is the disk there? "
+                           "Raise --timeout, or use more --workers")
     try:
         batch = pipe.recv()
     except (EOFError, OSError):             # between two messages, or within one

@@ -689,7 +689,9 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     device, out = choose_device(args.device), Path(args.out)
     folder = out.parent if out.suffix.lower() == ".png" else out
-    folder.mkdir(parents=True, exist_ok=True)                  # what is wrong comes before any work
+    if folder.exists() and not folder.is_dir():                # what is wrong comes before any work
+        raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
+    folder.mkdir(parents=True, exist_ok=True)
     if args.rank:
         clip_scores(args.rank, torch.empty(0), [], device)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
@@ -736,6 +738,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")          # a name that the terminal cannot show
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -1562,6 +1562,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -32,6 +32,8 @@ FLAGS = [
     "--save-every", str(EVERY), "--log-every", "1", "--val-every", "0", "--sample-every", "0"]
 CALLS = {"mkdir": 4, "ftruncate": 4, "renameat": 4, "chmod": 4, "fsync": 8, "rename": 6, "unlinkat": 4,
          "rmdir": 2}
+# With --profiles, whose snapshots are written and pruned before each checkpoint.
+PROFILES = {"fsync": 14, "rename": 12, "chmod": 8, "unlink": 10}
 
 
 def start(out: Path, workers: int, *before: str) -> subprocess.Popen:
@@ -167,13 +169,17 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--kills", type=int, default=20, help="kill -9 at so many random moments")
     p.add_argument("--minutes", type=float, default=10, help="then other faults, so long in all [minutes]")
+    p.add_argument("--profiles", action="store_true", help="train with --profiles 3")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
+    if args.profiles:
+        FLAGS.extend(["--profiles", "3"])
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(folder, args.seed)
     for _ in range(args.kills):
         soak.fault("random kill", soak.kill)
-    for call, count in CALLS.items() if soak.strace else []:                  # of saving and pruning
+    calls = PROFILES if args.profiles else CALLS
+    for call, count in calls.items() if soak.strace else []:                  # of saving and pruning
         for when in range(1, count + 1):
             soak.fault("kill at a system call", lambda before: soak.system_call(call, when))
     while time.monotonic() - began < 60 * args.minutes:

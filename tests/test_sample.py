@@ -944,8 +944,8 @@ BAD = [
     (["a", "--init", "bomb.gif"], "12000x12000 is over 64 megapixels"),
     (["a", "--out", "n" * 300], "File name too long"),
     (["a", "--ckpt", "n" * 300], "File name too long"),
-    (["a", "--out", "blank.txt"], "File exists: 'blank.txt'"),
-    (["a", "--out", "blank.txt/x.png"], "File exists: 'blank.txt'"),
+    (["a", "--out", "blank.txt"], "--out blank.txt: blank.txt is a file. Name a folder"),
+    (["a", "--out", "blank.txt/x.png"], "--out blank.txt/x.png: blank.txt is a file. Name"),
     (["a", "--out", "blank.txt/folder"], "Not a directory"),
     (["a", "--n", "8", "--best", "9", "--rank", "runs"], "--best 9 needs as many pictures, --n 8,"),
     (["a", "--n", "8", "--best", "2"], "--best 2 needs as many pictures, --n 8, and scores, --rank DIR"),
@@ -1101,6 +1101,13 @@ def test_ctrl_c_keeps_the_pictures_that_are_drawn(here, cli, monkeypatch):
     calls[:] = [0, 0]
     status, out, err = cli("a house")
     assert (status, out, err) == (130, "", "sample.py: error: stopped before a picture was drawn\n")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(here):
+    done = subprocess.run([sys.executable, PROGRAM, "a house", "--out", "画/b.png", "--sample-steps", "1"],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\u753b/b.png\n", "")
+    assert (here / "画/b.png").is_file()
 
 
 def test_prompts_with_a_byte_order_mark_are_read(here, cli):

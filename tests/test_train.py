@@ -1584,6 +1584,26 @@ def test_a_killed_rank_is_restarted_by_torchrun(tmp_path, straight):
 
 
 @pytest.mark.slow
+def test_a_killed_rank_is_restarted_by_a_loop_in_the_shell(tmp_path, straight):
+    """That of the README, `until torchrun ...; do sleep 10; done`; a rank is killed in each of two starts."""
+    out = tmp_path / "run"
+    code = ("real = train.State.update\n"
+            "def update(*a):\n"
+            f"    for step in ('000003', '000006'):\n"
+            f"        died = {str(out)!r} + step\n"
+            f"        if rank == 1 and not os.path.exists(died) and "
+            f"os.path.exists({str(out)!r} + '/checkpoints/' + step):\n"
+            f"            open(died, 'w'); os.kill(os.getpid(), 9)\n    return real(*a)\n"
+            "train.State.update = update")
+    loop = ["bash", "-c", 'until "$@"; do sleep 1; done', "loop"]
+    status, _, err = finish(start(out, "--save-every 3", ranks=2, code=code, before=loop))
+    assert status == 0, err
+    assert Path(f"{out}000003").exists()
+    assert Path(f"{out}000006").exists()
+    assert digest(out) == straight
+
+
+@pytest.mark.slow
 def test_no_rank_outlives_a_killed_torchrun(tmp_path):
     process = start(tmp_path / "run", "--steps 100000", "--log-every 1", ranks=2)
     wait_for(process, 2, tmp_path / "run")
@@ -2013,3 +2033,12 @@ def test_a_crafted_state_is_one_line(tmp_path, change):
     model.save_tensors(path, tensors, meta)
     with pytest.raises(ValueError, match="the checkpoint does not fit these flags"):
         run(tmp_path / "run", "--steps 2")
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    folder_of(tmp_path / "画", 4)
+    command = [sys.executable, str(ROOT / "train.py"), *flags(tmp_path / "run", "--steps 1", "--data 画")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u753b: 3 pictures" in done.stdout
