@@ -312,7 +312,8 @@ class UNet(nn.Module):
             if isinstance(m, Attention):
                 nn.init.zeros_(m.out.weight)
 
-        nn.init.normal_(self.null, std=0.5)
+        if not self.null.is_meta:                  # there it would import the compiler, which takes seconds
+            nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
 
     def matrices(self) -> dict[nn.Parameter, int]:

@@ -368,6 +368,14 @@ T5_SHAPE = {
 }
 
 
+def table(rows, width, kind=Embedding, **how):
+    """An embedding, whose numbers are not drawn on the meta device: that would import torch's compiler."""
+    weight = torch.empty(rows, width)
+    if not weight.is_meta:
+        torch.nn.init.normal_(weight)
+    return kind(rows, width, _weight=weight, **how)
+
+
 def attend(x, linears, heads, bias=None, **how):
     """Attention of x (B, L, D) by the linear layers for q, k, v and what they give, (B, L, D)."""
     *inner, outer = linears
@@ -395,7 +403,7 @@ class T5Block(Module):
         attention["o"] = linear(inner, width)
         if has_table:
             buckets = shape.relative_attention_num_buckets
-            attention["relative_attention_bias"] = Embedding(buckets, self.heads)
+            attention["relative_attention_bias"] = table(buckets, self.heads)
 
         names = ["wi_0", "wi_1"] if self.gated else ["wi"]
         feed = {name: linear(width, shape.d_ff) for name in names}
@@ -443,8 +451,8 @@ class ByteEmbedding(Module):
     (B, L, D)."""
     def __init__(self, width):
         super().__init__()
-        self.bytes = Embedding(259, width)
-        self.grams = torch.nn.EmbeddingBag(8192, width, mode="sum")
+        self.bytes = table(259, width)
+        self.grams = table(8192, width, torch.nn.EmbeddingBag, mode="sum")
 
     def forward(self, ids):
         grams = [ids]
@@ -467,7 +475,7 @@ class T5Encoder(Module):
         self.shape = shape
         self.dim = self.pooled_dim = shape.d_model
 
-        self.shared = Embedding(shape.vocab_size, shape.d_model)
+        self.shared = table(shape.vocab_size, shape.d_model)
         self.encoder = Module()
         self.encoder.block = ModuleList(
             T5Block(shape, has_table=i == 0 or shape.model_type == "umt5")
@@ -480,9 +488,9 @@ class T5Encoder(Module):
         for block in self.encoder.block:
             attention = block.layer[0]["SelfAttention"]
             if "relative_attention_bias" in attention:
-                table = attention["relative_attention_bias"](buckets)                 # (L, L, K)
-                hidden = torch.finfo(table.dtype).min
-                bias = torch.where(mask[:, None, None], table.permute(2, 0, 1), hidden)   # (B, K, L, L)
+                tables = attention["relative_attention_bias"](buckets)                 # (L, L, K)
+                hidden = torch.finfo(tables.dtype).min
+                bias = torch.where(mask[:, None, None], tables.permute(2, 0, 1), hidden)   # (B, K, L, L)
             x = block(x, bias)
 
         x = self.encoder.final_layer_norm(x)
@@ -535,7 +543,7 @@ class ClipTower(ModuleDict):
         for name in norms:
             self[name] = LayerNorm(width, shape.layer_norm_eps)
         self.embeddings = ModuleDict(embeddings)
-        self.embeddings["position_embedding"] = Embedding(positions, width)
+        self.embeddings["position_embedding"] = table(positions, width)
         layers = ModuleList(ClipLayer(shape) for _ in range(shape.num_hidden_layers))
         self.encoder = ModuleDict({"layers": layers})
 
@@ -552,7 +560,7 @@ class CLIPTextEncoder(Module):
         self.dim = shape.hidden_size
         self.pooled_dim = shape.projection_dim if has_projection else self.dim
 
-        tokens = Embedding(shape.vocab_size, self.dim)
+        tokens = table(shape.vocab_size, self.dim)
         self.text_model = ClipTower(shape, shape.max_position_embeddings, ("final_layer_norm",),
                                     token_embedding=tokens)
         projection = Linear(self.dim, self.pooled_dim, bias=False)
