@@ -1,7 +1,9 @@
-"""The U-Net that predicts, and the files that hold weights and configurations.
+"""The U-Net that predicts, published U-Nets and VAEs, and the files that hold weights and configurations.
 
     net = UNet(ModelConfig(), size=64, text_dim=128, pooled_dim=128)
+    net = load_unet("stable-diffusion-v1-5/unet")              # or a published one, called alike
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
+    space = load_vae("stable-diffusion-v1-5/vae")              # pictures <-> latents
 
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
@@ -12,11 +14,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -213,13 +219,44 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
     return 4 * torch.cat([angles.sin(), angles.cos()])
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Cosines and sines of 1000 t, t (B,) in [0, 1] -> (B, dim) float32.
+def waves(numbers: Tensor, dim: int) -> Tensor:
+    """Cosines and sines of numbers (n,) float32 -> (n, dim) float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5, with frequencies from 1 down to 1/10000."""
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=t.device) / half)
-    angles = 1000 * t.float()[:, None] * freqs
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, device=numbers.device) / half)
+    angles = numbers[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """t (B,) in [0, 1] -> (B, dim) float32, the waves of 1000 t."""
+    return waves(1000 * t.float(), dim)
+
+
+def with_null(context: Tensor, null: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys of the text (B, L, E), behind them the null (1, 1, E) that is always visible; and what hides
+    them (B, L+1): 0 = visible, -inf = not."""
+    null = null.expand(len(context), -1, -1).to(context.dtype)
+    context = torch.cat([context, null], 1)                                           # (B, L+1, E)
+    hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
+    return context, F.pad(hidden, (0, 1))
+
+
+def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
+    """What a block says of its inputs; with `recompute` the backward pass runs it again and keeps nothing."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def matrices_of(parts: tuple[nn.Module, ...], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
+    """The weight matrices of some parts, and of how many each is made: those of the layers `twos` of two."""
+    found = {}
+    for part in parts:
+        for name, p in part.named_parameters():
+            if p.ndim > 1:
+                found[p] = 2 if name.split(".")[-2] in twos else 1
+    return found
 
 
 def mlp(c_in: int, c_out: int) -> nn.Sequential:
@@ -317,22 +354,13 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks, and of how many each is made: scale and shift (`emb`), keys
-        and values of the text are two."""
-        found = {}
-        for part in (self.down, self.mid, self.up):
-            for name, p in part.named_parameters():
-                if p.ndim > 1:
-                    found[p] = 2 if name.split(".")[-2] in ("emb", "text_kv") else 1
-        return found
+        """The weight matrices of the blocks: scale and shift (`emb`), keys and values of the text are two."""
+        return matrices_of((self.down, self.mid, self.up), ("emb", "text_kv"))
 
     def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
         for block in blocks:
             condition = (context, hidden) if isinstance(block, Attention) else (emb,)
-            if self.checkpointing and torch.is_grad_enabled():
-                h = checkpoint(block, h, *condition, use_reentrant=False)
-            else:
-                h = block(h, *condition)
+            h = called(block, self.checkpointing, h, *condition)
         return h
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
@@ -354,11 +382,7 @@ class UNet(nn.Module):
         emb = F.silu(time + self.pooled(pooled))                                      # (B, E)
 
         # The keys: the tokens of the text that are there, and the null.
-        context = self.context(context)
-        null = self.null.expand(B, -1, -1).to(context.dtype)
-        context = torch.cat([context, null], 1)                                       # (B, L+1, E)
-        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-        hidden = F.pad(hidden, (0, 1))                                                # (B, L+1), 0 = visible
+        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
 
         # The picture, in patches, and where each of them is.
         x = x_t
@@ -385,6 +409,616 @@ class UNet(nn.Module):
 
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
+
+
+# --------------------------------------------------------------------------------------- published networks
+# Fields of config.json as diffusers writes it, and their usual values: in a list where each level may have
+# its own, in a tuple all that is known here, the usual one first; 0 where it must be given.
+UNET_FIELDS = dict(
+    block_out_channels=[0],
+    down_block_types=[("CrossAttnDownBlock2D", "DownBlock2D")],
+    up_block_types=[("CrossAttnUpBlock2D", "UpBlock2D")],
+    in_channels=4,
+    out_channels=4,
+    layers_per_block=[2],
+    attention_head_dim=[8],                                    # the number of heads is published as that
+    transformer_layers_per_block=[1],
+    cross_attention_dim=1280,
+    use_linear_projection=(False, True),
+    norm_num_groups=32,
+    norm_eps=1e-5,
+    addition_embed_type=(None, "text_time"),                   # of SDXL, as are the next two
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
+KL_FIELDS = dict(
+    block_out_channels=[0],
+    down_block_types=[("DownEncoderBlock2D",)],
+    up_block_types=[("UpDecoderBlock2D",)],
+    latent_channels=4,
+    layers_per_block=1,
+    norm_num_groups=32,
+    scaling_factor=0.18215,
+    shift_factor=0.0,
+    use_quant_conv=(True, False),
+    use_post_quant_conv=(True, False),
+    mid_block_add_attention=(True, False),
+)
+TINY_FIELDS = dict(
+    num_encoder_blocks=[0],
+    num_decoder_blocks=[0],
+    block_out_channels=[(64,)],
+    encoder_block_out_channels=[(64,)],
+    decoder_block_out_channels=[(64,)],
+    latent_channels=4,
+    scaling_factor=1.0,
+    shift_factor=0.0,
+    act_fn=("relu",),
+    pool=(False, True),                                        # TAEF2 alone; diffusers does not know it
+)
+FIXED = dict(  # other fields may say this, or nothing
+    act_fn="silu",
+    attention_type="default",
+    conv_in_kernel=3,
+    conv_out_kernel=3,
+    downsample_padding=1,
+    flip_sin_to_cos=True,
+    in_channels=3,
+    mid_block_scale_factor=1,
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    out_channels=3,
+    resnet_out_scale_factor=1,
+    resnet_time_scale_shift="default",
+    time_embedding_type="positional",
+    upsample_fn="nearest",
+    upsampling_scaling_factor=2,
+)
+WITHOUT_EFFECT = {"sample_size", "force_upcast", "upcast_attention", "addition_embed_type_num_heads",
+                  "latent_magnitude", "latent_shift"}
+TAEF2 = dict(num_encoder_blocks=[1, 3, 3, 3], num_decoder_blocks=[3, 3, 3, 1], latent_channels=32, pool=True)
+SD15 = dict(
+    block_out_channels=[320, 640, 1280, 1280],
+    down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    cross_attention_dim=768,
+)
+SD21 = SD15 | dict(
+    attention_head_dim=[5, 10, 20, 20],
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+)
+SDXL = dict(
+    block_out_channels=[320, 640, 1280],
+    down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2,
+    up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"],
+    attention_head_dim=[5, 10, 20],
+    transformer_layers_per_block=[1, 2, 10],
+    cross_attention_dim=2048,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+)
+UNETS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}             # published layouts, to build from scratch
+
+
+def allowed(value, usual, most: int) -> bool:
+    """Whether a value of a config.json is of the kind of the usual one; whole numbers from 1 to `most`."""
+    if isinstance(usual, tuple):
+        return value in usual
+    if isinstance(usual, float):
+        return type(value) in (int, float) and abs(value) < 1e6 and (value > 0 or usual == 0)
+    return type(value) is int and 0 < value <= most
+
+
+def read_fields(config: dict, table: dict) -> SimpleNamespace:
+    """The fields of a table out of a config.json, lists with one value for each level; the first field says
+    how many there are. Raises ValueError for a value that is missing, impossible or not known here."""
+    for name, value in config.items():
+        used = name in {*table, *WITHOUT_EFFECT} or name.startswith("_")
+        if not used and value not in (None, FIXED.get(name, False)):
+            raise ValueError(f"{name!r:.60} is {value!r:.60}, which is not known here")
+
+    fields = {}
+    levels = 0
+    for name, usual in table.items():
+        each = isinstance(usual, list)
+        kind = usual[0] if each else usual
+        value = config.get(name)
+        if value is None:
+            value = kind[0] if isinstance(kind, tuple) else kind
+        values = value if each and isinstance(value, list) else [value]
+        if len(values) == 1 and each:
+            values = values * max(1, levels)
+        levels = levels or len(values)
+
+        most = 16 if "layers" in name or "blocks" in name else 10**5
+        right = [allowed(one, kind, most) for one in values]
+        if not all(right) or not 0 < levels <= 8 or len(values) not in (1, levels):
+            known = kind if isinstance(kind, tuple) else f"a number up to {most}"
+            raise ValueError(f"{name} is {value!r:.60}, it must be {known}, with up to 8 levels")
+        fields[name] = values if each else value
+    return SimpleNamespace(**fields)
+
+
+class Residual(nn.Module):
+    """Residual block (ResnetBlock2D). emb_dim: width of the vector that is added, 0 = none."""
+
+    def __init__(self, c_in, c_out, groups, eps=1e-6, emb_dim=0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        if emb_dim:
+            self.time_emb_proj = nn.Linear(emb_dim, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, emb=None):
+        h = self.conv1(F.silu(self.norm1(x)))
+        if emb is not None:
+            h = h + self.time_emb_proj(emb)[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.conv_shortcut(x) + h
+
+
+class CrossAttention(nn.Module):
+    """Attention to a context, or without one to itself (Vaswani et al. 2017, arXiv:1706.03762)."""
+
+    def __init__(self, channels, heads, context_dim, bias=False):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention_head_dim {heads} (the number of heads) must divide {channels}")
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias)
+        self.to_k = nn.Linear(context_dim, channels, bias)
+        self.to_v = nn.Linear(context_dim, channels, bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x, context=None, bias=None):
+        """x (B, N, C); context (B, L, D); bias (B, 1, 1, L) of the logits. Returns (B, N, C)."""
+        keys = x if context is None else context
+        parts = self.to_q(x), self.to_k(keys), self.to_v(keys)
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, C/K)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+
+class PictureAttention(CrossAttention):
+    """Attention of a feature map to itself in one head, in the middle of a VAE."""
+
+    def __init__(self, channels, groups):
+        super().__init__(channels, 1, channels, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
+        return x + super().forward(tokens).transpose(1, 2).view_as(x)
+
+
+class GEGLU(nn.Module):
+    """Gated linear units with GELU (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, channels, inner):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x):
+        h, gate = self.proj(x).chunk(2, -1)
+        return h * F.gelu(gate)
+
+
+class TransformerBlock(nn.Module):
+    """Attention to the picture, attention to the text, feed-forward (BasicTransformerBlock)."""
+
+    def __init__(self, channels, heads, text_dim):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = CrossAttention(channels, heads, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = CrossAttention(channels, heads, text_dim)
+        self.norm3 = nn.LayerNorm(channels)
+        inner = 4 * channels
+        net = nn.Sequential(GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels))
+        self.ff = nn.ModuleDict({"net": net})
+
+    def forward(self, x, context, bias):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context, bias)
+        return x + self.ff["net"](self.norm3(x))
+
+
+class Transformer(nn.Module):
+    """Transformer blocks on the positions of a feature map (Transformer2DModel)."""
+
+    def __init__(self, channels, heads, depth, text_dim, groups, linear):
+        super().__init__()
+        project = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
+        blocks = [TransformerBlock(channels, heads, text_dim) for _ in range(depth)]
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList(blocks)
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x, context, bias):
+        def project(layer, tokens):                            # a convolution of one position is linear
+            return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+        tokens = project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))       # (B, N, C)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context, bias)
+        return x + project(self.proj_out, tokens).transpose(1, 2).view_as(x)
+
+
+class Level(nn.ModuleDict):
+    """The blocks of one side, by their published names; those that it lacks are empty."""
+
+    def __init__(self):
+        names = ("resnets", "attentions", "downsamplers", "upsamplers")
+        super().__init__({name: nn.ModuleList() for name in names})
+
+    def add(self, resnet, attention=None):
+        self["resnets"].append(resnet)
+        if attention is not None:
+            self["attentions"].append(attention)
+
+    def resample(self, which, channels, stride=1, padding=1):
+        conv = nn.Conv2d(channels, channels, 3, stride, padding)
+        self[which].append(nn.ModuleDict({"conv": conv}))
+
+    def forward(self, h, emb=None, text=(), leave=None, take=None, recompute=False):
+        """leave: a list that gets each feature map, for the skips; take: the list to take them from."""
+        for resnet, attention in zip_longest(self["resnets"], self["attentions"]):
+            if take:
+                h = torch.cat([h, take.pop()], 1)
+            h = called(resnet, recompute, h, emb)
+            if attention is not None:
+                h = called(attention, recompute, h, *text)
+            if leave is not None:
+                leave.append(h)
+
+        for part in self["downsamplers"]:
+            if part["conv"].padding == (0, 0):                 # of VAEs: to the right and below alone
+                h = F.pad(h, (0, 1, 0, 1))
+            h = part["conv"](h)
+            if leave is not None:
+                leave.append(h)
+        for part in self["upsamplers"]:
+            size = take[-1].shape[-2:] if take else [2 * side for side in h.shape[-2:]]
+            h = part["conv"](F.interpolate(h, size, mode="nearest"))
+        return h
+
+
+def embedding_mlp(c_in: int, c_out: int) -> nn.Sequential:
+    first, last = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
+    return nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=last))
+
+
+class TextAdapter(nn.Module):
+    """What lets a published U-Net read another text encoder: projections to its widths, a learned null.
+    text_dim, pooled_dim: D and P of that encoder; width, pooled_width: what the U-Net reads, 0 = none."""
+
+    def __init__(self, text_dim: int, width: int, pooled_dim: int, pooled_width: int):
+        super().__init__()
+        self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
+        self.null = nn.Parameter(0.5 * torch.randn(1, 1, width))
+        self.pooled = nn.Linear(pooled_dim, pooled_width) if pooled_width else None
+        nn.init.normal_(self.context[1].weight, std=1 / math.sqrt(text_dim))
+
+    def forward(self, context, mask, pooled):
+        """-> context (B, L+1, width), what hides it (B, L+1), pooled (B, pooled_width)."""
+        if self.pooled is not None:
+            pooled = self.pooled(torch.where(mask.any(1, keepdim=True), pooled, 0))
+        return *with_null(self.context(context), self.null, mask), pooled
+
+
+class UNet2DConditionModel(nn.Module):
+    """The U-Net of Stable Diffusion 1.x and 2.x (Rombach et al. 2021, arXiv:2112.10752) and XL (Podell et al.
+    2023, arXiv:2307.01952), by the parameter names of diffusers. It attends to all positions of its own text
+    encoder, as published; text_dim, pooled_dim: D and P of another one, see `adapt`.
+    config: what config.json says, or a row of UNETS; ValueError where that cannot be built.
+    Set `checkpointing` to recompute activations in the backward pass, and `empty` to (context (1, L, D),
+    pooled (1, P)) of the empty prompt: it stands for captions that are not told."""
+
+    def __init__(self, config: dict, text_dim: int = 0, pooled_dim: int = 0):
+        super().__init__()
+        shape = read_fields(config, UNET_FIELDS)
+        self.config = {**vars(shape), **config}
+        self.checkpointing = False
+        self.empty = None
+        if shape.in_channels != shape.out_channels:
+            raise ValueError(f"in_channels {shape.in_channels} is not out_channels {shape.out_channels}: "
+                             "U-Nets that see a second picture (inpainting, depth) are not read")
+
+        # What the condition becomes: one vector.
+        c = shape.block_out_channels[0]
+        self.time_embedding = embedding_mlp(c, 4 * c)
+        self.size_dim = 0                                      # of each of SDXL's six sizes
+        self.pooled_width = 0
+        if shape.addition_embed_type:
+            inside = shape.projection_class_embeddings_input_dim
+            self.size_dim = shape.addition_time_embed_dim
+            self.pooled_width = inside - 6 * self.size_dim
+            self.add_embedding = embedding_mlp(inside, 4 * c)
+        if c % 2 or self.size_dim % 2 or self.pooled_width < 0:
+            raise ValueError(f"widths of embeddings do not fit: {c}, {self.size_dim}, {self.pooled_width}")
+
+        self.conv_in = nn.Conv2d(shape.in_channels, c, 3, padding=1)
+        self.add_levels(shape)
+        self.conv_norm_out = nn.GroupNorm(shape.norm_num_groups, c, shape.norm_eps)
+        self.conv_out = nn.Conv2d(c, shape.out_channels, 3, padding=1)
+        self.init_weights()
+        self.adapter = None
+        if text_dim:
+            self.adapt(text_dim, pooled_dim)
+
+    def add_levels(self, shape: SimpleNamespace) -> None:
+        widths = shape.block_out_channels
+        groups = shape.norm_num_groups
+
+        def add(part, level, c_in, kind):
+            c = widths[level]
+            attention = None
+            if "Attn" in kind:
+                heads, depth = shape.attention_head_dim[level], shape.transformer_layers_per_block[level]
+                attention = Transformer(c, heads, depth, shape.cross_attention_dim, groups,
+                                        shape.use_linear_projection)
+            part.add(Residual(c_in, c, groups, shape.norm_eps, 4 * widths[0]), attention)
+            return c
+
+        # Down: each residual block and each halving leaves a skip. Up takes them.
+        self.down_blocks = nn.ModuleList(Level() for _ in widths)
+        self.mid_block = Level()
+        self.up_blocks = nn.ModuleList(Level() for _ in widths)
+        last = len(widths) - 1
+        c = widths[0]
+        skips = [c]
+        for level, part in enumerate(self.down_blocks):
+            for _ in range(shape.layers_per_block[level]):
+                c = add(part, level, c, shape.down_block_types[level])
+                skips.append(c)
+            if level < last:
+                part.resample("downsamplers", c, stride=2)
+                skips.append(c)
+        for kind in ("Attn", ""):
+            add(self.mid_block, last, c, kind)
+        for part, kind in zip(self.up_blocks, shape.up_block_types):
+            for _ in range(shape.layers_per_block[last] + 1):
+                c = add(part, last, c + skips.pop(), kind)
+            if last:
+                part.resample("upsamplers", c)
+            last -= 1
+
+    def init_weights(self) -> None:
+        # Blocks start as the identity, the output as 0, as in Rombach et al.; the rest as torch has it.
+        for name, p in self.named_parameters():
+            if re.search(r"(conv2|proj_out)\.weight|conv_out\.", name):
+                nn.init.zeros_(p)
+        self.to(memory_format=torch.channels_last)
+
+    def adapt(self, text_dim: int, pooled_dim: int) -> None:
+        """Read another text encoder, of widths D and P, from now on: masked, and with a learned null."""
+        width = self.config["cross_attention_dim"]
+        self.adapter = TextAdapter(text_dim, width, pooled_dim, self.pooled_width)
+
+    def matrices(self) -> dict[nn.Parameter, int]:
+        """The weight matrices of the blocks: the feed-forward's value and gate (`proj`) are two."""
+        return matrices_of((self.down_blocks, self.mid_block, self.up_blocks), ("proj",))
+
+    def embedding(self, x_t: Tensor, t: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
+        """The vector of time, and in SDXL of pooled text and sizes, see `forward`."""
+        timestep = (1000 * t.float() - 1).clamp(min=0)
+        timestep = (1024 * timestep).round() / 1024            # whole steps are whole in float32 too
+        emb = self.time_embedding(waves(timestep, self.conv_in.out_channels))
+        if self.size_dim:
+            if sizes is None:
+                sizes = torch.zeros(len(x_t), 6, device=x_t.device)
+                sizes[:, 0::4] = 8 * x_t.shape[-2]
+                sizes[:, 1::4] = 8 * x_t.shape[-1]
+            sizes = waves(sizes.flatten().float(), self.size_dim).view(len(x_t), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled, sizes], 1))
+        return F.silu(emb)
+
+    def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor | None = None,
+                sizes: Tensor | None = None) -> Tensor:
+        """Predict the target of the diffusion at each position.
+        x_t (B, C, H, W) float32, noisy latents; t (B,) float32, (timestep + 1) / 1000; context (B, L, D);
+        mask (B, L) bool: a row without any True is the unconditional branch, else it counts with an adapter
+        alone. Of SDXL, pooled (B, P) and sizes (B, 6) [pixels]: the picture's height and width, top and left
+        of its crop, height and width of that; usually those of x_t at eight pixels a position, uncut.
+        Returns (B, C, H, W) float32."""
+        bias = None
+        if self.adapter is not None:
+            context, hidden, pooled = self.adapter(context, mask, pooled)
+            bias = hidden[:, None, None].to(context.dtype)                            # (B, 1, 1, L+1)
+        elif self.empty is not None:
+            told = mask.any(1, keepdim=True)
+            context = torch.where(told[..., None], context, self.empty[0].to(context))
+            if self.size_dim:
+                pooled = torch.where(told, pooled, self.empty[1].to(pooled))
+        emb = self.embedding(x_t, t, pooled, sizes)
+        condition = emb, (context, bias)
+
+        h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))           # (B, C, H, W)
+        skips = [h]
+        for level in self.down_blocks:
+            h = level(h, *condition, leave=skips, recompute=self.checkpointing)
+        h = self.mid_block(h, *condition, recompute=self.checkpointing)
+        for level in self.up_blocks:
+            h = level(h, *condition, take=skips, recompute=self.checkpointing)
+        return self.conv_out(F.silu(self.conv_norm_out(h))).float()
+
+
+class Latents(nn.Module):
+    """The space of the latents of a frozen VAE: `mean` of a picture in [-1, 1], shifted and scaled; `picture`
+    is the way back. channels: of a latent; scale: pixels of a picture per position; tile: side of the squares
+    in which larger pictures are decoded, 0 = in one piece [pixels]; fingerprint: of weights and settings."""
+
+    limit = None
+    tile = 0
+    fingerprint = ""
+
+    def __init__(self, config: dict, table: dict):
+        super().__init__()
+        self.shape = read_fields(config, table)
+        self.config = {**vars(self.shape), **config}
+        self.channels = self.shape.latent_channels
+        levels = next(iter(vars(self.shape).values()))
+        self.scale = 2 ** (len(levels) - 1)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) -> float32 (B, channels, H/scale, W/scale), on the same device."""
+        height, width = pictures.shape[-2:]
+        if height % self.scale or width % self.scale:
+            raise ValueError(f"pictures of {width}x{height} pixels: not multiples of {self.scale}")
+        dtype = next(self.parameters()).dtype
+        x = (pictures.float() / 127.5 - 1).to(dtype, memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = self.mean(x).float()
+        return ((mean - self.shape.shift_factor) * self.shape.scaling_factor).contiguous()
+
+    @torch.no_grad()
+    def decode(self, x0: Tensor) -> Tensor:
+        """x0 (B, channels, h, w) -> uint8 (B, 3, h * scale, w * scale), on the same device."""
+        z = x0.float() / self.shape.scaling_factor + self.shape.shift_factor
+        z = z.to(next(self.parameters()).dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            x = self.tiles(z) if self.tile else self.picture(z).float()
+        return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def tiles(self, z: Tensor) -> Tensor:
+        """Decode in squares that overlap by half and fade at their borders."""
+        scale = self.scale
+        side = max(2, self.tile // scale)
+
+        def cut(whole: int) -> tuple[list[slice], Tensor]:
+            """Where the squares lie along one side, and how much each of a square's pixels weighs."""
+            part = min(side, whole)
+            starts = [*range(0, whole - part, part // 2), whole - part]
+            place = (torch.arange(part * scale, device=z.device) + 0.5) / (part * scale)
+            border = torch.minimum(place, 1 - place)                                  # 0 .. 0.5
+            return [slice(start, start + part) for start in starts], (4 * border - 0.5).clamp(1e-4, 1)
+
+        rows, down = cut(z.shape[-2])
+        columns, across = cut(z.shape[-1])
+        weight = down[:, None] * across
+        total = weight.new_zeros(len(z), 4, scale * z.shape[-2], scale * z.shape[-1])
+        for y in rows:
+            for x in columns:
+                part = self.picture(z[..., y, x]).float()
+                here = total[..., scale * y.start:scale * y.stop, scale * x.start:scale * x.stop]
+                here += F.pad(part, (0, 0, 0, 0, 0, 1), value=1) * weight
+        return total[:, :3] / total[:, 3:]
+
+
+class Coder(nn.Module):
+    """The encoder or, up, the decoder of AutoencoderKL. c_in, c_out: channels of its input and output."""
+
+    def __init__(self, shape, c_in, c_out, up):
+        super().__init__()
+        groups = shape.norm_num_groups
+        deep = shape.block_out_channels[-1]
+        widths = shape.block_out_channels[::-1] if up else shape.block_out_channels
+        c = widths[0]
+        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+
+        self.mid_block = Level()
+        attention = PictureAttention(deep, groups) if shape.mid_block_add_attention else None
+        self.mid_block.add(Residual(deep, deep, groups), attention)
+        self.mid_block.add(Residual(deep, deep, groups))
+
+        levels = nn.ModuleList(Level() for _ in widths)
+        for level, width in zip(levels, widths):
+            for _ in range(shape.layers_per_block + up):
+                level.add(Residual(c, width, groups))
+                c = width
+            if level is levels[-1]:
+                break
+            if up:
+                level.resample("upsamplers", c)
+            else:
+                level.resample("downsamplers", c, stride=2, padding=0)
+
+        self.order = [self.mid_block, *levels] if up else [*levels, self.mid_block]
+        self.add_module("up_blocks" if up else "down_blocks", levels)
+        self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
+        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for level in self.order:
+            h = level(h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class AutoencoderKL(Latents):
+    """The VAE of Stable Diffusion, SDXL, SD3 and FLUX.1 (Rombach et al. 2021, arXiv:2112.10752, section 3.1),
+    by the parameter names of diffusers. Of what it says of a picture only the mean is used."""
+
+    def __init__(self, config: dict):
+        super().__init__(config, KL_FIELDS)
+        shape, c = self.shape, self.channels
+        self.encoder = Coder(shape, 3, 2 * c, up=False)
+        self.decoder = Coder(shape, c, 3, up=True)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if shape.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(c, c, 1) if shape.use_post_quant_conv else nn.Identity()
+
+    def mean(self, x):
+        return self.quant_conv(self.encoder(x))[:, :self.channels]
+
+    def picture(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+
+class TinyBlock(nn.Module):
+    def __init__(self, pool):
+        super().__init__()
+        conv = partial(nn.Conv2d, 64, 64, 3, padding=1)
+        self.conv = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
+        self.pool = None
+        if pool:
+            wide, narrow = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+            self.pool = nn.Sequential(wide, nn.GroupNorm(4, 256), nn.ReLU(), narrow)
+
+    def forward(self, x):
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return F.relu(self.conv(x) + x)
+
+
+class AutoencoderTiny(Latents):
+    """TAESD, TAESDXL, TAESD3 and TAEF1 (Bohan 2023, github.com/madebyollin/taesd) by the parameter names of
+    diffusers; with `pool` in config TAEF2, where the blocks of the smallest side have one more branch."""
+
+    def __init__(self, config: dict):
+        super().__init__(config, TINY_FIELDS)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
+        pool = self.shape.pool
+
+        def blocks(number, pool):
+            return [TinyBlock(pool) for _ in range(number)]
+
+        *numbers, last = self.shape.num_encoder_blocks
+        layers = [conv(3, 64)]
+        for number in numbers:
+            layers += [*blocks(number, False), conv(64, 64, stride=2, bias=False)]
+        layers += [*blocks(last, pool), conv(64, self.channels)]
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+
+        *numbers, last = self.shape.num_decoder_blocks
+        layers = [conv(self.channels, 64), nn.ReLU()]
+        if pool:
+            layers = [nn.Identity(), *layers]                  # TAEF2 counts the tanh as a layer
+        for number in numbers:
+            layers += [*blocks(number, pool), nn.Upsample(scale_factor=2), conv(64, 64, bias=False)]
+            pool = False
+        layers += [*blocks(last, pool), conv(64, 3)]
+        self.decoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+
+    def mean(self, x):
+        return self.encoder["layers"]((x + 1) / 2)
+
+    def picture(self, z):
+        return self.decoder["layers"](torch.tanh(z / 3) * 3) * 2 - 1
 
 
 # -------------------------------------------------------------------------------------------- configurations
@@ -436,13 +1070,13 @@ def configured(cls: type, stored: dict):
 
 
 @contextmanager
-def reading(path: Path):
+def reading(path: Path, hint: str = "Use the code that wrote it"):
     """Turn what a configuration or weights of other code, or crafted ones, raise into one line."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
         reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} does not fit this code ({reason}). Use the code that wrote it") from e
+        raise ValueError(f"{path} does not fit this code ({reason}). {hint}") from e
 
 
 def fill(net: nn.Module, tensors: "Tensors", device: torch.device) -> None:
@@ -492,14 +1126,12 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
-    """Write one safetensors file with `meta` and its own checksum, whole or not at all; it is on disk
-    afterwards, else OSError."""
-    meta = {"format": FORMAT, **meta}
+def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
+    """Write one safetensors file, whole or not at all; it is on disk afterwards, else OSError."""
     temp = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, temp, metadata={**meta, "sha256": checksum(tensors, meta)})
+        save_file(tensors, temp, metadata=meta)
     except SafetensorError as e:                               # a full disk, say
         temp.unlink(missing_ok=True)
         code = re.search(r"os error (\d+)", str(e))
@@ -517,19 +1149,31 @@ def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
     fsync(path.parent)
 
 
-def load_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Read and verify a file of `save_tensors`: (tensors on the CPU, meta).
-    Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed."""
+def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
+    """Write one safetensors file with `meta` and its own checksum, see `write_tensors`."""
+    meta = {"format": FORMAT, **meta}
+    write_tensors(path, tensors, {**meta, "sha256": checksum(tensors, meta)})
+
+
+@contextmanager
+def damaged(path: Path):
+    """Turn what a file that is missing or damaged raises into one line."""
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no file. Name a run directory, a checkpoint folder or a file")
     try:
-        with safe_open(path, "pt") as f:
-            meta = f.metadata() or {}
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        yield
     except FileNotFoundError:
         raise ValueError(f"{path} is missing. Name a run directory, a checkpoint folder or a file") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:100]}") from e
+
+
+def load_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """Read and verify a file of `save_tensors`: (tensors on the CPU, meta).
+    Raises ValueError where it is missing, damaged or not ours. Nothing in a file is ever executed."""
+    with damaged(path), safe_open(path, "pt") as f:
+        meta = f.metadata() or {}
+        tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
     made_by = meta.get("format", "")
     if not made_by.startswith("limn "):
@@ -584,3 +1228,127 @@ def read(path: Path, warn: Callable = print) -> tuple[Path, Tensors, dict[str, s
         return folder, tensors, meta
     inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
     raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). Name a run")
+
+
+# ----------------------------------------------------------------------------------------- published folders
+WEIGHTS = "diffusion_pytorch_model"
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of VAEs until 2023
+TEXT_FILE = "limn_text.safetensors"                            # a TextAdapter, beside what others read
+published = partial(reading, hint="Is it of another model, or damaged?")
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a published folder. ValueError, one line, where there is none."""
+    path = folder / "config.json"
+    with damaged(path), published(path):
+        config = json.loads(path.read_text("utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    return config
+
+
+def build(folder: Path, config: dict, *classes: type, **how) -> nn.Module:
+    """The network of a config.json on the meta device, without memory. ValueError, one line, for another
+    architecture and for values that cannot be."""
+    said = config.get("_class_name")
+    names = [c.__name__ for c in classes]
+    if said not in names:
+        raise ValueError(f"{folder} holds {said!r:.60}, not {' or '.join(names)}")
+    with published(folder / "config.json"), torch.device("meta"):
+        net = classes[names.index(said)](config, **how)
+    return net.to(memory_format=torch.channels_last)
+
+
+def weight_files(folder: Path) -> dict[Path, str]:
+    """The file with a folder's weights, or its parts, and what their names lack. ValueError without any."""
+    for end in ("", "-*-of-*", ".fp16", ".fp16-*-of-*"):
+        found = sorted(folder.glob(f"{WEIGHTS}{end}.safetensors"))
+        if found:
+            return dict.fromkeys(found, "")
+    inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
+    raise ValueError(f"{folder} has no {WEIGHTS}.safetensors (found: {inside}). Convert what it has")
+
+
+def load_published(net: nn.Module, files: dict[Path, str]) -> None:
+    """Give a network on the meta device the weights in some files, whose names there lack a prefix.
+    ValueError, one line, for a weight that is missing, unknown, of another shape, or not finite."""
+    tensors = {}
+    for path, prefix in files.items():
+        with damaged(path), safe_open(path, "pt") as f:
+            for inside in f.keys():  # noqa: SIM118
+                parts = [OLD_NAMES.get(part, part) for part in inside.split(".")]
+                tensors[prefix + ".".join(parts)] = tensor = f.get_tensor(inside)     # in the file until used
+                if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                    raise ValueError(f"{path}: {inside!r:.80} is not finite or quantised. Download it again")
+    with published(path):
+        fill(net, tensors, torch.device("cpu"))
+
+
+def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32, tile: int = 0) -> Latents:
+    """The space of a published VAE, frozen: AutoencoderKL or AutoencoderTiny as diffusers saves it, or TAEF2
+    as it is published. dtype: float32 or bfloat16 (in float16 that of SDXL is not finite); tile: side of the
+    squares to decode larger pictures in, 0 = in one piece [pixels]. Raises ValueError, one line."""
+    folder = Path(folder)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"a VAE in {dtype} may not be finite. Use float32 or bfloat16")
+    files = {folder / f"{part}.safetensors": f"{part}.layers." for part in ("encoder", "decoder")}
+    if all(path.is_file() for path in files):
+        config = {"_class_name": "AutoencoderTiny", **TAEF2}
+    else:
+        config = read_config(folder)
+        files = weight_files(folder)
+    vae = build(folder, config, AutoencoderKL, AutoencoderTiny).to(dtype)
+    load_published(vae, files)
+    vae.tile = tile
+    vae.fingerprint = checksum(vae.state_dict(), {"config": json.dumps(vars(vae.shape))})
+    return vae
+
+
+def find_vae(places: Iterable[str | Path], fingerprint: str) -> Latents:
+    """The VAE of a fingerprint, in the first of some folders that holds it. ValueError if none does."""
+    said = []
+    for place in places:
+        try:
+            vae = load_vae(place)
+        except (ValueError, OSError) as e:
+            said.append(str(e))
+            continue
+        if vae.fingerprint == fingerprint:
+            return vae
+        said.append(f"{place} holds {vae.fingerprint[:8]}")
+    raise ValueError(f"the VAE {fingerprint[:8]} is not there: {said[0]}. Say where its folder is: --vae DIR")
+
+
+def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0,
+              scratch: bool = False) -> UNet2DConditionModel:
+    """A published U-Net in float32, to train or to draw with. text_dim, pooled_dim: D and P of a text encoder
+    other than its own, 0 = its own; what `save_published` wrote of one is read. scratch: new weights in the
+    layout of config.json. Raises ValueError, one line."""
+    folder = Path(folder)
+    config = read_config(folder)
+    net = build(folder, config, UNet2DConditionModel)
+    if scratch:
+        return UNet2DConditionModel(config, text_dim, pooled_dim)
+    load_published(net, weight_files(folder))
+    if text_dim:
+        net.adapt(text_dim, pooled_dim)
+        beside = folder / TEXT_FILE
+        if beside.exists():
+            net.adapter.load_state_dict(load_tensors(beside)[0])
+    return net.train().requires_grad_(True)
+
+
+def save_published(folder: str | Path, net: UNet2DConditionModel | Latents) -> None:
+    """Write a folder that diffusers reads, and beside it the adapter to another text encoder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = net.state_dict()
+    adapter = {}
+    for name in list(tensors):
+        if name.startswith("adapter."):
+            adapter[name.removeprefix("adapter.")] = tensors.pop(name)
+    write_tensors(folder / f"{WEIGHTS}.safetensors", tensors, {"format": "pt"})
+    if adapter:
+        save_tensors(folder / TEXT_FILE, adapter, {})
+    config = net.config | {"_class_name": type(net).__name__}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -417,7 +417,7 @@ def test_missing_foreign_and_newer_files_are_named(tmp_path):
     for name, words in lines.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             load_tensors(tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match="is no file. Name a run directory, a checkpoint folder or a file"):
+    with pytest.raises(ValueError, match="is no file"):
         load_tensors(tmp_path / "folder")
 
 
@@ -484,3 +484,440 @@ def test_checkpoints_that_may_not_be_looked_at_are_not_missing_ones(tmp_path, mo
     monkeypatch.setattr(os, "listdir", denied)
     with pytest.raises(PermissionError):
         load_checkpoint(tmp_path)
+
+
+# ---------------------------------------------------------------------- published networks, against diffusers
+ROOT = Path(model.__file__).parent
+TAEF2 = ROOT.parent / "shared" / "data" / "taef2"
+CLIPART = ROOT.parent / "shared" / "data" / "clipart"
+CROSS, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
+
+
+def shake(net: torch.nn.Module) -> torch.nn.Module:
+    """Weights as large as trained ones, so that no branch is near zero."""
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape) / math.sqrt(p[0].numel()))
+            else:
+                p.add_(0.1 * torch.randn_like(p))
+    return net.eval()
+
+
+def shapes_of(net: torch.nn.Module) -> dict:
+    return {name: p.shape for name, p in net.state_dict().items()}
+
+
+def random_unet(seed: int) -> dict:
+    rng = random.Random(seed)
+    levels = rng.randint(1, 4)
+    cross = [rng.random() < 0.6 for _ in range(levels)]
+    each = lambda values: rng.choice([rng.choice(values), [rng.choice(values) for _ in range(levels)]])
+    groups = rng.choice([2, 4, 8])
+    config = {
+        "in_channels": rng.choice([4, 16]),
+        "block_out_channels": [rng.choice([16, 24, 32]) for _ in range(levels)],
+        "down_block_types": [(CROSS if c else PLAIN).format("Down") for c in cross],
+        "up_block_types": [(CROSS if c else PLAIN).format("Up") for c in reversed(cross)],
+        "layers_per_block": each([1, 2]), "attention_head_dim": each([1, 2, 4]),
+        "transformer_layers_per_block": each([1, 2]), "cross_attention_dim": rng.choice([12, 20]),
+        "use_linear_projection": rng.random() < 0.5, "norm_num_groups": groups,
+        "norm_eps": rng.choice([1e-5, 1e-3]),
+        "sample_size": 8, "upcast_attention": rng.random() < 0.5}
+    config["out_channels"] = config["in_channels"]
+    if rng.random() < 0.4:
+        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+                   "projection_class_embeddings_input_dim": 6 * 8 + 10}
+    return config
+
+
+def unet_inputs(config: dict, height: int = 16, width: int = 24, batch: int = 2) -> dict[str, torch.Tensor]:
+    timestep = torch.tensor([999, 3][:batch])
+    return {"x_t": torch.randn(batch, config["in_channels"], height, width), "t": (timestep + 1) / 1000,
+            "context": torch.randn(batch, 7, config["cross_attention_dim"]),
+            "mask": torch.ones(batch, 7, dtype=torch.bool), "pooled": torch.randn(batch, 10)}
+
+
+def published_unet(theirs, inputs: dict, sizes=None) -> torch.Tensor:
+    """What diffusers' U-Net says of the same."""
+    x_t, timestep = inputs["x_t"], (1000 * inputs["t"] - 1).round().long()
+    if sizes is None:
+        sizes = torch.tensor([8 * n for n in x_t.shape[-2:]])
+        sizes = torch.cat([sizes, torch.zeros(2), sizes]).repeat(len(x_t), 1)
+    added = {"text_embeds": inputs["pooled"], "time_ids": sizes}
+    return theirs(x_t, timestep, inputs["context"], added_cond_kwargs=added).sample
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(20))
+def test_the_published_unet_says_what_diffusers_says_and_goes_there_and_back(tmp_path, seed):
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(seed)
+    config = random_unet(seed)
+    theirs = shake(UNet2DConditionModel(**config))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="200KB" if seed % 4 == 0 else "1GB")
+    ours = model.load_unet(tmp_path / "theirs")
+    inputs = unet_inputs(config, *[(16, 24), (17, 9)][seed % 2])
+    expected = published_unet(theirs, inputs)
+    assert (ours(**inputs) - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    assert expected.std() > 0.05
+
+    model.save_published(tmp_path / "ours", ours)
+    back = UNet2DConditionModel.from_pretrained(tmp_path / "ours")
+    assert torch.equal(published_unet(back, inputs), expected)
+
+
+@torch.no_grad()
+def test_sizes_of_the_published_unet_are_those_of_diffusers():
+    from diffusers import UNet2DConditionModel
+    torch.manual_seed(0)
+    config = {"block_out_channels": [16],
+              "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"],
+              "norm_num_groups": 4, "cross_attention_dim": 12, "attention_head_dim": 2,
+              "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+              "projection_class_embeddings_input_dim": 58}
+    theirs = shake(UNet2DConditionModel(**config))
+    ours = model.UNet2DConditionModel(config)
+    ours.load_state_dict(theirs.state_dict())
+    inputs = unet_inputs(config | {"in_channels": 4})
+    sizes = torch.tensor([[768., 1024, 0, 12, 512, 512], [64, 64, 3, 0, 64, 64]])
+    outputs = [ours(**inputs, sizes=sizes), ours(**inputs)]
+    assert (outputs[0] - published_unet(theirs, inputs, sizes)).abs().max() <= 1e-5
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "more"), [("sd15", {}), ("sd21", {"upcast_attention": True}), ("sdxl", {})])
+def test_full_layouts_have_the_names_and_shapes_of_diffusers(name, more):
+    from diffusers import UNet2DConditionModel
+    config = model.UNETS[name] | {"addition_time_embed_dim": 256,
+                                  "projection_class_embeddings_input_dim": 2816}
+    with torch.device("meta"):
+        ours, theirs = model.UNet2DConditionModel(config | more), UNet2DConditionModel(**config | more)
+    assert shapes_of(ours) == shapes_of(theirs)
+    assert all(number in (1, 2) for number in ours.matrices().values())
+
+
+def small_unet(**more) -> model.UNet2DConditionModel:
+    config = {"block_out_channels": [16, 32],
+              "down_block_types": [CROSS.format("Down"), PLAIN.format("Down")],
+              "up_block_types": [PLAIN.format("Up"), CROSS.format("Up")], "layers_per_block": 1,
+              "norm_num_groups": 4, "cross_attention_dim": 12, "attention_head_dim": 2}
+    torch.manual_seed(0)
+    return model.UNet2DConditionModel(config, **more)
+
+
+def test_a_published_unet_from_scratch_predicts_zero_and_every_query_learns_after_a_step():
+    net = small_unet()
+    inputs = unet_inputs(net.config)
+    assert not net(**inputs).any()
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (net(**inputs) - inputs["x_t"]).square().mean().backward()
+        optimizer.step()
+    queries = [p.grad.abs().mean() for name, p in net.named_parameters() if "to_q" in name]
+    assert min(queries) > 0
+
+
+def test_checkpointing_a_published_unet_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        net = shake(small_unet())
+        net.checkpointing = checkpointing
+        net(**unet_inputs(net.config)).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        torch.manual_seed(0)
+    assert gradients[0].abs().max() > 0
+    assert torch.allclose(*gradients)
+
+
+@torch.no_grad()
+def test_captions_that_are_not_told_are_the_empty_prompt():
+    net = shake(small_unet())
+    inputs = unet_inputs(net.config)
+    empty = torch.randn(1, 7, 12)
+    plain, unconditional = net(**inputs), net(**inputs | {"context": empty.expand(2, -1, -1)})
+    net.empty = empty, torch.zeros(1, 10)
+    inputs["mask"][1] = False
+    out = net(**inputs)
+    assert torch.equal(out[0], plain[0])
+    assert torch.equal(out[1], unconditional[1])
+
+
+@torch.no_grad()
+def test_an_adapter_to_another_text_encoder_masks_has_a_null_and_survives_the_export(tmp_path):
+    from diffusers import UNet2DConditionModel
+    net = shake(small_unet(text_dim=9, pooled_dim=5))
+    inputs = unet_inputs(net.config) | {"context": torch.randn(2, 7, 9)}
+    inputs["mask"][0, 4:] = False
+    inputs["mask"][1] = False
+    out = net(**inputs)
+    padded = inputs["context"].clone()
+    padded[0, 4:] = 50
+    padded[1] = 50
+    assert torch.equal(net(**inputs | {"context": padded}), out)
+    padded[0, 3] = 50
+    assert (net(**inputs | {"context": padded}) - out)[0].abs().max() > 1e-3
+
+    model.save_published(tmp_path, net)
+    back = model.load_unet(tmp_path, text_dim=9, pooled_dim=5)
+    assert torch.equal(back(**inputs), out)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path)
+    assert theirs.state_dict().keys() == {name for name in net.state_dict() if "adapter" not in name}
+
+
+def random_vae(seed: int) -> dict:
+    rng = random.Random(seed)
+    levels = rng.randint(1, 3)
+    return {"block_out_channels": [rng.choice([8, 16, 24]) for _ in range(levels)],
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+            "layers_per_block": rng.randint(1, 2), "latent_channels": rng.choice([4, 16]),
+            "norm_num_groups": rng.choice([2, 4, 8]), "scaling_factor": rng.choice([0.18215, 1.5305]),
+            "shift_factor": rng.choice([None, 0.0609]), "use_quant_conv": rng.random() < 0.5,
+            "use_post_quant_conv": rng.random() < 0.5, "mid_block_add_attention": rng.random() < 0.8}
+
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def with_old_names(folder: Path) -> None:
+    """The names that VAEs were saved with until 2023."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    with model.safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}                   # noqa: SIM118
+    for new, old in OLD.items():
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, path)
+
+
+def pictures_of_noise(batch=2, height=24, width=16) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", range(20))
+def test_the_vae_says_what_diffusers_says(tmp_path, seed):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(seed)
+    config = random_vae(seed)
+    theirs = shake(AutoencoderKL(**config))
+    theirs.save_pretrained(tmp_path)
+    if seed % 2:
+        with_old_names(tmp_path)
+    space = model.load_vae(tmp_path)
+    assert (space.channels, space.limit) == (config["latent_channels"], None)
+    assert space.scale == 2 ** (len(config["block_out_channels"]) - 1)
+    assert not any(p.requires_grad for p in space.parameters())
+
+    pictures = pictures_of_noise()
+    shift, scaling = config["shift_factor"] or 0, config["scaling_factor"]
+    mean = theirs.encode(pictures / 127.5 - 1).latent_dist.mean
+    x0 = space.encode(pictures)
+    assert (x0 - (mean - shift) * scaling).abs().max() <= 1e-5 * max(1, x0.abs().max())
+    picture = theirs.decode(x0 / scaling + shift).sample
+    assert (space.picture(x0 / scaling + shift) - picture).abs().max() <= 1e-5 * max(1, picture.abs().max())
+    expected = ((picture.clamp(-1, 1) + 1) * 127.5).round()
+    assert (space.decode(x0) - expected).abs().max() <= 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_tiny_vae_says_what_diffusers_says(tmp_path, channels):
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    theirs = AutoencoderTiny(latent_channels=channels,
+                             num_encoder_blocks=[1, 2, 1], num_decoder_blocks=[2, 1, 1],
+                             encoder_block_out_channels=[64] * 3, decoder_block_out_channels=[64] * 3)
+    theirs.save_pretrained(tmp_path)
+    space = model.load_vae(tmp_path)
+    pictures = pictures_of_noise()
+    x0 = space.encode(pictures)
+    assert (space.scale, x0.shape) == (4, (2, channels, 6, 4))
+    assert (x0 - theirs.encode(pictures / 127.5 - 1).latents).abs().max() <= 1e-5
+    assert (space.picture(x0) - theirs.decode(x0).sample).abs().max() <= 1e-5
+
+
+def test_a_published_full_vae_has_the_names_of_diffusers():
+    from diffusers import AutoencoderKL
+    config = {"block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+              "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2}
+    with torch.device("meta"):
+        ours, theirs = model.AutoencoderKL(config), AutoencoderKL(**config)
+    assert shapes_of(ours) == shapes_of(theirs)
+
+
+def test_a_vae_in_bfloat16_is_near_and_has_another_fingerprint(tmp_path):
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    AutoencoderTiny(num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], encoder_block_out_channels=[64] * 2,
+                    decoder_block_out_channels=[64] * 2).save_pretrained(tmp_path, variant="fp16")
+    spaces = [model.load_vae(tmp_path, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    x0, near = (space.encode(pictures_of_noise()) for space in spaces)
+    assert near.dtype == torch.float32
+    assert spaces[0].fingerprint != spaces[1].fingerprint
+    torch.manual_seed(0)
+    assert spaces[0].decode(x0).dtype == torch.uint8
+    with pytest.raises(ValueError, match="may not be finite"):
+        model.load_vae(tmp_path, torch.float16)
+    with pytest.raises(ValueError, match="17x16 pixels: not multiples of 2"):
+        spaces[0].encode(pictures_of_noise(1, 16, 17))
+
+
+@pytest.mark.skipif(not (TAEF2.exists() and CLIPART.exists()), reason="the real TAEF2 is not there")
+def test_taef2_gives_real_pictures_back_and_tiles_leave_no_seam():
+    import io
+    import tarfile
+
+    import numpy as np
+    from PIL import Image
+    with tarfile.open(sorted(CLIPART.glob("*.tar"))[0]) as tar:
+        names = [name for name in tar.getnames() if name.endswith(".webp")][:8]
+        opened = [Image.open(io.BytesIO(tar.extractfile(name).read())).convert("RGB") for name in names]
+    pictures = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in opened])
+    space = model.load_vae(TAEF2)
+    x0 = space.encode(pictures)
+    back = space.decode(x0)
+    assert x0.shape == (8, 32, 32, 32)
+    assert 0.5 < x0.std() < 0.9
+    error = (back.double() - pictures).square().mean((1, 2, 3)) / 255**2
+    assert (-10 * error.log10()).mean() > 34                  # dB
+
+    space.tile = 192
+    tiled = space.decode(x0[:2])
+    difference = (tiled.double() - back[:2]).abs()
+    assert tiled.shape == back[:2].shape
+    assert difference.mean() < 0.5
+    steps = []
+    for picture in (tiled.double(), back[:2].double()):
+        steps.append((picture[..., 1:] - picture[..., :-1]).abs().mean((0, 1, 2)))
+    assert (steps[0] - steps[1]).max() < 0.3                  # no column jumps more than before
+
+
+def test_tiles_give_the_whole_where_nothing_is_global(tmp_path):
+    from diffusers import AutoencoderTiny
+    torch.manual_seed(0)
+    AutoencoderTiny(num_encoder_blocks=[1, 1], num_decoder_blocks=[1, 1], encoder_block_out_channels=[64] * 2,
+                    decoder_block_out_channels=[64] * 2).save_pretrained(tmp_path)
+    space = model.load_vae(tmp_path)
+    z = torch.randn(1, 4, 50, 70)
+    whole = space.picture(z)
+    space.tile = 80
+    assert (space.tiles(z) - whole).abs().max() < 1e-3 < whole.std()
+    space.tile = 1000
+    assert (space.tiles(z) - whole).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """Folders of a small U-Net and a small VAE."""
+    root = tmp_path_factory.mktemp("published")
+    model.save_published(root / "unet", small_unet())
+    config = random_vae(3)
+    model.save_published(root / "vae", model.AutoencoderKL(config))
+    return root
+
+
+def edit_config(folder: Path, to: Path, change) -> Path:
+    """A folder like another, with config.json changed: a dict is merged, text replaces it."""
+    to.mkdir()
+    weights = next(folder.glob("*.safetensors"))
+    (to / weights.name).symlink_to(weights)
+    text = change
+    if isinstance(change, dict):
+        text = json.dumps(json.loads((folder / "config.json").read_text()) | change)
+    (to / "config.json").write_text(text)
+    return to
+
+
+WRONG_UNETS = [
+    ({"_class_name": "ControlNetModel"}, "'ControlNetModel', not UNet2DConditionModel"),
+    ({"_class_name": ["x"]}, "not UNet2DConditionModel"),
+    ({"in_channels": 9}, "inpainting"),
+    ({"block_out_channels": [16, 10**30]}, "block_out_channels is"),
+    ({"block_out_channels": [[16], 32]}, "block_out_channels is"),
+    ({"block_out_channels": []}, "block_out_channels is"),
+    ({"block_out_channels": None}, "block_out_channels is"),
+    ({"block_out_channels": [17, 32]}, "config.json does not fit this code (widths"),
+    ({"block_out_channels": [16] * 9}, "block_out_channels is"),
+    ({"down_block_types": ["DownBlock2D"]}, "does not fit"),
+    ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "KDownBlock2D"),
+    ({"layers_per_block": 10**6}, "layers_per_block is 1000000"),
+    ({"layers_per_block": True}, "layers_per_block is True"),
+    ({"transformer_layers_per_block": [[1], [1]]}, "transformer_layers_per_block is"),
+    ({"attention_head_dim": 3}, "(the number of heads) must divide"),
+    ({"norm_num_groups": "4"}, "norm_num_groups is '4'"),
+    ({"norm_eps": float("nan")}, "norm_eps is nan"),
+    ({"cross_attention_dim": 0}, "cross_attention_dim is 0"),
+    ({"cross_attention_dim": 13}, "does not fit"),
+    ({"encoder_hid_dim": 7}, "'encoder_hid_dim' is 7"),
+    ({"class_embed_type": "timestep"}, "'class_embed_type' is 'timestep'"),
+    ({"flip_sin_to_cos": False}, "'flip_sin_to_cos' is False"),
+    ({"act_fn": "mish"}, "'act_fn' is 'mish'"),
+    ({"addition_embed_type": "image"}, "addition_embed_type is 'image'"),
+    ({"a\nb": 1}, r"'a\nb' is 1"),
+    ("[1]", "not an object"), ("[" * 10**5, "does not fit"), ("{", "does not fit"), ("\x00", "does not fit"),
+    ('{"_class_name": 1' + "0" * 5000 + "}", "does not fit"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_UNETS)
+def test_a_config_that_cannot_be_is_one_line(tmp_path, published, change, words):
+    folder = edit_config(published / "unet", tmp_path / "x", change)
+    with pytest.raises(ValueError) as e:
+        model.load_unet(folder)
+    assert words in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+    assert len(str(e.value)) < 400 + len(str(folder))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"_class_name": "AsymmetricAutoencoderKL"}, "not AutoencoderKL or AutoencoderTiny"),
+    ({"latent_channels": -4}, "latent_channels is -4"), ({"scaling_factor": 0}, "scaling_factor is 0"),
+    ({"latents_mean": [0, 1]}, "'latents_mean' is [0, 1]"), ({"in_channels": 4}, "'in_channels' is 4"),
+    ({"use_quant_conv": "yes"}, "use_quant_conv is 'yes'")])
+def test_a_vae_config_that_cannot_be_is_one_line(tmp_path, published, change, words):
+    with pytest.raises(ValueError) as e:
+        model.load_vae(edit_config(published / "vae", tmp_path / "x", change))
+    assert words in str(e.value)
+    assert len(str(e.value).splitlines()) == 1
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path, published):
+    source = published / "unet"
+    with model.safe_open(next(source.glob("*.safetensors")), "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}                   # noqa: SIM118
+    name, weight = "conv_in.weight", tensors["conv_in.weight"]
+    cases = {
+        "missing": ({n: t for n, t in tensors.items() if n != name}, "conv_in.weight is missing"),
+        "extra": (tensors | {"lora\nup": weight}, "lora up is (16, 4, 3, 3), the configuration has missing"),
+        "shape": (tensors | {name: weight[:8].clone()},
+                  "conv_in.weight is (8, 4, 3, 3), the configuration has (16, 4"),
+        "finite": (tensors | {name: weight / 0}, "is not finite or quantised"),
+        "quantised": (tensors | {name: weight.to(torch.int8)}, "is not finite or quantised"),
+    }
+    for case, (changed, words) in cases.items():
+        folder = tmp_path / case
+        folder.mkdir()
+        (folder / "config.json").write_text((source / "config.json").read_text())
+        path = folder / "diffusion_pytorch_model.safetensors"
+        save_file({n: t.clone() for n, t in changed.items()}, path)
+        with pytest.raises(ValueError) as e:
+            model.load_unet(folder)
+        assert words in str(e.value), case
+        assert len(str(e.value).splitlines()) == 1
+    path.write_bytes(b"x")
+    with pytest.raises(ValueError, match="is damaged"):
+        model.load_unet(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.* \(found: config.json\)"):
+        model.load_unet(folder)
+    assert not model.load_unet(folder, scratch=True)(**unet_inputs(small_unet().config)).any()
+    with pytest.raises(ValueError, match=r"config\.json is"):
+        model.load_unet(tmp_path)
+
+
+def test_a_huge_config_costs_no_memory(tmp_path, published):
+    huge = {"block_out_channels": [64000, 64000], "cross_attention_dim": 64000}
+    with pytest.raises(ValueError, match="does not fit"):
+        model.load_unet(edit_config(published / "unet", tmp_path / "x", huge))
