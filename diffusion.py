@@ -50,11 +50,12 @@ class DiffusionConfig:
 class Pixels:
     """The space in which pictures themselves are diffused: [-1, 1], `channels` of them.
     scale: pixels of a picture per position; limit: what a prediction is clipped to, None = not
-    clipped."""
+    clipped; fingerprint: of a network that encodes, here none."""
 
     channels: int = 3
     scale = 1
     limit = 1.0
+    fingerprint = ""
 
     def encode(self, pictures: Tensor) -> Tensor:
         """uint8 (B, C, H, W) -> float32 in [-1, 1], on the same device."""

@@ -45,6 +45,7 @@ class ModelConfig:
     emb_dim: int = 512  # width of the embedding of time and text [0..8192 channels]
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
+    vae: str = ""  # folder of a published VAE, in whose latents diffusion happens; pixels when not given
 
 
 def sides(config: ModelConfig, size: int) -> list[int]:
@@ -53,8 +54,9 @@ def sides(config: ModelConfig, size: int) -> list[int]:
     return [first // 2**level for level in range(len(config.channel_mult))]
 
 
-def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) -> None:
-    """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built."""
+def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, scale: int = 1) -> None:
+    """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built.
+    scale: pixels of a picture per position of its latents."""
     def must(right: bool, message: str) -> None:
         if not right:
             raise ValueError(f"--{message}")
@@ -67,7 +69,7 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) 
     must(np.size(config.num_res_blocks) in (1, levels),
          f"num-res-blocks {config.num_res_blocks} must be one number, or {levels} as --channel-mult")
 
-    step = config.patch * 2 ** (levels - 1)
+    step = scale * config.patch * 2 ** (levels - 1)
     for flag, side in (("size", size), ("crop", crop or size)):
         near = max(step, side // step * step)
         must(side >= step and side % step == 0,
@@ -88,7 +90,7 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0) 
         must(width >= 32 and width % 32 == 0, f"{flag} {width} must be a multiple of 32. Try {near}")
     must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
          f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
-    here = sides(config, size)
+    here = sides(config, size // scale)
     for side in config.attn_resolutions:
         must(side in here,
              f"attn-resolutions {side} is not a side of a feature map here. Choose from {here}")
@@ -249,7 +251,7 @@ def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
     return block(*inputs)
 
 
-def matrices_of(parts: tuple[nn.Module, ...], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
+def matrices_of(parts: Iterable[nn.Module], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
     """The weight matrices of some parts, and of how many each is made: those of the layers `twos` of two."""
     found = {}
     for part in parts:
@@ -576,8 +578,10 @@ class CrossAttention(nn.Module):
     def forward(self, x, context=None, bias=None):
         """x (B, N, C); context (B, L, D); bias (B, 1, 1, L) of the logits. Returns (B, N, C)."""
         keys = x if context is None else context
-        parts = self.to_q(x), self.to_k(keys), self.to_v(keys)
-        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        heads = []
+        for part in (self.to_q(x), self.to_k(keys), self.to_v(keys)):
+            heads.append(part.unflatten(2, (self.heads, -1)).transpose(1, 2))         # (B, K, N, C/K)
+        q, k, v = heads
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, C/K)
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
@@ -682,8 +686,8 @@ class Level(nn.ModuleDict):
             if leave is not None:
                 leave.append(h)
         for part in self["upsamplers"]:
-            size = take[-1].shape[-2:] if take else [2 * side for side in h.shape[-2:]]
-            h = part["conv"](F.interpolate(h, size, mode="nearest"))
+            h = F.interpolate(h, take[-1].shape[-2:], mode="nearest") if take else doubled(h)
+            h = part["conv"](h)
         return h
 
 
@@ -856,6 +860,9 @@ class Latents(nn.Module):
     tile = 0
     fingerprint = ""
 
+    def __deepcopy__(self, memo):
+        return self                                            # the average of a network shares it
+
     def __init__(self, config: dict, table: dict):
         super().__init__()
         self.shape = read_fields(config, table)
@@ -901,7 +908,8 @@ class Latents(nn.Module):
         rows, down = cut(z.shape[-2])
         columns, across = cut(z.shape[-1])
         weight = down[:, None] * across
-        total = weight.new_zeros(len(z), 4, scale * z.shape[-2], scale * z.shape[-1])
+        whole = (scale * side for side in z.shape[-2:])
+        total = weight.new_zeros(len(z), 4, *whole)
         for y in rows:
             for x in columns:
                 part = self.picture(z[..., y, x]).float()
@@ -976,7 +984,8 @@ class TinyBlock(nn.Module):
         self.conv = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
         self.pool = None
         if pool:
-            wide, narrow = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+            wide = nn.Conv2d(64, 256, 1, bias=False)
+            narrow = nn.Conv2d(256, 64, 1, bias=False)
             self.pool = nn.Sequential(wide, nn.GroupNorm(4, 256), nn.ReLU(), narrow)
 
     def forward(self, x):
@@ -1284,21 +1293,26 @@ def load_published(net: nn.Module, files: dict[Path, str]) -> None:
         fill(net, tensors, torch.device("cpu"))
 
 
-def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32, tile: int = 0) -> Latents:
-    """The space of a published VAE, frozen: AutoencoderKL or AutoencoderTiny as diffusers saves it, or TAEF2
-    as it is published. dtype: float32 or bfloat16 (in float16 that of SDXL is not finite); tile: side of the
-    squares to decode larger pictures in, 0 = in one piece [pixels]. Raises ValueError, one line."""
+def open_vae(folder: str | Path) -> tuple[Latents, dict[Path, str]]:
+    """A published VAE on the meta device, and the files with its weights, as `weight_files`."""
     folder = Path(folder)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"a VAE in {dtype} may not be finite. Use float32 or bfloat16")
     files = {folder / f"{part}.safetensors": f"{part}.layers." for part in ("encoder", "decoder")}
     if all(path.is_file() for path in files):
         config = {"_class_name": "AutoencoderTiny", **TAEF2}
     else:
         config = read_config(folder)
         files = weight_files(folder)
-    vae = build(folder, config, AutoencoderKL, AutoencoderTiny).to(dtype)
-    load_published(vae, files)
+    return build(folder, config, AutoencoderKL, AutoencoderTiny), files
+
+
+def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32, tile: int = 0) -> Latents:
+    """The space of a published VAE, frozen: AutoencoderKL or AutoencoderTiny as diffusers saves it, or TAEF2
+    as it is published. dtype: float32 or bfloat16 (in float16 that of SDXL is not finite); tile: side of the
+    squares to decode larger pictures in, 0 = in one piece [pixels]. Raises ValueError, one line."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"a VAE in {dtype} may not be finite. Use float32 or bfloat16")
+    vae, files = open_vae(folder)
+    load_published(vae.to(dtype), files)
     vae.tile = tile
     vae.fingerprint = checksum(vae.state_dict(), {"config": json.dumps(vars(vae.shape))})
     return vae

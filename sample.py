@@ -155,7 +155,7 @@ class Stage:
     cached: Callable | None  # what frozen text encoders say, see reader
     schedule: diffusion.Schedule
     small_schedule: diffusion.Schedule  # of the pictures that it enlarges
-    space: diffusion.Pixels
+    space: diffusion.Pixels | model.Latents
     config: diffusion.DiffusionConfig
     data: data.DataConfig
     size: int  # side of the pictures [pixels]
@@ -201,11 +201,11 @@ def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None,
-               encoders: Iterable[str] = ()) -> Stage:
+               encoders: Iterable[str] = (), vae: str = "") -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
-    encoders: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
+    encoders, vae: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
     Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
     path, tensors, meta = model.read(path, warn)
     if ema:
@@ -218,27 +218,33 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         pictures = model.configured(data.DataConfig, stored["DataConfig"])
         text = model.configured(text_encoder.TextConfig, stored["TextConfig"])
         size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
+        made_in = meta["space"] if shape.vae else ""
         model.check("size", size, int, "[8..4096]")
 
-    near = [*path.absolute().parents][:4]
-    text = text_encoder.locate(text, made_with, [*near, Path()], [*encoders])
+    near = [*path.absolute().parents][:4] + [Path()]
+    text = text_encoder.locate(text, made_with, near, [*encoders])
     text = text_encoder.load_text_encoder(text, cached, device="meta")
     if not text_encoder.same_encoder(made_with, text.fingerprint):
         raise ValueError(f"{path} was trained with {made_with}, not with {text.fingerprint}. Put it there")
 
+    space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
+    if shape.vae:
+        places = [vae, shape.vae, *(folder / Path(shape.vae).name for folder in near)]
+        space = model.find_vae(filter(None, places), made_in).to(device)
+    side = size // space.scale
+
     # Built without memory, and compared with the file, before anything is allocated.
     with model.reading(path), torch.device("meta"):
-        space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
         small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        unet = model.UNet(shape, size, text.dim, text.pooled_dim, space.channels, small, config.learn_sigma)
+        unet = model.UNet(shape, side, text.dim, text.pooled_dim, space.channels, small, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
     with model.reading(path):
         weights = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
         model.fill(parts, weights, device)
-        schedule = diffusion.make_schedule(config, size)
-        small_schedule = diffusion.make_schedule(config, pictures.lowres or size)
+        schedule = diffusion.make_schedule(config, side)
+        small_schedule = diffusion.make_schedule(config, pictures.lowres or side)
     text.to(device).eval().requires_grad_(False)
     return Stage(unet, text, cached, schedule, small_schedule, space, config, pictures, size, device, step,
                  meta["sha256"])
@@ -358,7 +364,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
     init = read_picture(s.init, stage.size)[None] if s.init else None
-    keep = read_mask(s.mask, s.init, stage.size) if s.mask else None
+    shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
+    keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
     weak = weaker(stage, s, times)
 
     # The sampler, and the network that it asks.
@@ -375,7 +382,6 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         network = diffusion.LearnedVariance(network)
 
     keys = torch.tensor([noise_key(seed) for seed in seeds])
-    shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
     drawn = [] if kept == () else kept
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -476,6 +482,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
+    add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
 
@@ -707,7 +714,8 @@ def main(argv: list[str]) -> None:
     # Frozen text encoders read everything first.
     prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
     words = [*prompts, *held.get("captions", ()), args.negative]
-    load = partial(load_stage, device=device, cached=reader(words, device), encoders=args.text_encoder)
+    load = partial(load_stage, device=device, cached=reader(words, device), encoders=args.text_encoder,
+                   vae=args.vae)
     if args.autoguide:
         load(Path(args.autoguide))
 

@@ -277,12 +277,16 @@ def parse(argv: list[str]) -> Configs:
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
     name = known.model or usual
-    lowres = LADDER.get(known.size, 0) if known.lowres < 0 else known.lowres
+    scale = model.open_vae(known.vae)[0].scale if known.vae else 1
+    ladder = 0 if known.vae else LADDER.get(known.size, 0)
+    lowres = ladder if known.lowres < 0 else known.lowres
     stage = 64
     if lowres:
         stage = 256 if known.size <= 256 else 1024
     row = dict(PRESETS[stage, name])
     del row["weights"], row["flops"]
+    if known.vae:                                              # latents say more at each place than pixels
+        row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
     parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -296,7 +300,8 @@ def parse(argv: list[str]) -> Configs:
             scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
             setattr(args, name, min(getattr(args, name), scaled))
     if args.attn_resolutions is row.get("attn_resolutions"):   # a preset's: where they occur
-        args.attn_resolutions = [n for n in args.attn_resolutions if n in model.sides(args, args.size)]
+        here = model.sides(args, args.size // scale)
+        args.attn_resolutions = [side for side in args.attn_resolutions if side in here]
 
     configs = []
     for cls in get_args(Configs):
@@ -305,12 +310,13 @@ def parse(argv: list[str]) -> Configs:
             value = getattr(args, field.name)
             values[field.name] = tuple(value) if isinstance(field.default, tuple) else value
         configs.append(cls(**values))
-    check(*configs)
+    check(*configs, scale)
     return tuple(configs)
 
 
-def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
-    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit."""
+def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
+    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
+    scale: pixels of a picture per position of its latents."""
     for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
         model.check_fields(config)
 
@@ -334,12 +340,14 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg) -> None:
         raise ValueError(f"--reinit {cfg.reinit} has no effect without --init")
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
+    if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
+        raise ValueError(f"--vae {model_cfg.vae} is for pictures in colour, and without --lowres")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     if not cfg.out.isprintable():
         raise ValueError(f"--out {cfg.out!a} has bytes that are no text. Name another directory")
-    model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres)
-    diffusion.make_schedule(diff_cfg, cfg.size)
+    model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres, scale)
+    diffusion.make_schedule(diff_cfg, cfg.size // scale)
 
 
 # ----------------------------------------------------------------------------------------- devices and ranks
@@ -497,7 +505,7 @@ def memory_there(device: torch.device) -> float:
 def memory_needed(cfg: TrainConfig, crop: int, shape: model.ModelConfig, weights: int) -> int:
     """A training step takes more than this: so many weights with gradient, average and momentum, the pictures
     of the step, and of a part of it noise, x_t and the first feature map [bytes]."""
-    side = crop or cfg.size
+    side = 0 if shape.vae else crop or cfg.size
     pictures = cfg.batch_size // Ranks().world
     part = cfg.micro_batch or pictures
     first = 2 * shape.channels * (side // shape.patch) ** 2
@@ -558,16 +566,16 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
 
 class Denoising(nn.Module):
     """The objective of diffusion: U-Net, text encoder and loss as one module, for DDP and torch.compile.
-    space: where diffusion happens; size, lowres: sides of the pictures and of the small ones [pixels]."""
+    space: where diffusion happens; size, lowres: sides of what is diffused and of small pictures."""
     joins = False
 
     def __init__(self, unet: nn.Module, text: nn.Module, config: diffusion.DiffusionConfig, space, size: int,
                  lowres: int, max_aug: float):
         super().__init__()
-        self.unet, self.config, self.space, self.max_aug = unet, config, space, max_aug
+        self.unet, self.config, self.max_aug = unet, config, max_aug
         self.schedule = diffusion.make_schedule(config, size)
         self.small_schedule = diffusion.make_schedule(config, lowres or size)
-        self.frozen_text = () if text.trainable else (text,)   # in a tuple: not a part of the checkpoint
+        self.beside = {"space": space, "text": text}           # in a dict: not a part of the checkpoint
         if text.trainable:
             self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
@@ -577,8 +585,12 @@ class Denoising(nn.Module):
             self.register_buffer("squares", torch.zeros(2, 100), persistent=False)
 
     @property
+    def space(self):
+        return self.beside["space"]
+
+    @property
     def text(self) -> nn.Module:
-        return self.frozen_text[0] if self.frozen_text else self.text_encoder
+        return self.beside["text"]
 
     def network(self):
         """The U-Net, preconditioned around the small picture where there is one."""
@@ -943,6 +955,7 @@ def without_folders(config: str) -> str:
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
+    recipe["ModelConfig"]["vae"] = Path(recipe["ModelConfig"]["vae"]).name
     return json.dumps(recipe)
 
 
@@ -961,7 +974,7 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, text) -> tuple:
+def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
     """(steps, pictures) of the newest checkpoint that verifies, loaded into `state`; (0, 0) without one."""
     found = model.load_checkpoint(out, ("train", "ema"), lambda line: say(f"warning: {line}"))
     if found is None:
@@ -984,14 +997,17 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, t
             old = stored.get(group, {}).get(name, getattr(type(config)(), name))
             if name in MACHINE or json.dumps(old) == json.dumps(value):
                 continue
-            if name == "text_encoder":                         # by its content, below
+            if name in ("text_encoder", "vae"):                # by their content, below
                 continue
             if name in SHAPE or group in SHAPE or WITH_WEIGHTS & {str(old), str(value)}:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
             say(f"note: {flag} {old} -> {value} (checkpoint -> this run)")
 
-    if not text_encoder.same_encoder(made_with, text.fingerprint):
-        raise ValueError(f"the text encoder is {text.fingerprint}, not {made_with}. Use another --out")
+    if not text_encoder.same_encoder(made_with, net.text.fingerprint):
+        raise ValueError(f"the text encoder is {net.text.fingerprint}, not {made_with}. Use another --out")
+    if meta.get("space", "") != net.space.fingerprint:
+        old = stored["ModelConfig"].get("vae", "")
+        raise ValueError(f"the checkpoint has --vae {old!r}, not {configs[2].vae!r}. Use another --out")
     if meta.get("data") != pictures.fingerprint:
         say("warning: the pictures or captions are not those of the checkpoint: they differ from here on")
     if made_on != VERSIONS:
@@ -1144,8 +1160,11 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     """What is trained, from the flags; weights of --init where the run is new."""
     cfg, data_cfg, model_cfg, diff_cfg, _ = configs
     space = diffusion.Pixels(len(data.MODES[data_cfg.picture_mode]))
+    if model_cfg.vae:
+        space = model.load_vae(model_cfg.vae).to(device)
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
-    make = partial(model.UNet, model_cfg, cfg.size, text.dim, text.pooled_dim, space.channels, small,
+    side = cfg.size // space.scale
+    make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
                    diff_cfg.learn_sigma)
     with torch.device("meta"):
         count = sum(p.numel() for p in make().parameters())
@@ -1155,7 +1174,7 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
                          f"or more, of {there:.0f}. Use a smaller --model, --batch-size or --micro-batch")
     unet = make()
     unet.checkpointing = cfg.checkpointing
-    objective = Denoising(unet, text, diff_cfg, space, cfg.size, data_cfg.lowres, cfg.max_aug).to(device)
+    objective = Denoising(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         _, weights, _ = model.read(Path(cfg.init))
         say(f"from {cfg.init}: {warm_start(objective, weights, cfg.reinit)}")
@@ -1446,13 +1465,14 @@ def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int
         f"{cfg.batch_size} pictures, {cfg.out}")
 
 
-def describe(configs: Configs, pictures: data.Pictures, text: nn.Module, out: Path | None) -> dict:
+def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, out: Path | None) -> dict:
     """What is written into every checkpoint, and into `out`/config.json."""
     recipe = {type(config).__name__: dataclasses.asdict(config) for config in configs}
     if out:
         content = json.dumps({**recipe, "versions": VERSIONS}, indent=1)
         (out / "config.json").write_text(content, "utf-8")
-    return {"config": json.dumps(recipe), "data": pictures.fingerprint, "text": text.fingerprint,
+    return {"config": json.dumps(recipe), "data": pictures.fingerprint,
+            "text": objective.text.fingerprint, "space": objective.space.fingerprint,
             "versions": json.dumps(VERSIONS)}
 
 
@@ -1474,7 +1494,7 @@ def main(argv: list[str]) -> None:
         objective = build(configs, text, device)
         state = State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                       cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)
-        first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, text)
+        first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, objective)
         if not ranks.equal(zlib.crc32(f"{first} {configs}".encode())):
             raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (step {first})")
         if first >= cfg.steps:
@@ -1487,7 +1507,7 @@ def main(argv: list[str]) -> None:
         shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
         train_set.reader = val_set.reader = shown_set.reader = text.reader
         shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
-        meta = describe(configs, train_set, text, out if writes else None)
+        meta = describe(configs, train_set, objective, out if writes else None)
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
         batches = trainer.batches(train_set, first, images)

@@ -1123,3 +1123,64 @@ def test_help_names_every_flag_with_its_default(cli):
     words = " ".join(out.split())
     assert "[1..10000 images] (default: 1)" in words
     assert f"how the noise is removed: {', '.join(diffusion.SAMPLERS)} (default: dpmpp_2m)" in words
+
+
+# ---------------------------------------------------------------------------------------------------- latents
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory) -> Path:
+    """A folder with a VAE of two pixels a position, and a run on its latents."""
+    folder = tmp_path_factory.mktemp("latents")
+    torch.manual_seed(0)
+    model.save_published(folder / "vae", model.AutoencoderTiny({
+        "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1], "latent_channels": 4}))
+    with training_in(folder):
+        train.main([*RECIPE, "--vae=vae"])
+    return folder
+
+
+def test_pictures_are_drawn_from_latents_wherever_the_vae_lies(latents, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(latents, "here")
+    monkeypatch.chdir("here")
+    assert cli("a house", "--out=a.png")[0] == 0
+    assert Image.open("a.png").size == (16, 16)
+
+    Path("vae").rename("elsewhere")
+    status, _, error = cli("a house", "--out=b.png")
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert "is not there: vae/config.json is missing" in error
+    assert error.strip().endswith("--vae DIR")
+    assert cli("a house", "--out=b.png", "--vae=elsewhere")[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+def test_every_sampler_draws_latents_and_nothing_clips_them(latents, name):
+    stage = sample.load_stage(latents / "runs" / "16", torch.device("cpu"), vae=str(latents / "vae"))
+    assert stage.space.limit is None
+    pictures = sample.generate(stage, ["a house"], [0], sampler=name, steps=2, threshold="0.9")
+    assert (pictures.shape, pictures.dtype) == ((1, 3, 16, 16), torch.uint8)
+
+
+def test_a_latent_does_not_change_with_its_batch(latents):
+    stage = sample.load_stage(latents / "runs" / "16", torch.device("cpu"), vae=str(latents / "vae"))
+    prompts = ["a house", "a red star", "a fish"]
+    both = sample.generate(stage, prompts, [1, 2, 3], steps=2)
+    alone = sample.generate(stage, prompts[1:2], [2], steps=2)
+    assert (both[1:2].int() - alone.int()).abs().max() <= 1
+
+
+def test_a_picture_is_changed_where_its_mask_is_white_in_latents_too(latents, tmp_path):
+    stage = sample.load_stage(latents / "runs" / "16", torch.device("cpu"), vae=str(latents / "vae"))
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "init.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = {"init": str(tmp_path / "init.png"), "mask": str(tmp_path / "mask.png")}
+    drawn = sample.generate(stage, ["a house"], [0], steps=4, **files)
+    back = stage.space.decode(stage.space.encode(sample.read_picture(files["init"], 16)[None]))
+    change = (drawn.int() - back.int()).abs().float().mean((0, 1, 2))
+    assert change[:3].max() <= 1                               # beyond the reach of the decoder
+    assert change[8:].mean() > 2

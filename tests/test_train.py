@@ -18,6 +18,7 @@ import tarfile
 import time
 import types
 import typing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -2042,3 +2043,82 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, "")
     assert "\\u753b: 3 pictures" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- latents
+def small_vae(folder: Path, seed: int = 0) -> Path:
+    """A published folder: a VAE of two pixels a position, four channels."""
+    torch.manual_seed(seed)
+    model.save_published(folder, model.AutoencoderTiny({
+        "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1], "latent_channels": 4}))
+    return folder
+
+
+def test_latents_are_trained_on_as_pixels_are_and_go_on_bit_for_bit(tmp_path, capsys):
+    vae = small_vae(tmp_path / "vae")
+    latents = ("--size 32", f"--vae {vae}", "--val-every 4", "--val-images 4", "--sample-every 4",
+               "--log-every 2", "--save-every 2", "--steps 4")
+    whole = run(tmp_path / "whole", *latents)
+    shutil.copytree(whole, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "000004")
+    run(tmp_path / "parts", *latents)
+    ours, theirs = (model.read(path)[1] for path in (whole, tmp_path / "parts"))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert ours["unet.conv_in.weight"].shape[1] == 4 + 12
+    assert not [name for name in ours if "coder" in name.split(".")[0] and name[:4] != "text"]
+
+    # Previews and validation are there, and the sheets show pictures at full size.
+    lines = metrics(whole)
+    assert [line["step"] for line in lines if "val_loss" in line] == [4]
+    sheets = [Image.open(whole / name) for name in ("first_batch.png", "samples/000004.png")]
+    assert min(sheet.width for sheet in sheets) >= 4 * 32
+
+    # A moved folder is the same VAE; other weights are another one.
+    vae.rename(tmp_path / "moved")
+    run(whole, "--size 32", f"--vae {tmp_path / 'moved'}", "--steps 5")
+    other = small_vae(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"the checkpoint has --vae .*Use another --out"):
+        train.main(flags(whole, "--size 32", f"--vae {other}", "--steps 6"))
+    capsys.readouterr()
+
+
+def test_latents_are_what_the_vae_says_of_the_pictures(tmp_path):
+    vae = small_vae(tmp_path / "vae")
+    configs = train.parse(flags(tmp_path / "run", "--size 32", f"--vae {vae}"))
+    text = text_encoder.load_text_encoder(configs[4])
+    objective = train.build(configs, text, torch.device("cpu"))
+    shown = train.pictures_of(configs)[1]
+    shown.reader = text.reader
+    shown.draws = partial(train.draws, 0, "validation", 0.0, 0, 1)
+    batch = data.collect(shown, 0, 3)
+    x0 = objective.inputs(batch, torch.device("cpu"))["x0"]
+    assert x0.shape == (3, 4, 16, 16)
+    assert torch.equal(x0, model.load_vae(vae).encode(torch.as_tensor(batch["picture"])))
+    assert objective.space.limit is None
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (("--size 18",), "size 18 must be a multiple of 4 for this model"),
+    (("--lowres 16",), "is for pictures in colour, and without --lowres"),
+    (("--picture-mode grey",), "is for pictures in colour"),
+    (("--vae nothing",), "nothing/config.json is missing"),
+])
+def test_what_does_not_go_with_latents_is_one_line(tmp_path, changes, words):
+    vae = small_vae(tmp_path / "vae")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train.parse(flags(tmp_path / "run", "--size 32", f"--vae {vae}", *changes))
+
+
+def test_a_stage_of_latents_has_a_network_of_their_size(tmp_path):
+    vae = small_vae(tmp_path / "vae")
+    cfg, data_cfg, shape, *_ = train.parse(["--size", "256", "--vae", str(vae), "--device", "cpu"])
+    assert (data_cfg.lowres, shape.patch, data_cfg.min_size) == (0, 2, 8)
+    assert shape.attn_resolutions == ()                        # its levels have 64 and 32 a side
+
+
+def test_a_shared_checkpoint_says_the_name_of_its_vae_alone(tmp_path):
+    vae = small_vae(tmp_path / "vae")
+    run(tmp_path / "run", "--size 32", f"--vae {vae}", "--steps 1")
+    _, _, meta = model.read(tmp_path / "run")
+    assert json.loads(meta["config"])["ModelConfig"]["vae"] == "vae"
+    assert str(tmp_path) not in json.dumps(meta)
