@@ -66,6 +66,8 @@ class DataConfig:
     limit: int = 0  # use only the first so many pictures of each source, 0 = all [images]
     held_out: int = 1024  # kept for validation, at most 1 in 20 of a source, none with --limit [images]
     min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0.01..1]
+    crops: int = 0  # different random crops of each picture, 0 = a new one in each pass [0..1000]
+    latent_cache: str = ""  # folder that keeps the latents of --vae of each crop, computed once
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
     min_size: int = 8  # a picture that gives a smaller square is refused before decoding [1..65536 pixels]
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
@@ -309,6 +311,10 @@ class Source:
 
     def keys(self) -> Iterable[str]:
         return map(self.key, range(len(self)))
+
+    def mark(self, i: int) -> str:
+        """What a picture is known by in a cache."""
+        return self.key(i)
 
     def fingerprint(self) -> bytes:
         """What tells whether two runs see the same pictures."""
@@ -630,6 +636,12 @@ class Files(Source):
     def key(self, i):
         return self.names[i].decode()
 
+    def mark(self, i):
+        file, _, size = self.rows[i, 0, :3]
+        if size < 0:                                        # a file of its own
+            size, _ = self.files[file][1]
+        return f"{os.path.basename(self.name)} {self.key(i)}, {size} bytes"
+
     def fingerprint(self):
         sizes = self.rows[:, 2, :3].copy()
         sizes[:, 1] += self.rows[:, 2, 4]                   # .caption beside .txt
@@ -702,7 +714,7 @@ def checksum(entry: tuple) -> str:
 
 
 class Cache:
-    """What an encoder makes of texts: cache[text] -> its tensors, bfloat16, as many as it has.
+    """What a frozen network makes of texts, or of what they name: cache[text] -> its tensors.
     A folder of safetensors files, which are mapped, or the content of one. The hash of a text and
     its encoder (fingerprint: which weights, which settings) names the tensors, and in the metadata
     their shapes and checksum. Raises ValueError for a file that is torn or of another encoder, and
@@ -714,7 +726,7 @@ class Cache:
         self.content = content
         self.found = {}                                         # hash -> function to read, checksum
         if content is None:
-            self.fix = "Delete it or use another --text-cache"
+            self.fix = "Delete it or use another folder"
             sources = sorted(name.glob("[!.]*.safetensors"))    # .tmp-*: being written
         else:
             self.fix = "Write the shards again"
@@ -753,7 +765,7 @@ class Cache:
         key = self.key(text)
         if key not in self.found:
             fix = self.fix.replace("Delete it", "Start again")
-            raise ValueError(f"{self.name} has no embedding of {text[:80]!r}. {fix}")
+            raise ValueError(f"{self.name} has nothing of {text[:80]!r}. {fix}")
 
         read, expected = self.found[key]
         try:
@@ -823,11 +835,13 @@ class Pictures:
     those of training.
     To be set from outside, for what the workers do besides: `reader`, with read(caption, bytes) ->
     an entry and batch(entries) -> a dict of arrays; `embedded`, whether these bytes are those of
-    KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays. Raises ValueError for
-    --data and --blur that make no sense."""
+    KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays; `latents`, a cache of
+    what a VAE makes of each of `squares`. Raises ValueError for --data and --blur that make no
+    sense."""
     embedded = False
     reader = None
     draws = None
+    latents = None
 
     def __init__(self, config: DataConfig, size: int, seed: int,
                  split: Literal["train", "val"] = "train"):
@@ -910,6 +924,28 @@ class Pictures:
                 with suppress(Exception):           # replaced and counted when it is drawn
                     yield from source.captions(int(row))
 
+    def square(self, key: str, view: int, drawn: list[float]) -> tuple[float, float, float]:
+        """How much of its short side a picture keeps, and where the rest is cut, see decode."""
+        config = self.config
+        if self.split == "val" or config.min_crop == 1:
+            return 1.0, 0.5, 0.5
+        if config.crops:
+            drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
+        keep, right, down = drawn
+        return 1 - keep * (1 - config.min_crop), right, down
+
+    def squares(self) -> Iterator[tuple[str, Callable]]:
+        """The name of each square that can be shown, and a function that reads it."""
+        for source, rows in zip(self.sources, self.rows):
+            for row in map(int, rows):
+                for view in range(max(1, self.config.crops)):
+                    crop = self.square(source.key(row), view, [])
+                    yield f"{source.mark(row)} {crop}", partial(self.shown, source, row, crop)
+
+    def shown(self, source: Source, row: int, crop: tuple) -> np.ndarray:
+        picture, *_ = source.sample(row)
+        return decode(picture, self.size, *crop, self.config.min_size)
+
     def __getitem__(self, position: int) -> dict:
         """{"position", "picture", "lowres" (see views), "caption", "key", "replaced", "words", and
         "recoded", whether the encoding of its caption was guessed}.
@@ -925,19 +961,20 @@ class Pictures:
             index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
 
         rng = keyed(self.seed, self.split, position)
-        keep, right, down, which = rng.random(4).tolist()
-        crop = (1.0, 0.5, 0.5)
-        if self.split == "train" and self.config.min_crop < 1:
-            crop = (1 - keep * (1 - self.config.min_crop), right, down)
-
+        *drawn, which = rng.random(4).tolist()
         replaced = []
         for _ in range(MAX_TRIES):
             row = int(rows[index])
             key = source.key(row)
             try:
                 picture, texts, meta = source.sample(row)
-                shown = decode(picture, self.size, *crop, self.config.min_size)
-                item = self.views(shown, position)
+                crop = self.square(key, turn, drawn)
+                if self.latents:
+                    latent, = self.latents[f"{source.mark(row)} {crop}"]
+                    item = {"picture": latent.numpy()}
+                else:
+                    shown = decode(picture, self.size, *crop, self.config.min_size)
+                    item = self.views(shown, position)
                 caption = texts[int(which * len(texts))] if texts else ""
                 if self.reader:
                     embeddings = meta.get("embeddings", b"") if self.embedded else b""

@@ -873,14 +873,15 @@ class Latents(nn.Module):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, channels, H/scale, W/scale), on the same device."""
+        """uint8 (B, 3, H, W) -> float32 (B, channels, H/scale, W/scale), on the same device. One picture at
+        a time: sums round otherwise in batches, and a latent must be the same bits wherever it is made."""
         height, width = pictures.shape[-2:]
         if height % self.scale or width % self.scale:
             raise ValueError(f"pictures of {width}x{height} pixels: not multiples of {self.scale}")
         dtype = next(self.parameters()).dtype
         x = (pictures.float() / 127.5 - 1).to(dtype, memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):
-            mean = self.mean(x).float()
+            mean = torch.cat([self.mean(picture) for picture in x.split(1)]).float()
         return ((mean - self.shape.shift_factor) * self.shape.scaling_factor).contiguous()
 
     @torch.no_grad()

@@ -146,7 +146,7 @@ PRESETS = {
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
-           "text_cache", "text_shards", "allow_bin"}
+           "text_cache", "text_shards", "latent_cache", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "size_shift",
          "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
@@ -320,8 +320,15 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
         model.check_fields(config)
 
-    if text_cfg.text_cache and not (data_cfg.data or data_cfg.limit):
+    ends = data_cfg.data or data_cfg.limit
+    if text_cfg.text_cache and not ends:
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
+    if data_cfg.latent_cache and not (ends and model_cfg.vae):
+        raise ValueError(f"--latent-cache {data_cfg.latent_cache} needs --vae, and pictures that end: add "
+                         "--data or --limit")
+    if data_cfg.latent_cache and data_cfg.min_crop < 1 and not data_cfg.crops:
+        raise ValueError(f"--latent-cache cannot keep the crops of --min-crop {data_cfg.min_crop}, which are "
+                         "new in each pass. Add --crops 4")
     world = Ranks().world
     unit = world * (cfg.micro_batch or 1)
     if cfg.batch_size % unit:
@@ -626,7 +633,9 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def inputs(self, part: dict, device: torch.device) -> model.Tensors:
-        x0 = self.space.encode(torch.as_tensor(part["picture"]).to(device, non_blocking=True))
+        x0 = torch.as_tensor(part["picture"]).to(device, non_blocking=True)
+        if x0.dtype == torch.uint8:                            # else latents, out of a cache
+            x0 = self.space.encode(x0)
         eps = diffusion.gaussian(torch.as_tensor(part["noise"]), x0.shape[1:], device)
         u = torch.as_tensor(part["u"]).to(device, non_blocking=True)
         if self.importance:
@@ -951,7 +960,7 @@ def without_folders(config: str) -> str:
     """A configuration, JSON, for the file that is shared: without where things lie on this machine."""
     recipe = json.loads(config)
     for group in recipe.values():
-        for name in ("out", "init", "data", "text_cache", "text_shards"):
+        for name in ("out", "init", "data", "text_cache", "text_shards", "latent_cache"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1073,10 +1082,62 @@ def say_cut(cut: int, captions: int) -> None:
     say(f"note: {cut} of {captions} captions are cut. See --text-length")
 
 
+def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: Signals, ranks: Ranks,
+           what: str) -> data.Cache:
+    """A cache with what the ranks put into it, each of its own `texts`, `part` of them to a file.
+    Raises Stopped where a signal arrives; what was computed until then is kept."""
+    def until_signal(items: Iterable) -> Iterable:
+        return itertools.takewhile(lambda _: not signals.arrived, items)
+
+    def ours() -> Iterable[str]:
+        for text in texts:
+            if zlib.crc32(text.encode()) % ranks.world == ranks.rank:
+                yield text
+
+    # A part each, then the ranks meet, until none of them has any left.
+    parts = cache.fill(until_signal(ours()), lambda texts: until_signal(encode(texts)), part)
+    signals.awaited = True
+    bar = progress(ranks, desc=what)
+    for written in itertools.chain(parts, itertools.repeat(0)):
+        bar.update(written)
+        if not ranks.agreed(written) or ranks.agreed(signals.arrived):
+            break
+    bar.close()
+    if ranks.agreed(signals.arrived):
+        raise Stopped
+    signals.awaited = False
+    return data.Cache(cache.name, cache.fingerprint)           # with what the others wrote
+
+
+def load_latents(folder: str, sets: list[data.Pictures], net: "Denoising", device: torch.device,
+                 signals: Signals, ranks: Ranks) -> data.Cache:
+    """The cache of what the VAE makes of the pictures of `sets`. Those that cannot be read are left out: they
+    are replaced, and counted, when they are drawn. Raises Stopped, see `filled`."""
+    left_out = []
+    readers = {}
+    for pictures in sets:
+        readers.update(pictures.squares())
+
+    def encode(texts: list[str]) -> Iterable[tuple]:
+        for i, text in enumerate(texts):
+            try:
+                picture = readers[text]()
+            except Exception as e:                             # decoders raise nearly anything on garbage
+                left_out.append(f"{text}: {e}")
+                continue
+            yield i, net.space.encode(torch.from_numpy(picture)[None].to(device))[0].cpu()
+
+    cache = data.Cache(Path(folder), f"{net.space.fingerprint} {sets[0].size}")
+    cache = filled(cache, readers, encode, 1024, signals, ranks, "latents")
+    if left_out:
+        say(f"warning: {len(left_out)} pictures have no latents and are replaced, the first {left_out[0]}")
+    return cache
+
+
 def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device, signals: Signals,
               ranks: Ranks) -> tuple[nn.Module, list[data.Cache]]:
     """The text encoder, and the caches of its frozen ones, in which the ranks put the captions of `sets`.
-    Raises Stopped where a signal arrives; what was computed until then is kept."""
+    Raises Stopped, see `filled`."""
     cfg, _, _, _, text_cfg = configs
     caches = []
 
@@ -1086,37 +1147,18 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
         if text_cfg.text_cache == "shards":
             return partial(embedding_inside, encoder.fingerprint)
 
-        def ours() -> Iterable[str]:
-            for pictures in sets:
-                for caption in pictures.captions():
-                    if zlib.crc32(caption.encode()) % ranks.world == ranks.rank:
-                        yield caption
-
-        def until_signal(items: Iterable) -> Iterable:
-            return itertools.takewhile(lambda _: not signals.arrived, items)
-
         def encode(texts: list[str]) -> Iterable[tuple]:
             load()
-            return until_signal(text_encoder.encode_captions(encoder.to(device), texts))
+            return text_encoder.encode_captions(encoder.to(device), texts)
 
-        # A part each, then the ranks meet, until none of them has any left.
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
-        parts = cache.fill(until_signal(ours()), encode, 1024)
-        signals.awaited = True
-        bar = progress(ranks, desc="captions")
-        for written in itertools.chain(parts, itertools.repeat(0)):
-            bar.update(written)
-            if not ranks.agreed(written) or ranks.agreed(signals.arrived):
-                break
-        bar.close()
-        if ranks.agreed(signals.arrived):
-            raise Stopped
-        signals.awaited = False
+        captions = itertools.chain.from_iterable(pictures.captions() for pictures in sets)
+        cache = filled(cache, captions, encode, 1024, signals, ranks, "captions")
         counts = encoder.reader.counts
         if counts["cut"]:
             say_cut(counts["cut"], counts["captions"])
-        caches.append(data.Cache(cache.name, encoder.fingerprint))            # with what the others wrote
-        return partial(embedding_of, caches[-1])
+        caches.append(cache)
+        return partial(embedding_of, cache)
 
     stored = embedded_by(sets[0]) if text_cfg.text_cache == "shards" and not cfg.dry_run else ""
     text = text_encoder.load_text_encoder(text_cfg, look_up if text_cfg.text_cache else None, stored)
@@ -1500,6 +1542,9 @@ def main(argv: list[str]) -> None:
         if first >= cfg.steps:
             return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
         announce(cfg, train_set, state, first)
+        if data_cfg.latent_cache and not cfg.dry_run:
+            latents = load_latents(data_cfg.latent_cache, sets[:2], objective, device, signals, ranks)
+            train_set.latents = val_set.latents = latents
 
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
         train_set.draws = partial(draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size)

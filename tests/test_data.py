@@ -1420,11 +1420,11 @@ def test_one_file_keeps_what_several_encoders_make_of_a_text():
     for name, entry in entries.items():
         cache = data.Cache("0/7", name, content)
         assert all(torch.equal(a, b) for a, b in zip(cache["a cow"], entry))
-        with pytest.raises(ValueError, match=r"0/7 has no embedding of 'a sheep'. Write the shards again"):
+        with pytest.raises(ValueError, match=r"0/7 has nothing of 'a sheep'. Write the shards again"):
             cache["a sheep"]
     with pytest.raises(ValueError, match="0/7 was made with first second, not third"):
         data.Cache("0/7", "third", content)
-    with pytest.raises(ValueError, match="0/7 has no embedding of 'a cow'"):
+    with pytest.raises(ValueError, match="0/7 has nothing of 'a cow'"):
         data.Cache("0/7", "first", b"")["a cow"]
     rng, errors = random.Random(0), 0
     for turn in range(200):
@@ -1436,7 +1436,7 @@ def test_one_file_keeps_what_several_encoders_make_of_a_text():
         try:
             found = data.Cache("0/7", "second", bytes(broken))["a cow"]
         except ValueError as error:
-            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert re.search("damaged|was made with|has nothing", str(error))  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
             errors += 1
         else:
@@ -1448,7 +1448,7 @@ def test_a_stale_cache_is_an_error(tmp_path):
     filled(tmp_path)
     with pytest.raises(ValueError, match=r"was made with an encoder, not another one\. Delete it"):
         data.Cache(tmp_path, "another one")
-    with pytest.raises(ValueError, match=r"has no embedding of 'a cow'\. Start again or use an"):
+    with pytest.raises(ValueError, match=r"has nothing of 'a cow'\. Start again or use an"):
         data.Cache(tmp_path, "an encoder")["a cow"]
 
 
@@ -1469,7 +1469,7 @@ def test_a_torn_cache_is_an_error_and_never_a_wrong_caption(tmp_path):
             cache = data.Cache(tmp_path, "an encoder")
             found = [cache[text] for text in MANY]
         except ValueError as error:
-            assert re.search("damaged|was made with|has no embedding", str(error))  # noqa: PT017
+            assert re.search("damaged|was made with|has nothing", str(error))  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
             errors += 1
         else:

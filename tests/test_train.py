@@ -1761,7 +1761,7 @@ def test_stale_torn_and_missing_embeddings_are_replaced_and_end_training_where_a
     with pytest.raises(ValueError, match=r"^the embeddings were made with t5 bf16 .*length=64 .*, not with "
                                          r"t5 bf16 .*length=32 .*\. Write the shards again$"):
         run("stale", *inside, "--text-length 32")
-    with pytest.raises(ValueError, match=r"last 00000/\d{4}: .* has no embedding of 'a .*'. Write the sha"):
+    with pytest.raises(ValueError, match=r"last 00000/\d{4}: .* has nothing of 'a .*'. Write the sha"):
         run("missing", *same, f"--data {before}", "--text-cache shards")
     path = tmp_path / "after/00000.tar"
     whole = path.read_bytes()
@@ -1776,7 +1776,7 @@ def test_stale_torn_and_missing_embeddings_are_replaced_and_end_training_where_a
     assert re.search(r"warning: 00000/\d{4}: .* is damaged at 'a .*Write the shards again; replaced", shown)
     path.write_bytes(whole.replace(b"a red", b"a sad").replace(b"a blue", b"a good"))     # captions changed
     run("other", *inside, "--steps 9")
-    found = re.findall(r"warning: 00000/\d{4}: .* has no embedding of '(.*)'", capfd.readouterr().out)
+    found = re.findall(r"warning: 00000/\d{4}: .* has nothing of '(.*)'", capfd.readouterr().out)
     assert found
     assert all("sad" in caption or "good" in caption for caption in found)
 
@@ -2097,7 +2097,92 @@ def test_latents_are_what_the_vae_says_of_the_pictures(tmp_path):
     assert objective.space.limit is None
 
 
+def few_pictures(folder: Path, count: int = 8) -> Path:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    return folder
+
+
+def test_cached_latents_are_those_that_are_encoded_as_it_goes(tmp_path, capsys, monkeypatch):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    (pictures / "bad.png").write_bytes(b"no picture")
+    latents = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--min-crop 0.5",
+               "--crops 2", "--steps 4", "--val-every 4", "--val-images 2", "--log-every 2", "--max-bad 1")
+    plain = run(tmp_path / "plain", *latents)
+    capsys.readouterr()
+    cache = tmp_path / "cache"
+    cached = run(tmp_path / "cached", *latents, f"--latent-cache {cache}")
+    ours, theirs = (model.read(path)[1] for path in (plain, cached))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    times = ("pictures/s", "share_of_peak")
+    lines = []
+    for path in (plain, cached):
+        lines.append([{k: v for k, v in line.items() if k not in times} for line in metrics(path)])
+    assert lines[0] == lines[1]
+    out = capsys.readouterr().out
+    warned = re.search(r"2 pictures have no latents and are replaced, the first (.*)", out)
+    assert "pictures bad, 10 bytes" in warned[1]              # of both crops
+    assert "not a whole picture" in warned[1]
+
+    # Another run of the same pictures encodes none, wherever their folder lies.
+    def never(*_):
+        raise AssertionError("encoded again")
+
+    (tmp_path / "moved").mkdir()
+    pictures.rename(tmp_path / "moved" / "pictures")
+    monkeypatch.setattr(model.Latents, "encode", never)
+    moved = [change.replace(str(pictures), str(tmp_path / "moved" / "pictures")) for change in latents]
+    run(tmp_path / "again", *moved, f"--latent-cache {cache}")
+
+    # Another VAE or size is an error.
+    for name, more in (("vae", f"--vae {small_vae(tmp_path / 'other', seed=1)}"), ("size", "--size 16")):
+        with pytest.raises(ValueError, match="was made with"):
+            train.main(flags(tmp_path / name, *moved, f"--latent-cache {cache}", more))
+
+
+def test_a_signal_ends_the_filling_of_the_latents_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    command = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--steps 1",
+               f"--latent-cache {tmp_path / 'cache'}")
+    encode, encoded = model.Latents.encode, []
+
+    def encode_and_stop(self, x):
+        encoded.append(x)
+        if len(encoded) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return encode(self, x)
+
+    monkeypatch.setattr(model.Latents, "encode", encode_and_stop)
+    with pytest.raises(SystemExit) as e:
+        run(tmp_path / "run", *command)
+    assert e.value.code == 0
+    assert "run the same command to continue" in capsys.readouterr().out
+    assert len(encoded) <= 4
+    run(tmp_path / "run", *command)
+    assert 8 <= len(encoded) <= 8 + 1                          # what was encoded is kept
+
+
+def test_two_ranks_share_the_latents(tmp_path):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    command = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--steps 2")
+    cache = tmp_path / "cache"
+    status, _, error = finish(start(tmp_path / "two", *command, f"--latent-cache {cache}", ranks=2))
+    assert status == 0, error
+    files = list(cache.glob("*.safetensors"))
+    assert len(files) == 2                                     # each rank its own
+    names = []
+    for path in files:
+        with safe_open(path, "pt") as f:
+            names += f.keys()
+    assert len(names) == len(set(names)) == 8
+
+
 @pytest.mark.parametrize(("changes", "words"), [
+    (("--latent-cache c",), "--latent-cache c needs --vae, and pictures that end"),
+    (("--latent-cache c", "--limit 9", "--min-crop 0.5"), "Add --crops 4"),
     (("--size 18",), "size 18 must be a multiple of 4 for this model"),
     (("--lowres 16",), "is for pictures in colour, and without --lowres"),
     (("--picture-mode grey",), "is for pictures in colour"),
