@@ -86,7 +86,7 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device=None) -> Tensor:
     the batch. Counter-based (Salmon et al. 2011): splitmix64 of key and counter, then Box-Muller,
     two normals a hash. keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8.
     Devices agree but for rounding."""
-    keys = keys.to(device)
+    keys = keys.to(device, non_blocking=True)  # a copy that blocks waits for the device
     count = math.prod(shape)
     half = (count + 1) // 2
     counter = torch.arange(1, half + 1, device=keys.device) * GOLDEN

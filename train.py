@@ -722,6 +722,16 @@ def matching(pattern: str, names: Iterable[str]) -> set[str]:
     return found
 
 
+def follow(averages: list[Tensor], weights: list[Tensor], share: Tensor) -> None:
+    """averages += share (weights - averages); share () lies beside them, and is not read."""
+    if share.is_cpu:                                           # one pass over memory
+        torch._foreach_lerp_(averages, weights, [share] * len(averages))
+        return
+    steps = torch._foreach_sub(weights, averages)              # shares in a list are a launch each
+    torch._foreach_mul_(steps, share)
+    torch._foreach_add_(averages, steps)
+
+
 class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. matrices: weights that move by
@@ -801,7 +811,7 @@ class State:
             log_decay = torch.log1p(-1 / self.updates.clamp(min=1))
             weight = -torch.expm1((exponent + 1) * log_decay)                 # 1 - decay
             weight = (1 - bad) * weight.clamp(min=1 - cap)
-            torch._foreach_lerp_(average, self.weights, [weight] * len(average))
+            follow(average, self.weights, weight)
         return norm, bad
 
     def turn(self, weights: list[Tensor], momentum: Tensor, lr: Tensor) -> None:
@@ -1341,7 +1351,7 @@ class Trainer:
         self.autocast = torch.autocast(device.type, self.dtype, enabled=cfg.dtype != "fp32")
         self.parallel = objective
         if ranks.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(objective, broadcast_buffers=False)
+            self.parallel = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False)
         self.run = compiled(self.parallel, device, cfg.compile)
         self.meter = Meter()
         self.since = clock(device)

@@ -1430,6 +1430,12 @@ def test_two_ranks_are_one_and_may_come_and_go(tmp_path, monkeypatch, straight):
     assert digest(out) == straight
 
 
+def test_two_ranks_are_warned_of_nothing(tmp_path):
+    process = start(tmp_path / "run", "--steps 2", "--channel-mult 1 2", "--optimizer muon", ranks=2)
+    status, _, err = finish(process)
+    assert (status, err) == (0, "")
+
+
 def test_ranks_skip_a_bad_gradient_together_and_notice_when_they_drift_apart(tmp_path):
     out = tmp_path / "run"
     code = ("calls, real, update = [], diffusion.gaussian, train.State.update\n"

@@ -1,0 +1,224 @@
+"""What keeps a GPU busy, shown without one: no wait for the device, one launch for many weights, nothing
+compiled twice. A step on the meta device has shapes and no numbers, so whatever looks at a number fails."""
+import sys
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8",
+        "--patch", "1", "--head-dim", "16", "--emb-dim", "64", "--byte-width", "32", "--batch-size", "4", "--warmup", "0",
+        "--cooldown", "0", "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--val-every", "0",
+        "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
+ENLARGES = ["--lowres", "4", "--prediction", "v", "--conv-only", "--crop", "8", "--efficient"]
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def own_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+
+
+def flags(*changes):
+    """TINY with some flags changed, each with its values."""
+    argv = list(TINY)
+    for word in changes:
+        if word.startswith("--") and word in argv:
+            start = end = argv.index(word)
+            while end + 1 < len(argv) and not argv[end + 1].startswith("--"):
+                end += 1
+            del argv[start:end + 1]
+    return [*argv, *changes]
+
+
+def trainer_of(device, configs):
+    """A trainer on a device, and its first batch, which lies on the host."""
+    cfg, data_cfg, *_ = configs
+    host = torch.device("cpu")
+    ranks = train.Ranks()
+    text, _ = train.load_text(configs, [], host, None, ranks)
+    objective = train.build(configs, text, host).to(device)
+    state = train.State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, False, cfg.profiles, "",
+                        objective.matrices() if cfg.optimizer == "muon" else None)
+    trainer = train.Trainer(cfg, objective, state, device, ranks)
+    pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
+    pictures.draws = partial(train.draws, 0, "noise", 0.1, 0, cfg.batch_size)
+    pictures.reader = text.reader
+    return trainer, next(data.loader(pictures, 0, cfg.batch_size, cfg.batch_size))
+
+
+# ------------------------------------------------------------------------------------ no wait for the device
+
+
+def tensors_in(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+class Watch(TorchDispatchMode):
+    """Keeps the calls on the device; AssertionError for those that wait for it: what depends on numbers, what
+    comes to the host, and what goes to the device while the host waits."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = list(tensors_in([*args, *kwargs.values()]))
+        here = any(x.device == self.device for x in given)
+        looks = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags)
+        if function is torch.ops.aten.index.Tensor:            # by numbers, not by a mask, its shape is known
+            looks = any(x.dtype == torch.bool for x in given[1:])
+        assert not (here and looks), f"{function} looks at numbers of the device"
+        try:
+            found = function(*args, **kwargs)
+        except NotImplementedError as e:
+            raise AssertionError(f"{function} copies to the host: {e}") from e
+        there = list(tensors_in([found]))
+        assert not here or all(x.device == self.device for x in there), f"{function} copies to the host"
+        sent = any(x.device == self.device for x in there) and any(x.device != self.device for x in given)
+        if sent and function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            assert kwargs.get("non_blocking") or args[2:3] == (True,), f"{function} waits for the device"
+        if here:
+            self.calls.append((function, args, kwargs))
+        return found
+
+
+@pytest.fixture
+def on_meta(monkeypatch):
+    """Trainer and batch of some flags on the meta device, which has no autocast and no clock, and is told that
+    it has what CUDA has: kernels over many tensors."""
+    optimizers = sys.modules["torch.optim.optimizer"]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(sys.modules["torch.nn.utils.clip_grad"], "_has_foreach_support", lambda *a: True)
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())
+    monkeypatch.setattr(train, "clock", lambda device: 0.0)
+    return lambda *changes: trainer_of(META, train.parse(flags(*changes)))
+
+
+@pytest.mark.parametrize("changes", [
+    [], ["--optimizer", "muon", "--micro-batch", "2"], ["--t-density", "importance"], ENLARGES,
+    ["--loss-weight", "learned", "--profiles", "3"], ["--t-density", "log_normal", "--learn-sigma"]])
+def test_a_step_does_not_wait_for_the_device(on_meta, changes):
+    trainer, batch = on_meta(*changes)
+    for _ in range(2):
+        with Watch(META) as watch:
+            trainer.step(batch, 0.1)
+        assert len(watch.calls) > 500
+
+
+@pytest.mark.parametrize(("look", "why"), [
+    (lambda x: x.sum().item(), "looks at numbers"),
+    (lambda x: x.tolist(), "copies to the host|looks at numbers"),
+    (lambda x: bool(x.any()), "looks at numbers"),
+    (lambda x: x[x > 0], "looks at numbers"),
+    (lambda x: x.nonzero(), "looks at numbers"),
+    (lambda x: x.cpu(), "copies to the host"),
+    (lambda x: torch.ones(4).to(x.device), "waits for the device"),
+    (lambda x: x.copy_(torch.ones(4)), "waits for the device")])
+def test_what_waits_for_the_device_is_seen(on_meta, monkeypatch, look, why):
+    trainer, batch = on_meta()
+    record = train.Denoising.record
+
+    def looking(self, meter, inputs, given):
+        record(self, meter, inputs, given)
+        look(given["loss"].detach())
+
+    monkeypatch.setattr(train.Denoising, "record", looking)
+    with Watch(META), pytest.raises(AssertionError, match=why):
+        trainer.step(batch, 0.1)
+
+
+# ------------------------------------------------------------------------------ one launch for many weights
+
+
+def layout(x):
+    return x.shape, [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kernels_over_many_weights_stay_on_their_fast_path(on_meta, optimizer):
+    """On CUDA a launch takes many weights only where they lie alike in all lists; else each takes its own."""
+    trainer, batch = on_meta("--optimizer", optimizer, "--profiles", "3", "--channel-mult", "1", "2")
+    with Watch(META) as watch:
+        trainer.step(batch, 0.1)
+    seen = set()
+    for function, args, _ in watch.calls:
+        name = function.overloadpacket.__name__
+        if name.startswith(("_foreach", "_fused")):
+            seen.add(name.strip("_"))
+            lists = [x for x in args if isinstance(x, list) and x and isinstance(x[0], torch.Tensor)]
+            counters = 1 if name.startswith("_fused") else 0                  # of AdamW, one number each
+            for several in zip(*lists[:len(lists) - counters]):
+                assert all(layout(x) == layout(several[0]) for x in several), (name, *map(layout, several))
+    assert seen >= {"foreach_sub", "foreach_mul", "foreach_add", "foreach_norm", "fused_adamw"}
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@pytest.mark.parametrize("changes", [["--channel-mult", "1", "2"], ENLARGES, ["--checkpointing"]])
+def test_gradients_lie_as_their_weights(on_meta, monkeypatch, device, changes):
+    """DDP warns where they do not, and copies them."""
+    seen = {}
+
+    def update(self, lr):
+        for name, p in self.net.named_parameters():
+            seen[name] = p.grad.stride() == p.stride()
+        return torch.zeros(2, device=device)
+
+    monkeypatch.setattr(train.State, "update", update)
+    trainer, batch = trainer_of(torch.device(device), train.parse(flags(*changes)))
+    trainer.step(batch, 0.1)
+    assert len(seen) > 50
+    assert [name for name, alike in seen.items() if not alike] == []
+
+
+def test_launches_of_an_update_do_not_grow_with_the_weights(on_meta):
+    counts = []
+    for layers in (2, 20):
+        net = nn.Sequential(*(nn.Linear(3, 3) for _ in range(layers))).to(META)
+        state = train.State(net, 0.1, 1.0, 0.99, False, snapshots=3)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        state.update(0.1)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p)
+        with Watch(META) as watch:
+            state.update(0.1)
+        counts.append(len(watch.calls))
+    assert counts[0] == counts[1] > 10
+
+
+class Elsewhere(torch.Tensor):
+    """A number on the host that says it is on a device."""
+    is_cpu = False
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_averages_follow_alike_on_all_devices(share):
+    torch.manual_seed(0)
+    weights = [torch.randn(30, 3), torch.randn(5)]
+    here, there = ([torch.zeros(30, 3).add(2.0), -torch.ones(5)] for _ in range(2))
+    before = [x.clone() for x in here]
+    train.follow(here, weights, torch.tensor(share))
+    train.follow(there, weights, torch.tensor(share).as_subclass(Elsewhere))
+    for old, w, a, b in zip(before, weights, here, there):
+        assert torch.allclose(a, old + share * (w - old), atol=1e-6)
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+        if not share:                                          # of an update that was skipped
+            assert torch.equal(a, old)
+            assert torch.equal(b, old)
