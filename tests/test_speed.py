@@ -1,6 +1,8 @@
 """What keeps a GPU busy, shown without one: no wait for the device, one launch for many weights, nothing
 compiled twice. A step on the meta device has shapes and no numbers, so whatever looks at a number fails."""
+import json
 import sys
+import types
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -8,17 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import text_encoder
 import train
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8",
-        "--patch", "1", "--head-dim", "16", "--emb-dim", "64", "--byte-width", "32", "--batch-size", "4", "--warmup", "0",
-        "--cooldown", "0", "--device", "cpu", "--dtype", "fp32", "--workers", "0", "--val-every", "0",
-        "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
+        "--patch", "1", "--head-dim", "16", "--emb-dim", "64", "--byte-width", "32", "--batch-size", "4",
+        "--warmup", "0", "--cooldown", "0", "--device", "cpu", "--dtype", "fp32", "--workers", "0",
+        "--val-every", "0", "--sample-every", "0", "--log-every", "0", "--save-every", "0"]
 ENLARGES = ["--lowres", "4", "--prediction", "v", "--conv-only", "--crop", "8", "--efficient"]
 META = torch.device("meta")
 
@@ -101,8 +105,8 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def on_meta(monkeypatch):
-    """Trainer and batch of some flags on the meta device, which has no autocast and no clock, and is told that
-    it has what CUDA has: kernels over many tensors."""
+    """Trainer and batch of some flags on the meta device, which has no autocast and no clock, and is told to
+    have kernels over many tensors, as CUDA has."""
     optimizers = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(sys.modules["torch.nn.utils.clip_grad"], "_has_foreach_support", lambda *a: True)
@@ -222,3 +226,131 @@ def test_averages_follow_alike_on_all_devices(share):
         if not share:                                          # of an update that was skipped
             assert torch.equal(a, old)
             assert torch.equal(b, old)
+
+
+# ------------------------------------------------------------------------------- one graph, compiled once
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders of frozen encoders as they are published, small, with random weights."""
+    torch.manual_seed(0)
+    t5 = tmp_path_factory.mktemp("t5")
+    shape = {"vocab_size": 384, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3,
+             "model_type": "t5", "feed_forward_proj": "gated-gelu"}
+    (t5 / "config.json").write_text(json.dumps(shape))
+    tower = text_encoder.T5Encoder(types.SimpleNamespace(**text_encoder.T5_SHAPE | shape))
+    save_file(tower.state_dict(), t5 / "model.safetensors")
+
+    clip = tmp_path_factory.mktemp("clip")
+    letters = list(text_encoder.letters_of_bytes().values())
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=16, bos_token_id=len(words) - 2, eos_token_id=len(words) - 1)
+    transformers.CLIPTextModelWithProjection(config).save_pretrained(clip)
+    (clip / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (clip / "merges.txt").write_text("#version: 0.2\n")
+    return {"bytes": "bytes", "t5": str(t5), "clip": str(clip)}
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What train.py compiles, as on CUDA: whole, with texts padded to one length, and an error for a second
+    time. The list gets each graph."""
+    found = []
+
+    def backend(module, inputs):
+        found.append(module)
+        return module.forward
+
+    for kind in (text_encoder.TextEncoder, text_encoder.MultiEncoder):
+        real = kind.inputs
+        monkeypatch.setattr(kind, "inputs", lambda self, batch, device, trim=False, real=real:
+                            real(self, batch, device))
+    monkeypatch.setattr(train, "compiled", lambda net, device, wanted:
+                        torch.compile(net, backend=backend, fullgraph=True))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield found
+
+
+def small_of(stage, name):
+    """The kind of network that a preset is: two of its levels, few channels, and pictures of few pixels."""
+    row = train.PRESETS[stage, name]
+    size = {64: ["--size", "16"], 256: ["--size", "16", "--lowres", "4"],
+            1024: ["--size", "512", "--lowres", "128"]}[stage]
+    crop = ["--crop", "8"] if row.get("crop") else []
+    attention = ["8"] if row.get("attn_resolutions") else []
+    return [*size, *crop, "--model", name, "--channel-mult", "1", "2", "--num-res-blocks", "1",
+            "--attn-resolutions", *attention, "--patch", str(min(2, row.get("patch", 2))), "--channels", "32",
+            "--head-dim", "16", "--emb-dim", "64", "--byte-width", "32", "--batch-size", "2",
+            "--device", "cpu", "--dtype", "fp32", "--steps", "9"]
+
+
+KINDS = {}
+for preset in train.PRESETS:
+    small = small_of(*preset)
+    own = {name: train.PRESETS[preset].get(name) for name in ("efficient", "conv_only", "prediction",
+                                                              "loss_weight", "t_density", "size_shift")}
+    small[small.index("--model") + 1] = ""
+    KINDS.setdefault(f"{small} {own}", preset)
+
+
+@pytest.mark.parametrize("preset", [
+    preset if preset in ((64, "tiny"), (256, "small")) else pytest.param(preset, marks=pytest.mark.slow)
+    for preset in KINDS.values()])
+def test_every_kind_of_preset_is_one_graph_in_training_and_in_sampling(preset, graphs):
+    trainer, batch = trainer_of(torch.device("cpu"), train.parse(small_of(*preset)))
+    for _ in range(2):
+        trainer.step(batch, 1e-3)
+    assert len(graphs) == 1
+
+    network = torch.compile(trainer.state.ema.network(), fullgraph=True, backend=lambda m, _: m.forward)
+    with torch.no_grad():
+        inputs = trainer.objective.inputs(batch, torch.device("cpu"))
+        given = {name: inputs[name] for name in inputs if name not in ("x0", "eps", "t", "weight")}
+        condition = trainer.state.ema.encode(**given)
+        for t in (0.9, 0.3):
+            out = network(inputs["x0"], torch.full((2,), t), **condition)
+    assert out.shape == inputs["x0"].shape
+
+
+@pytest.mark.parametrize("encoders", [
+    "bytes t5 clip", "t5 cached", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5", "clip"))])
+def test_every_text_encoder_trains_in_one_graph(encoders, folders, graphs, tmp_path):
+    names = [folders[name] for name in encoders.split() if name in folders]
+    cache = ["--text-cache", str(tmp_path / "cache"), "--limit", "4"] if "cached" in encoders else []
+    train.main(flags("--steps", "3", "--text-encoder", *names, *cache))
+    assert len(graphs) == 1
+
+
+def test_nothing_is_compiled_again_between_captions_of_all_lengths_validation_and_previews(
+        graphs, monkeypatch, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(40):
+        data.save_png(data.Image.new("RGB", (16, 16), (6 * i, 99, 0)), folder / f"{i}.png", {}, print)
+        (folder / f"{i}.txt").write_text("x" * (4 * i))
+    widths = []
+    real = train.Denoising.record
+    monkeypatch.setattr(train.Denoising, "record", lambda self, meter, inputs, given: (
+        widths.append(int(inputs["mask"].sum(1).max())), real(self, meter, inputs, given)))
+    train.main(flags("--steps", "20", "--data", str(folder), "--val-every", "7", "--sample-every", "12",
+                     "--micro-batch", "2", "--log-every", "3", "--save-every", "8", "--val-images", "8",
+                     "--held-out", "0"))
+    assert len(set(widths)) > 5
+    assert len(graphs) == 1
+
+
+def test_a_graph_that_breaks_and_one_that_changes_are_seen(graphs, monkeypatch):
+    trainer, batch = trainer_of(torch.device("cpu"), train.parse(flags()))
+    trainer.step(batch, 1e-3)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        trainer.step({name: value[:2] for name, value in batch.items()}, 1e-3)
+    real = train.Denoising.encode
+    monkeypatch.setattr(train.Denoising, "encode", lambda self, mask, **other: (
+        print(mask.sum().item()), real(self, mask=mask, **other))[1])
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        trainer.step(batch, 1e-3)
