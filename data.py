@@ -23,6 +23,7 @@ import warnings
 import zlib
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -1049,6 +1050,20 @@ def collect(dataset: Pictures, first: int, last: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ workers
+def send(pipe, batch: dict) -> None:
+    """A batch into a pipe: its arrays as they lie, behind their shapes and all else. Within a message they
+    would be copied three times, by a trainer that has better things to do."""
+    arrays = {}
+    if hasattr(os, "readv"):                # Windows has none
+        arrays = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
+    shapes = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+    pipe.send((batch | shapes, [*shapes]))
+    for x in arrays.values():
+        left = x.reshape(-1).view(np.uint8)
+        while len(left):
+            left = left[os.write(pipe.fileno(), left):]
+
+
 def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
     """A worker process: its batches into a pipe, which holds each back until it is wanted."""
     ours.close()                            # or it would not break when the trainer is gone
@@ -1057,7 +1072,7 @@ def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
     with suppress(BrokenPipeError):         # the trainer is gone
         try:
             for first in firsts:
-                pipe.send(collect(dataset, first, min(first + share, stop)))
+                send(pipe, collect(dataset, first, min(first + share, stop)))
         except ValueError as error:
             pipe.send(error)
 
@@ -1086,33 +1101,54 @@ def receive(process, pipe, timeout: float) -> dict:
                            "Raise --timeout, or use more --workers")
     try:
         batch = pipe.recv()
+        if isinstance(batch, Exception):
+            raise batch
+        batch, names = batch
+        for name in names:
+            batch[name] = np.empty(*batch[name])
+            left = batch[name].reshape(-1).view(np.uint8)
+            while len(left):
+                count = os.readv(pipe.fileno(), [left])
+                if not count:
+                    raise EOFError
+                left = left[count:]
+        return batch
     except (EOFError, OSError):             # between two messages, or within one
         process.join()
         raise ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
                                 "memory); use fewer --workers or a smaller --batch-size") from None
-    if isinstance(batch, Exception):
-        raise batch
-    return batch
 
 
 def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
            workers: int = 0, timeout: float = 600, pin: bool = False) -> Iterator[dict]:
     """Batches of start..stop-1: those of Pictures.batch, with each array as a tensor.
     Rank r gets the r-th contiguous block of each global batch, B = batch_size / world. Workers have
-    a pipe each, read in turn: the same for any number. They are forked, safe as they touch neither
-    CUDA nor torch's threads, and send numpy, not shared memory, which containers ration. `pin`
-    page-locks tensors. close() it. ValueError above --max-bad, ChildProcessError of a dead worker,
+    a pipe each, read in turn by a thread, a batch ahead: the same for any number. They are forked,
+    safe as they touch neither CUDA nor torch's threads, and send numpy, not shared memory, which
+    containers ration. `pin` page-locks tensors. close() it. ValueError above --max-bad, ChildProcessError of a dead worker,
     TimeoutError after `timeout` [seconds]."""
     share = batch_size // world
     firsts = range(start + rank * share, stop, batch_size)
     team = []
+    thread = ThreadPoolExecutor(1)          # receives a batch while the one before it is in use
 
     def end():
-        for process, pipe in team:
+        for process, _ in team:
             process.kill()                  # SIGTERM is blocked there, and a kill is safe
             process.join()
-            pipe.close()
+        thread.shutdown()
     atexit.register(end)
+
+    def fetch(turn: int) -> dict:
+        if workers:
+            batch = receive(*team[turn % workers], timeout)
+        else:
+            batch = collect(dataset, firsts[turn], min(firsts[turn] + share, stop))
+        for name, value in batch.items():
+            if isinstance(value, np.ndarray):
+                tensor = torch.from_numpy(value)
+                batch[name] = tensor.pin_memory() if pin else tensor
+        return batch
 
     seen = 0
     bad = 0
@@ -1120,11 +1156,13 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
         for worker in range(workers):
             team.append(start_worker(dataset, firsts[worker::workers], share, stop))
 
-        for turn, first in enumerate(firsts):
+        coming = None
+        for turn in range(len(firsts)):
             if workers:
-                batch = receive(*team[turn % workers], timeout)
+                batch = (coming or thread.submit(fetch, turn)).result()
+                coming = thread.submit(fetch, turn + 1)
             else:
-                batch = collect(dataset, first, min(first + share, stop))
+                batch = fetch(turn)
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
@@ -1132,11 +1170,6 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
                 last = batch["replaced"][-1]
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
-
-            for name, value in batch.items():
-                if isinstance(value, np.ndarray):
-                    tensor = torch.from_numpy(value)
-                    batch[name] = tensor.pin_memory() if pin else tensor
             yield batch
     finally:
         end()

@@ -15,7 +15,9 @@ import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import types
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -1814,6 +1816,47 @@ def test_a_killed_worker_is_one_clear_error():
         list(itertools.islice(batches, 10))
     assert "\n" not in str(error.value)
     assert children() == before
+
+
+def test_a_worker_that_dies_within_an_array_is_one_clear_error():
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    theirs.send(({"picture": ((4, 5), np.dtype("u1")), "captions": ["a"]}, ["picture"]))
+    os.write(theirs.fileno(), bytes(19))
+    theirs.close()
+    dead = types.SimpleNamespace(join=lambda: None, exitcode=-9)
+    with pytest.raises(ChildProcessError, match=r"a data worker died \(exit code -9"):
+        data.receive(dead, ours, 5)
+
+
+def test_arrays_of_all_kinds_pass_through_a_pipe():
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    batch = {"keys": ["a", "ü"], "large": np.arange(3 * 40_000, dtype=np.int64).reshape(3, 1, -1),
+             "none": np.zeros((2, 0, 4), np.uint16), "turned": np.arange(6.0).reshape(2, 3).T,
+             "kept": np.array([True, False]), "one": np.array(7)}
+    sender = threading.Thread(target=data.send, args=(theirs, batch))
+    sender.start()
+    found = data.receive(None, ours, 20)
+    sender.join()
+    assert [*found] == [*batch]
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray):
+            assert (found[name].dtype, found[name].flags.writeable) == (value.dtype, True)
+        np.testing.assert_array_equal(found[name], value)
+
+
+def test_the_next_batch_arrives_while_one_is_in_use(monkeypatch):
+    seen = []
+    real = data.receive
+    monkeypatch.setattr(data, "receive", lambda *a: (real(*a), seen.append(threading.current_thread()))[0])
+    batches = loader(Pictures(DataConfig(), 16, 0), 0, 40, 8, workers=1)
+    next(batches)
+    for _ in range(200):
+        if len(seen) == 2:
+            break
+        time.sleep(0.05)
+    assert len(seen) == 2
+    assert threading.current_thread() not in seen
+    batches.close()
 
 
 def test_workers_ignore_polite_signals_and_end_at_close():

@@ -1,6 +1,7 @@
 """What keeps a GPU busy, shown without one: no wait for the device, one launch for many weights, nothing
 compiled twice. A step on the meta device has shapes and no numbers, so whatever looks at a number fails."""
 import json
+import subprocess
 import sys
 import types
 from contextlib import nullcontext
@@ -354,3 +355,22 @@ def test_a_graph_that_breaks_and_one_that_changes_are_seen(graphs, monkeypatch):
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         trainer.step(batch, 1e-3)
+
+
+# ----------------------------------------------------------------------------- the training thread launches
+
+
+def test_the_training_thread_does_not_move_the_data_itself():
+    """100 ms of the processor a step before a thread received them, of which 0.1 is left."""
+    command = [sys.executable, str(ROOT / "tests" / "bench_loop.py"), "--device", "cpu", "--batch", "128",
+               "--steps", "6", "--workers", "1", "--pause", "0.1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {}
+    for line in done.stdout.splitlines():
+        if line.startswith("| "):
+            name, *values = line.strip("| ").split(" | ")
+            rows[name] = values
+    assert len(rows) == 6
+    assert float(rows["a batch from the workers"][2]) < 5
+    assert float(rows["**together**"][2]) < 8
