@@ -1125,8 +1125,8 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     Rank r gets the r-th contiguous block of each global batch, B = batch_size / world. Workers have
     a pipe each, read in turn by a thread, a batch ahead: the same for any number. They are forked,
     safe as they touch neither CUDA nor torch's threads, and send numpy, not shared memory, which
-    containers ration. `pin` page-locks tensors. close() it. ValueError above --max-bad, ChildProcessError of a dead worker,
-    TimeoutError after `timeout` [seconds]."""
+    containers ration. `pin` page-locks tensors. close() it. ValueError above --max-bad,
+    ChildProcessError of a dead worker, TimeoutError after `timeout` [seconds]."""
     share = batch_size // world
     firsts = range(start + rank * share, stop, batch_size)
     team = []

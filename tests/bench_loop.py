@@ -4,10 +4,10 @@
 
 Workers send pictures and the cached embeddings of captions, as many and as large as the flags say; network
 and update are stand-ins that cost nothing. Without a GPU the kernels of a step run on the CPU for one picture
-of the batch, so that little is left but to launch them. Between two steps the thread sleeps for --pause seconds,
-the time of a network, in which batches may arrive. Prints a table of the best and the middle of all steps, by
-the clock and by the processor (of this thread, which holds on a machine that is shared), and what a worker
-does for one batch.
+of the batch, so that little is left but to launch them. Between two steps the thread sleeps for --pause
+seconds, the time of a network, in which batches may arrive. Prints a table of the best and the middle of all
+steps, by the clock and by the processor (of this thread, which holds on a machine that is shared), and what
+a worker does for one batch.
 """
 import argparse
 import statistics

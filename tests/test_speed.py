@@ -1,6 +1,7 @@
 """What keeps a GPU busy, shown without one: no wait for the device, one launch for many weights, nothing
 compiled twice. A step on the meta device has shapes and no numbers, so whatever looks at a number fails."""
 import json
+import os
 import subprocess
 import sys
 import types
@@ -59,7 +60,8 @@ def trainer_of(device, configs):
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
     pictures.draws = partial(train.draws, 0, "noise", 0.1, 0, cfg.batch_size)
     pictures.reader = text.reader
-    return trainer, next(data.loader(pictures, 0, cfg.batch_size, cfg.batch_size))
+    batches = data.loader(pictures, 0, cfg.batch_size, cfg.batch_size, pin=device.type == "cuda")
+    return trainer, next(batches)
 
 
 # ------------------------------------------------------------------------------------ no wait for the device
@@ -374,3 +376,63 @@ def test_the_training_thread_does_not_move_the_data_itself():
     assert len(rows) == 6
     assert float(rows["a batch from the workers"][2]) < 5
     assert float(rows["**together**"][2]) < 8
+
+
+# ------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_on_a_gpu_does_not_wait_for_it(optimizer):
+    argv = [*flags("--optimizer", optimizer, "--micro-batch", "2"), "--no-compile"]
+    argv[argv.index("--device") + 1] = "cuda"
+    trainer, batch = trainer_of(torch.device("cuda"), train.parse(argv))
+    trainer.step(batch, 0.1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(batch, 0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_compiled_run_on_a_gpu_falls_on_no_error():
+    argv = flags("--steps", "4", "--val-every", "2", "--sample-every", "4", "--val-images", "4")
+    argv[argv.index("--device") + 1] = "cuda"
+    train.main(argv)
+
+
+@pytest.fixture
+def gpu_script():
+    """Runs tests/gpu.sh on the CPU, with all of it small."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+                   "OMP_NUM_THREADS": "1"}
+    script = ["bash", str(ROOT / "tests" / "gpu.sh"), "--device", "cpu", "--shrink", "--batches", "2"]
+    return lambda *more: subprocess.run([*script, *more], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_the_one_command_for_gpus_prints_every_figure(gpu_script, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        data.save_png(data.Image.new("RGB", (16, 16), (60 * i, 99, 0)), folder / f"{i}.png", {}, print)
+    done = gpu_script("--train", str(folder), "--train-minutes", "5", "--minutes", "20")
+    assert done.returncode == 0, done.stderr
+    title, line, *rows = done.stdout.splitlines()
+    assert title.startswith("| CPU, torch")
+    assert line == "|---|---|"
+    names = " ".join(row.split(" | ")[0] for row in rows)
+    for part in ("tests marked gpu", "`small`", "`base`", "diffusers", "imagen-pytorch", "T5", "--size 64"):
+        assert part in names
+    figures = "found", "pictures/s", "captions/s", "GiB", "raw loss"
+    for row in rows:
+        assert "not installed" in row or any(figure in row for figure in figures), row
+
+
+def test_the_one_command_for_gpus_fails_where_figures_are_missing(gpu_script):
+    late = gpu_script("--minutes", "0")
+    assert late.returncode == 1
+    assert late.stdout.count("**missing**") >= 6
+    assert "no time left, see --minutes" in late.stderr
+    assert "figures are missing" in late.stderr
