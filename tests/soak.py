@@ -1,11 +1,16 @@
-"""Faults at random: `python tests/soak.py --kills 20 --minutes 10`.
+"""Faults at random: `python tests/soak.py --kills 20 --minutes 10`, `python tests/soak.py --signals 10`.
 
 Trains a tiny run undisturbed, then the same run again and again under kill -9 at random moments and at each
 system call of a save, under signals, damage to the newest checkpoint and a second run on the same directory,
 with and without data workers. The final weights, averages and moments must be those of the undisturbed run,
 bit for bit. Prints one line with the numbers; ends in an AssertionError where a fault was not survived.
+
+--signals does nothing but that: SIGTERM, SIGINT or SIGKILL at a random moment from process start on, to one
+rank and to two of torchrun. Two seconds after the process that was meant has ended no other one may be left,
+no signal may make the trainer print a traceback, and every run must end with the same weights.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -34,13 +39,26 @@ CALLS = {"mkdir": 4, "ftruncate": 4, "renameat": 4, "chmod": 4, "fsync": 8, "ren
          "rmdir": 2}
 # With --profiles, whose snapshots are written and pruned before each checkpoint.
 PROFILES = {"fsync": 14, "rename": 12, "chmod": 8, "unlink": 10}
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
 
 
-def start(out: Path, workers: int, *before: str) -> subprocess.Popen:
+def start(out: Path, workers: int, *before: str, err=subprocess.PIPE) -> subprocess.Popen:
     command = [*before, sys.executable, str(ROOT / "train.py"), *FLAGS, "--out", str(out)]
     return subprocess.Popen([*command, "--workers", str(workers)], start_new_session=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE)
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=err)
+
+
+def processes(out: Path) -> dict[int, int]:
+    """The processes of the run in `out`, and their parents."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"\0{out}\0".encode() in (process / "cmdline").read_bytes():      # a zombie has none
+                found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:                                                       # it has ended meanwhile
+            pass
+    return found
 
 
 def end(process: subprocess.Popen, number: int = 0, timeout: float = 3000) -> int:
@@ -78,6 +96,7 @@ class Soak:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.random = folder, random.Random(seed)
         self.faults, self.survived, self.lost, self.trained, self.rounds = {}, 0, 0, 0, 0
+        self.failures, self.slowest = 0, 0.0
         self.out = folder / "run"
         assert end(start(folder / "straight", 0)) == 0
         self.want = digest(folder / "straight")
@@ -87,13 +106,13 @@ class Soak:
             print("note: no strace, or no right to trace: system calls are left out")
             self.strace = []
 
-    def fault(self, kind: str, strike) -> None:
-        """Let `strike` do its worst to the run, and look at what is left; it returns False if it missed."""
+    def fault(self, kind: str, strike) -> bool:
+        """Let `strike` do its worst to the run, and look at what is left; False where it says it missed."""
         if saved(self.out) >= STEPS:
             self.finish()
         before = saved(self.out)
         if strike(before) is False:
-            return
+            return False
         after, log = saved(self.out), seen(self.out)
         self.faults[kind] = self.faults.get(kind, 0) + 1
         assert log - after <= EVERY, f"{kind}: {log - after} steps lost"
@@ -101,10 +120,11 @@ class Soak:
         self.lost += max(0, log - after)
         self.trained += max(0, log - before)
         self.survived += 1
+        return True
 
-    def finish(self) -> None:
+    def finish(self, *before: str) -> None:
         """Let the run come to its end and compare it with the undisturbed one."""
-        assert end(start(self.out, self.random.choice([0, 2]))) == 0  # clears up
+        assert end(start(self.out, self.random.choice([0, 2]), *before)) == 0  # clears up
         assert digest(self.out) == self.want, "the final weights are not those of the undisturbed run"
         left = {p.name for p in (self.out / "checkpoints").iterdir() if not p.name.isdigit()}
         assert all(".damaged-" in name for name in left), left
@@ -134,7 +154,7 @@ class Soak:
 
     def system_call(self, call: str, when: int) -> bool:
         rule = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={when}"]
-        return end(start(self.out, 0, *self.strace, *rule)) != 0
+        return end(start(self.out, 0, *self.strace, *rule)) in (-9, 137)
 
     def damage(self, before: int) -> None:
         """Cut the newest checkpoint, or flip one of its bits: the run goes back to the one before."""
@@ -164,24 +184,96 @@ class Soak:
         end(process, signal.SIGKILL)
         return True
 
+    def send(self, number: int, ranks: int, whom: str, moment: float) -> None:
+        """A signal to a rank, to torchrun or to all processes of a run, so long after its start."""
+        kind, workers = f"{signal.Signals(number).name} to {whom} of {ranks}", self.random.choice([0, 2])
+        with open(self.folder / "err", "w+") as err:
+            root = start(self.out, workers, *TORCHRUN if ranks > 1 else (), err=err)
+            time.sleep(moment)
+            there = processes(self.out)
+            started = [pid for pid, parent in there.items() if parent == root.pid]
+            meant = self.random.choice(started) if whom == "rank" and ranks > 1 and started else root.pid
+            for pid in there if whom == "all" else {meant} & there.keys():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            sent = time.monotonic()
+            while meant in processes(self.out) and time.monotonic() < sent + 60:
+                root.poll()
+                time.sleep(0.05)
+            took = time.monotonic() - sent
+            time.sleep(2)
+            left = processes(self.out)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            root.wait()
+            err.seek(0)
+            lines = err.read()
+        if meant not in there:
+            return                                                            # through before the signal
+        self.faults[kind] = self.faults.get(kind, 0) + 1
+        self.slowest = max(self.slowest, took)
+        wrong = [f"{len(left)} processes left"] if left else []
+        if number != signal.SIGKILL and ('train.py", line' in lines or (ranks == 1 and "Traceback" in lines)):
+            wrong.append("a traceback")
+        if ranks == 1 and root.returncode not in (0, -number):
+            wrong.append(f"status {root.returncode}")
+        if wrong:
+            self.fail(f"{kind}, --workers {workers}, after {moment:.2f} s, ended {took:.1f} s later: "
+                      f"{', '.join(wrong)}\n{lines}")
+
+    def fail(self, line: str) -> None:
+        self.failures += 1
+        print(f"FAILED {line}", flush=True)
+
+    def signals(self, minutes: float) -> int:
+        """Signals for so long; the exit status."""
+        began, takes = time.monotonic(), {}
+        for ranks, before in ((1, ()), (2, TORCHRUN)):
+            started = time.monotonic()
+            self.finish(*before)
+            takes[ranks] = time.monotonic() - started
+        while time.monotonic() - began < 60 * minutes:
+            ranks = self.random.choice([1, 2])
+            number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+            whom = self.random.choice(["rank", "all"] if ranks == 1 else ["rank", "all", "torchrun"])
+            self.send(number, ranks, whom, self.random.random() * takes[ranks])
+            if saved(self.out) < STEPS and self.random.random() < 0.8:
+                continue
+            try:                                                              # the series is at its end
+                self.finish(*self.random.choice([(), TORCHRUN]))
+            except AssertionError as e:
+                self.fail(f"a run after signals: {e}")
+                shutil.rmtree(self.out, ignore_errors=True)
+        for kind, count in sorted(self.faults.items()):
+            print(f"{count:4} {kind}")
+        print(f"{sum(self.faults.values())} signals, {self.failures} failures, the slowest end after "
+              f"{self.slowest:.1f} s; {self.rounds} runs ended with the weights of the undisturbed run, bit "
+              f"for bit; {(time.monotonic() - began) / 60:.0f} minutes")
+        return 1 if self.failures else 0
+
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--kills", type=int, default=20, help="kill -9 at so many random moments")
     p.add_argument("--minutes", type=float, default=10, help="then other faults, so long in all [minutes]")
     p.add_argument("--profiles", action="store_true", help="train with --profiles 3")
+    p.add_argument("--signals", type=float, default=0, help="instead, signals for so long [minutes]")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     if args.profiles:
         FLAGS.extend(["--profiles", "3"])
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="soak-"))
     soak = Soak(folder, args.seed)
+    if args.signals:
+        raise SystemExit(soak.signals(args.signals))
     for _ in range(args.kills):
         soak.fault("random kill", soak.kill)
     calls = PROFILES if args.profiles else CALLS
     for call, count in calls.items() if soak.strace else []:                  # of saving and pruning
         for when in range(1, count + 1):
-            soak.fault("kill at a system call", lambda before: soak.system_call(call, when))
+            strike = "kill at a system call", lambda before: soak.system_call(call, when)
+            if not soak.fault(*strike) and not soak.fault(*strike):           # once near the end of a run
+                print(f"note: {call} number {when} never came")
     while time.monotonic() - began < 60 * args.minutes:
         kind = soak.random.choice(["stop", "damage", "second", "kill"])
         soak.fault({"second": "second run", "kill": "random kill"}.get(kind, kind), getattr(soak, kind))

@@ -417,7 +417,7 @@ def test_missing_foreign_and_newer_files_are_named(tmp_path):
     for name, words in lines.items():
         with pytest.raises(ValueError, match=re.escape(words)):
             load_tensors(tmp_path / f"{name}.safetensors")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match=r"is no file\. Name a run directory, a checkpoint folder or a file"):
         load_tensors(tmp_path / "folder")
 
 
