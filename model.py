@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -1032,9 +1032,12 @@ class AutoencoderTiny(Latents):
 
 
 # -------------------------------------------------------------------------------------------- configurations
+@cache
 def helps(cls: type) -> dict[str, str]:
     """The comment behind each field of a dataclass."""
-    return dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    source = Path(inspect.getfile(cls)).read_text("utf-8")     # inspect.getsource would parse all of the file
+    fields = re.search(rf"^class {cls.__name__}\b.*\n((?: .*\n|\n)*)", source, re.MULTILINE)[1]
+    return dict(re.findall(r"^    (\w+): [\s\S]*?  # (.*)$", fields, re.MULTILINE))
 
 
 def fits(value: object, kind: object) -> bool:
