@@ -1329,9 +1329,12 @@ class Threads(Reader):
 def test_a_worker_has_one_thread():
     pictures = Pictures(DataConfig(), 16, 0)
     pictures.reader = Threads()
-    before = torch.get_num_threads()
-    assert [batch["threads"].item() for batch in loader(pictures, 0, 8, 4, workers=2)] == [1, 1]
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        assert [batch["threads"].item() for batch in loader(pictures, 0, 8, 4, workers=2)] == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_shards_are_all_there_is_or_an_error(tmp_path):

@@ -151,13 +151,10 @@ def own_process(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n=0: 1e11)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     while STARTED:                                                            # of a test that failed half-way
         with contextlib.suppress(ProcessLookupError):
             os.killpg(STARTED.pop().pid, signal.SIGKILL)
-    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -172,10 +169,7 @@ def straight(tmp_path_factory):
     """The digest of twelve undisturbed steps, of two micro-batches each."""
     out = tmp_path_factory.mktemp("straight") / "run"
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     run(out, "--micro-batch 4")
-    torch.set_num_threads(threads)
     for number, handler in before.items():
         signal.signal(number, handler)
     return digest(out)
