@@ -113,8 +113,9 @@ def settings(args, name: str):
     """The configuration of a preset, in bf16, compiled on a GPU."""
     import train
     compiles = "--compile" if args.device == "cuda" else "--no-compile"
-    return train.parse(["--size", "16" if args.shrink else "64", "--model", name, "--dtype", "bf16",
-                        compiles, "--device", args.device, "--batch-size", str(args.batches[-1]), *args.smaller])
+    size = "16" if args.shrink else "64"
+    return train.parse(["--size", size, "--model", name, "--dtype", "bf16", compiles, "--device", args.device,
+                        "--batch-size", str(args.batches[-1]), *args.smaller])
 
 
 def ours(args, name: str):
