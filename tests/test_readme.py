@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
+import model
 import sample
 import train
 
@@ -89,6 +90,8 @@ def test_there_is_a_readme_with_both_programs():
 
 @pytest.mark.parametrize("words", run_of("train.py"), ids=" ".join)
 def test_a_training_command_parses(words, monkeypatch):
+    vae = model.AutoencoderTiny(model.TAEF2)                  # the folder is the reader's
+    monkeypatch.setattr(model, "open_vae", lambda folder: (vae, {}))
     cfg, *_ = parse_train(words, monkeypatch)
     assert cfg.size >= 8
 
