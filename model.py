@@ -1250,9 +1250,9 @@ TEXT_FILE = "limn_text.safetensors"                            # a TextAdapter, 
 published = partial(reading, hint="Is it of another model, or damaged?")
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path, name: str = "config.json") -> dict:
     """The config.json of a published folder. ValueError, one line, where there is none."""
-    path = folder / "config.json"
+    path = folder / name
     with damaged(path), published(path):
         config = json.loads(path.read_text("utf-8"))
         if not isinstance(config, dict):

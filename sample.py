@@ -181,7 +181,7 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
             unread(encoder.reader, texts)
             encoder.to(device)
             said[key] = {}
-            for text in texts:
+            for text in texts if encoder.reader.pad is None else ["", *texts]:
                 for _, *entry in text_encoder.encode_captions(encoder, [text]):
                     said[key][text] = entry
             encoder.to("meta")                                 # frees the weights, whoever holds the encoder
@@ -200,13 +200,64 @@ def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
              f"{words.length}")
 
 
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def published_noise(folder: Path) -> diffusion.DiffusionConfig:
+    """What a published pipeline's scheduler says of its noise. ValueError, one line, for what is unknown."""
+    said = model.read_config(folder, "scheduler_config.json")
+    curve = said.get("beta_schedule", "linear")
+    start, end = {"scaled_linear": (0.00085, 0.012)}.get(curve, (0.0001, 0.02))
+    prediction = said.get("prediction_type", "epsilon")
+    known = {
+        "beta_schedule": (curve, ("linear", "scaled_linear")),
+        "beta_start": (said.get("beta_start", 0.0001), (start,)),
+        "beta_end": (said.get("beta_end", 0.02), (end,)),
+        "trained_betas": (said.get("trained_betas"), (None,)),
+        "num_train_timesteps": (said.get("num_train_timesteps", 1000), (1000,)),
+        "prediction_type": (prediction, tuple(PREDICTIONS)),
+    }
+    for name, (value, values) in known.items():
+        if value not in values:
+            raise ValueError(f"{folder}: {name} is {value!r}; known here: {', '.join(map(str, values))}")
+    return diffusion.DiffusionConfig(schedule=curve, prediction=PREDICTIONS[prediction], shift_base=0,
+                                     zero_snr=bool(said.get("rescale_betas_zero_snr")))
+
+
+def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None) -> Stage:
+    """A stage from the folder of a published pipeline: Stable Diffusion 1.x or 2.x. ValueError, one line,
+    where it is another one, or a part is missing."""
+    if (path / "text_encoder_2").exists():
+        raise ValueError(f"{path} has two text encoders. Stable Diffusion 1.x and 2.x are read, with one")
+    config = published_noise(path / "scheduler")
+    words = text_encoder.TextConfig([str(path / "text_encoder")], 77, "fp32", text_padding=True)
+    text = text_encoder.load_text_encoder(words, cached).to(device)
+    space = model.load_vae(path / "vae").to(device)
+    unet = model.load_unet(path / "unet").to(device).eval().requires_grad_(False)
+    wanted = unet.config["in_channels"], unet.config["cross_attention_dim"]
+    if wanted != (space.channels, text.dim):
+        raise ValueError(f"{path}: the U-Net reads {wanted} channels of latents and text, its VAE and text "
+                         f"encoder give {(space.channels, text.dim)}")
+
+    side = unet.config.get("sample_size", 64)
+    model.check(f"{path}/unet: sample_size", side, int, "[1..4096]")
+    schedule = diffusion.make_schedule(config, side)
+    return Stage(unet, text, cached, schedule, schedule, space, config, data.DataConfig(), side * space.scale,
+                 device, 0, model.checksum(unet.state_dict(), {}))
+
+
 def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None,
                encoders: Iterable[str] = (), vae: str = "") -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
     encoders, vae: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
-    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
+    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code.
+    A published pipeline is one too, see load_pipeline."""
+    if (path / "model_index.json").is_file():
+        if ema:
+            raise ValueError(f"{path} is a published pipeline, without averages for --ema {ema}")
+        return load_pipeline(path, device, cached)
     path, tensors, meta = model.read(path, warn)
     if ema:
         run = (path if path.is_dir() else path.parent) / "../.."

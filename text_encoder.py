@@ -47,6 +47,7 @@ class TextConfig:
     text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
     text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
+    text_padding: bool = False  # a CLIP reads what pads its captions too, as in Stable Diffusion
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..2048 channels]
     byte_layers: int = 1  # layers of the byte encoder [1..24 layers]
@@ -219,6 +220,10 @@ class ClipTokenizer:
         self.prefix = [start]
         self.suffix = [end]
         self.unknown = end
+        beside = path.with_name("tokenizer_config.json")
+        pad = read_json(beside).get("pad_token") if beside.exists() else None
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        self.pad = content.get(pad, end)
         self.letter = letters_of_bytes()
         self.word = lru_cache(1 << 16)(self.merge)
         self.made_of = path, vocabulary
@@ -270,13 +275,16 @@ class Reader:
 
     It has no weights, pickles, and runs no kernel of torch: made for the workers of a loader.
     lookup(caption, beside) -> context (l, D), pooled (P,), tensors in bfloat16, or a ValueError;
-    they leave as uint16 of the same bits, since numpy has no such type. counts: of the captions
-    that this process tokenised how many were empty, cut or cleaned, and the unknown tokens."""
+    they leave as uint16 of the same bits, since numpy has no such type. pad: the token that fills
+    each caption up to `length` and counts as one of it, an empty one as well, None = none. counts:
+    of the captions that this process tokenised how many were empty, cut or cleaned, and the unknown
+    tokens."""
     tokenizer: object
     length: int
     dim: int
     pooled_dim: int
     lookup: Callable | None = None
+    pad: int | None = None
     counts: Counter = field(default_factory=Counter)
 
     def __deepcopy__(self, memo):
@@ -296,7 +304,7 @@ class Reader:
         if self.lookup:
             context = np.zeros((0, self.dim), np.uint16)
             pooled = np.zeros(self.pooled_dim, np.uint16)
-            if text:
+            if text or self.pad is not None:
                 found = self.lookup(caption, beside)
                 context, pooled = (x.view(torch.uint16).numpy() for x in found)
             return {"context": context, "pooled": pooled, "cut": False}
@@ -313,8 +321,10 @@ class Reader:
             tokens=len(tokens),
             unknown=tokens.count(tokenizer.unknown),
         )
-        if tokens:
+        if tokens or self.pad is not None:
             tokens = [*tokenizer.prefix, *tokens[:room], *tokenizer.suffix]
+        if self.pad is not None:
+            tokens += [self.pad] * (self.length - len(tokens))
         return {"ids": np.array(tokens, np.int64), "cut": cut}
 
     def batch(self, entries: list) -> dict:
@@ -550,13 +560,14 @@ class ClipTower(ModuleDict):
 
 class CLIPTextEncoder(Module):
     """The text tower of CLIP or OpenCLIP. ids (B, L) int64, mask (B, L) bool -> context (B, L, D),
-    the last layer normalised or the penultimate as it is; pooled (B, P), the last layer at the end
-    token, projected if the checkpoint has a projection."""
+    the last layer normalised or the penultimate as it is; pooled (B, P), the last layer at the
+    first token `end`, projected if the checkpoint has a projection."""
     others = ("vis", "logit_scale")
 
-    def __init__(self, shape, has_projection, layer):
+    def __init__(self, shape, has_projection, layer, end):
         super().__init__()
         self.layer = layer
+        self.end = end
         self.dim = shape.hidden_size
         self.pooled_dim = shape.projection_dim if has_projection else self.dim
 
@@ -576,7 +587,7 @@ class CLIPTextEncoder(Module):
         x = model.final_layer_norm(x)
 
         row = torch.arange(len(x), device=x.device)
-        last = (mask.sum(1) - 1).clamp(min=0)
+        last = (ids == self.end).int().argmax(1)
         pooled = self.text_projection(x[row, last]) * mask.any(1, keepdim=True)       # (B, P)
         return before if self.layer == "penultimate" else x, pooled
 
@@ -976,8 +987,8 @@ def frozen_encoder(name: str, config: TextConfig):
         if kind == "clip_text_model":
             shape = read_shape(CLIP_TEXT, content, path)
             projected = "text_projection.weight" in weights.shape
-            tower = CLIPTextEncoder(shape, projected, config.clip_layer)
             tokenizer = ClipTokenizer(find(("vocab.json", "tokenizer.json")), shape.vocab_size)
+            tower = CLIPTextEncoder(shape, projected, config.clip_layer, *tokenizer.suffix)
             length = min(length, shape.max_position_embeddings)
         else:
             feed = "relu" if kind == "t5" else "gated-gelu"
@@ -991,8 +1002,11 @@ def frozen_encoder(name: str, config: TextConfig):
     weights.check(tower)
 
     # What is the same in all copies of an encoder, whatever their folders and files.
-    reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim)
+    pad = tokenizer.pad if config.text_padding and kind == "clip_text_model" else None
+    reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim, pad=pad)
     settings = repr(shape), config.clip_layer, config.text_dtype
+    if pad is not None:
+        settings += (pad,)
     files = [sha256(file.read_bytes()).hexdigest() for file in tokenizer.files]
     first_and_last = slice(0, 1), slice(-1, None)
     ends = weights.digest(tower, first_and_last, (*settings, *files))

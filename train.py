@@ -1162,7 +1162,8 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
             return text_encoder.encode_captions(encoder.to(device), texts)
 
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
-        captions = itertools.chain.from_iterable(pictures.captions() for pictures in sets)
+        empty = [] if encoder.reader.pad is None else [""]
+        captions = itertools.chain(empty, *(pictures.captions() for pictures in sets))
         cache = filled(cache, captions, encode, 1024, signals, ranks, "captions")
         counts = encoder.reader.counts
         if counts["cut"]:

@@ -1184,3 +1184,109 @@ def test_a_picture_is_changed_where_its_mask_is_white_in_latents_too(latents, tm
     change = (drawn.int() - back.int()).abs().float().mean((0, 1, 2))
     assert change[:3].max() <= 1                               # beyond the reach of the decoder
     assert change[8:].mean() > 2
+
+
+# --------------------------------------------------------------------------------------- published pipelines
+WORDS = ["<|startoftext|>", "<|endoftext|>", "!", "a</w>", "house</w>", "red</w>", "h", "o", "u", "s",
+         "e</w>", "ho", "us", "hous", "r", "e", "d</w>", "re"]
+NOISE = "scheduler/scheduler_config.json"
+MERGES = ["h o", "u s", "ho us", "hous e</w>", "r e", "re d</w>"]
+
+
+def write_pipeline(folder: Path, pad: str = "<|endoftext|>", **scheduler) -> dict:
+    """A small published pipeline of random weights; its networks."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    parts = {
+        "unet": diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=[16, 32], norm_num_groups=4, cross_attention_dim=16,
+            attention_head_dim=2, layers_per_block=1,
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, sample_size=16,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2),
+        "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(
+            vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=WORDS.index(pad))),
+        "scheduler": diffusers.DDIMScheduler(**{
+            "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+            "set_alpha_to_one": False, "steps_offset": 1} | scheduler),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    (folder / "model_index.json").write_text("{}")
+    return {name: part.eval() for name, part in parts.items() if name != "scheduler"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("pad", "prediction"), [("<|endoftext|>", "epsilon"), ("!", "v_prediction")])
+def test_a_published_pipeline_denoises_as_diffusers_does(tmp_path, pad, prediction):
+    theirs = write_pipeline(tmp_path, pad, prediction_type=prediction)
+    stage = sample.load_stage(tmp_path, torch.device("cpu"))
+    assert (stage.size, stage.space.scale, stage.unet.training) == (16, 2, False)
+    start, end, fill = 0, 1, WORDS.index(pad)
+    ids = {"a red house": [start, 3, 5, 4, end], "": [start, end]}
+    ids = torch.tensor([row + [fill] * (77 - len(row)) for row in ids.values()])
+    said = theirs["text_encoder"](ids).last_hidden_state
+    assert (said_by(stage, ["a red house", ""])["context"] - said).abs().max() < 1e-5
+
+    # One guided step of DDIM, from timestep 599 to 399, as their scheduler makes it.
+    from diffusers import DDIMScheduler
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "scheduler")
+    scheduler.set_timesteps(5)
+    x = torch.randn(1, 4, 8, 8)
+    right, without = theirs["unet"](x.expand(2, -1, -1, -1), 599, said).sample.split(1)
+    expected = scheduler.step(without + 7.5 * (right - without), 599, x).pred_original_sample
+    settings = sample.Settings(guidance_scale=7.5)
+    denoise = sample.denoiser_of(stage, stage.network(), None, settings, ["a red house"], {})
+    x0 = denoise(x, torch.tensor([0.6]))
+    assert (x0 - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    # Its VAE gives the picture back.
+    picture = (theirs["vae"].decode(x0 / 0.18215).sample / 2 + 0.5).clamp(0, 1) * 255
+    assert (stage.space.decode(x0) - picture).abs().max() <= 1
+
+
+def test_a_published_pipeline_draws_by_the_command_line(tmp_path, cli, monkeypatch):
+    write_pipeline(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = cli("a red house", "--ckpt=pipeline", "--n=2", "--out=drawn", "--negative=house")
+    assert status == 0
+    assert len(out.splitlines()) == 2
+    assert Image.open("drawn/a-red-house.png").size == (16, 16)
+    status, _, error = cli("a red house", "--ckpt", "pipeline", "--ema", 0.1)
+    assert status == 2
+    assert "pipeline is a published pipeline, without averages for --ema 0.1" in error
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({NOISE: {"beta_end": 0.02}}, "beta_end is 0.02; known here: 0.012"),
+    ({NOISE: {"prediction_type": "flow"}}, "prediction_type is 'flow'; known here: epsilon, v_prediction"),
+    ({NOISE: {"num_train_timesteps": 10}}, "num_train_timesteps is 10; known here: 1000"),
+    ({"unet/config.json": {"in_channels": 9}}, "inpainting"),
+    ({"unet/config.json": {"sample_size": [8, 9]}}, "sample_size is"),
+    ({"vae/config.json": {"_class_name": "VQModel"}}, "not AutoencoderKL or AutoencoderTiny"),
+    ({"text_encoder_2/config.json": {}}, "has two text encoders. Stable Diffusion 1.x and 2.x are read"),
+    ({NOISE: None}, "scheduler_config.json is missing"),
+])
+def test_a_pipeline_that_is_not_read_is_one_line(tmp_path, cli, monkeypatch, change, words):
+    write_pipeline(tmp_path / "pipeline")
+    monkeypatch.chdir(tmp_path)
+    for name, changed in change.items():
+        path = tmp_path / "pipeline" / name
+        path.parent.mkdir(exist_ok=True)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(before | (changed or {})))
+        if changed is None:
+            path.unlink()
+    status, _, error = cli("a red house", "--ckpt", "pipeline")
+    assert status == 2
+    assert len(error.splitlines()) == 1
+    assert words in error
