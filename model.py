@@ -1309,6 +1309,33 @@ def open_vae(folder: str | Path) -> tuple[Latents, dict[Path, str]]:
     return build(folder, config, AutoencoderKL, AutoencoderTiny), files
 
 
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
+
+
+def open_pipeline(folder: str | Path) -> dict:
+    """What the folder of a published pipeline (Stable Diffusion 1.x, 2.x) says of noise, text and VAE, as
+    flags by name. ValueError, one line, for what is not known here."""
+    folder = Path(folder)
+    if (folder / "text_encoder_2").exists():
+        raise ValueError(f"{folder} has two text encoders. Stable Diffusion 1.x and 2.x are read, with one")
+    said = read_config(folder / "scheduler", "scheduler_config.json")
+    usual = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
+                 num_train_timesteps=1000, prediction_type="epsilon")
+    said = usual | said
+    start, end = BETAS.get(str(said["beta_schedule"]), (0, 0))
+    known = dict(beta_schedule=list(BETAS), beta_start=[start], beta_end=[end], trained_betas=[None],
+                 num_train_timesteps=[1000], prediction_type=list(PREDICTIONS))
+    for name, values in known.items():
+        if said[name] not in values:
+            listed = ", ".join(map(str, values))
+            raise ValueError(f"{folder}/scheduler: {name} is {said[name]!r:.60}; known here: {listed}")
+    return dict(
+        schedule=said["beta_schedule"], prediction=PREDICTIONS[said["prediction_type"]], shift_base=0,
+        zero_snr=bool(said.get("rescale_betas_zero_snr")), vae=str(folder / "vae"), text_dtype="fp32",
+        text_encoder=[str(folder / "text_encoder")], text_length=77, text_padding=True)
+
+
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32, tile: int = 0) -> Latents:
     """The space of a published VAE, frozen: AutoencoderKL or AutoencoderTiny as diffusers saves it, or TAEF2
     as it is published. dtype: float32 or bfloat16 (in float16 that of SDXL is not finite); tile: side of the
@@ -1354,6 +1381,14 @@ def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0,
         if beside.exists():
             net.adapter.load_state_dict(load_tensors(beside)[0])
     return net.train().requires_grad_(True)
+
+
+def rebuild(config: dict, text_dim: int, pooled_dim: int) -> UNet2DConditionModel:
+    """The U-Net of what a checkpoint says of it: `config`, with `_adapter` where it reads an encoder of
+    widths D and P that is not its own."""
+    if not config.get("_adapter"):
+        text_dim = pooled_dim = 0
+    return UNet2DConditionModel(config, text_dim, pooled_dim)
 
 
 def save_published(folder: str | Path, net: UNet2DConditionModel | Latents) -> None:

@@ -200,39 +200,27 @@ def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
              f"{words.length}")
 
 
-PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def published_noise(folder: Path) -> diffusion.DiffusionConfig:
-    """What a published pipeline's scheduler says of its noise. ValueError, one line, for what is unknown."""
-    said = model.read_config(folder, "scheduler_config.json")
-    curve = said.get("beta_schedule", "linear")
-    start, end = {"scaled_linear": (0.00085, 0.012)}.get(curve, (0.0001, 0.02))
-    prediction = said.get("prediction_type", "epsilon")
-    known = {
-        "beta_schedule": (curve, ("linear", "scaled_linear")),
-        "beta_start": (said.get("beta_start", 0.0001), (start,)),
-        "beta_end": (said.get("beta_end", 0.02), (end,)),
-        "trained_betas": (said.get("trained_betas"), (None,)),
-        "num_train_timesteps": (said.get("num_train_timesteps", 1000), (1000,)),
-        "prediction_type": (prediction, tuple(PREDICTIONS)),
-    }
-    for name, (value, values) in known.items():
-        if value not in values:
-            raise ValueError(f"{folder}: {name} is {value!r}; known here: {', '.join(map(str, values))}")
-    return diffusion.DiffusionConfig(schedule=curve, prediction=PREDICTIONS[prediction], shift_base=0,
-                                     zero_snr=bool(said.get("rescale_betas_zero_snr")))
+def last_places(path: Path) -> tuple[list[str], str]:
+    """Where the frozen text encoders and the VAE of a checkpoint lay when it was trained, if the config.json
+    of its run is there."""
+    for folder in [path, *path.absolute().parents][:3]:
+        try:
+            stored = json.loads((folder / "config.json").read_text("utf-8"))
+            encoders = [str(name) for name in stored["TextConfig"]["text_encoder"] if name != "bytes"]
+            return encoders, str(stored["ModelConfig"].get("vae", ""))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+    return [], ""
 
 
 def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None) -> Stage:
     """A stage from the folder of a published pipeline: Stable Diffusion 1.x or 2.x. ValueError, one line,
     where it is another one, or a part is missing."""
-    if (path / "text_encoder_2").exists():
-        raise ValueError(f"{path} has two text encoders. Stable Diffusion 1.x and 2.x are read, with one")
-    config = published_noise(path / "scheduler")
-    words = text_encoder.TextConfig([str(path / "text_encoder")], 77, "fp32", text_padding=True)
-    text = text_encoder.load_text_encoder(words, cached).to(device)
-    space = model.load_vae(path / "vae").to(device)
+    said = model.open_pipeline(path)
+    space = model.load_vae(said.pop("vae")).to(device)
+    words = {name: said.pop(name) for name in list(said) if name.startswith("text")}
+    text = text_encoder.load_text_encoder(text_encoder.TextConfig(**words), cached).to(device)
+    config = diffusion.DiffusionConfig(**said)
     unet = model.load_unet(path / "unet").to(device).eval().requires_grad_(False)
     wanted = unet.config["in_channels"], unet.config["cross_attention_dim"]
     if wanted != (space.channels, text.dim):
@@ -273,21 +261,26 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         model.check("size", size, int, "[8..4096]")
 
     near = [*path.absolute().parents][:4] + [Path()]
-    text = text_encoder.locate(text, made_with, near, [*encoders])
+    lay, vae_lay = last_places(path)
+    text = text_encoder.locate(text, made_with, near, [*encoders, *lay])
     text = text_encoder.load_text_encoder(text, cached, device="meta")
     if not text_encoder.same_encoder(made_with, text.fingerprint):
         raise ValueError(f"{path} was trained with {made_with}, not with {text.fingerprint}. Put it there")
 
     space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
     if shape.vae:
-        places = [vae, shape.vae, *(folder / Path(shape.vae).name for folder in near)]
+        places = [vae, vae_lay, shape.vae, *(folder / Path(shape.vae).name for folder in near)]
         space = model.find_vae(filter(None, places), made_in).to(device)
     side = size // space.scale
 
     # Built without memory, and compared with the file, before anything is allocated.
     with model.reading(path), torch.device("meta"):
         small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        unet = model.UNet(shape, side, text.dim, text.pooled_dim, space.channels, small, config.learn_sigma)
+        widths = text.dim, text.pooled_dim
+        if "unet" in meta:
+            unet = model.rebuild(json.loads(meta["unet"]), *widths)
+        else:
+            unet = model.UNet(shape, side, *widths, space.channels, small, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
@@ -534,6 +527,7 @@ def parser() -> argparse.ArgumentParser:
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
     add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
+    add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
 
@@ -581,7 +575,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. A mistake ends the program in one line."""
     p = parser()
     args = p.parse_args(argv)
-    if (args.prompt is None) == (args.prompts is None):
+    if not args.export and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     args.usual = set()                                         # what is given is still text
     for name in ("guidance_scale", "steps"):
@@ -602,7 +596,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
-    args.wanted = [args.prompt]
+    args.wanted = [args.prompt or ""]
     if args.prompts is not None:
         lines = read_lines(args.prompts)
         args.wanted = [line.strip() for line in lines if line.strip()]
@@ -758,6 +752,12 @@ def main(argv: list[str]) -> None:
         given = len(getattr(args, name))
         if given > len(paths):
             raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
+    if args.export:
+        stage = load_stage(paths[-1], device, args.ema, encoders=args.text_encoder, vae=args.vae)
+        if not isinstance(stage.unet, model.UNet2DConditionModel):
+            raise ValueError(f"--export is for published U-Nets, and {paths[-1]} is of limn's own")
+        model.save_published(Path(args.export, "unet"), stage.unet)
+        return print(Path(args.export, "unet"))
     if not all(prompt.strip() for prompt in args.wanted):
         print("note: empty prompt, drawing without one")
     held = held_out(paths[-1], args.validate) if args.validate else {}

@@ -55,11 +55,14 @@ import diffusion
 import model
 import text_encoder
 
+Model = Literal["tiny", "small", "base", "large", "sd15", "sd21", "sdxl"]
+
 
 @dataclasses.dataclass
 class TrainConfig:
     size: int = 64                # side of the pictures [8..4096 pixels]
-    model: Literal["tiny", "small", "base", "large"] = "tiny"  # row of presets; small where there is a GPU
+    model: Model = "tiny"         # row of presets, small where there is a GPU; sd15, ...: published U-Nets
+    pretrained: str = ""          # a published pipeline's folder: its U-Net, VAE, text encoder and noise
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
     init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
     reinit: str = ""              # but not these: a regular expression of names
@@ -143,10 +146,14 @@ PRESETS = {
     (1024, "large"): dict(
         LARGE | ENLARGES_CROPS, weights=1.41e9, flops=23.2e12, channels=192, emb_dim=768),
 }
+# Published U-Nets: to go on with one, and from scratch.
+FINETUNE = dict(steps=10000, batch_size=32, lr=1e-5, warmup=500, ema_decay=0.9999, shift_base=0)
+PUBLISHED = dict(
+    BASE, shift_base=0, schedule="scaled_linear", prediction="eps", cooldown=0, size_shift="uniform")
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
-           "text_cache", "text_shards", "latent_cache", "allow_bin"}
+           "text_cache", "text_shards", "latent_cache", "pretrained", "allow_bin"}
 SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "size_shift",
          "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
@@ -261,6 +268,27 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
+def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict) -> dict:
+    """The flags that --model, --size and --pretrained move."""
+    if pipeline:
+        return FINETUNE | pipeline
+    if name in model.UNETS:
+        return dict(PUBLISHED)
+    stage = 64
+    if lowres:
+        stage = 256 if size <= 256 else 1024
+    row = dict(PRESETS[stage, name])
+    del row["weights"], row["flops"]
+    if latents:                                                # they say more at each place than pixels
+        row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
+    return row
+
+
+def is_published(cfg: TrainConfig) -> bool:
+    """Whether the U-Net is one that others publish."""
+    return bool(cfg.pretrained) or cfg.model in model.UNETS
+
+
 def parse(argv: list[str]) -> Configs:
     """The dataclasses from the command line: a field is a flag, the comment behind it the help."""
     parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
@@ -277,16 +305,12 @@ def parse(argv: list[str]) -> Configs:
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
     name = known.model or usual
+    pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
+    known.vae = known.vae or pipeline.get("vae", "")
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
     ladder = 0 if known.vae else LADDER.get(known.size, 0)
     lowres = ladder if known.lowres < 0 else known.lowres
-    stage = 64
-    if lowres:
-        stage = 256 if known.size <= 256 else 1024
-    row = dict(PRESETS[stage, name])
-    del row["weights"], row["flops"]
-    if known.vae:                                              # latents say more at each place than pixels
-        row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
+    row = preset(name, known.size, lowres, bool(known.vae), pipeline)
     parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -353,7 +377,14 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     if not cfg.out.isprintable():
         raise ValueError(f"--out {cfg.out!a} has bytes that are no text. Name another directory")
-    model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres, scale)
+    if is_published(cfg):
+        if not model_cfg.vae or diff_cfg.learn_sigma or data_cfg.crop:
+            raise ValueError("a published U-Net needs --vae, and neither --learn-sigma nor --crop")
+        if cfg.size % scale:
+            near = cfg.size // scale * scale
+            raise ValueError(f"--size {cfg.size} must be a multiple of {scale}. Try {near}")
+    else:
+        model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres, scale)
     diffusion.make_schedule(diff_cfg, cfg.size // scale)
 
 
@@ -970,7 +1001,7 @@ def without_folders(config: str) -> str:
     """A configuration, JSON, for the file that is shared: without where things lie on this machine."""
     recipe = json.loads(config)
     for group in recipe.values():
-        for name in ("out", "init", "data", "text_cache", "text_shards", "latent_cache"):
+        for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1209,6 +1240,22 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache])
         say(f"wrote {target}")
 
 
+def published(configs: Configs, text: nn.Module, space) -> model.UNet2DConditionModel:
+    """The U-Net of --pretrained, or of --model from scratch. ValueError where it does not fit the VAE."""
+    cfg, _, _, _, text_cfg = configs
+    if cfg.pretrained:
+        own = text_cfg.text_encoder == [str(Path(cfg.pretrained, "text_encoder"))]
+        widths = (0, 0) if own else (text.dim, text.pooled_dim)
+        unet = model.load_unet(Path(cfg.pretrained, "unet"), *widths)
+    else:
+        config = model.UNETS[cfg.model] | dict.fromkeys(("in_channels", "out_channels"), space.channels)
+        unet = model.UNet2DConditionModel(config, text.dim, text.pooled_dim)
+    channels = unet.config["in_channels"]
+    if channels != space.channels:
+        raise ValueError(f"the U-Net reads {channels} channels, the VAE gives {space.channels}. Use its own")
+    return unet
+
+
 def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     """What is trained, from the flags; weights of --init where the run is new."""
     cfg, data_cfg, model_cfg, diff_cfg, _ = configs
@@ -1217,6 +1264,14 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
         space = model.load_vae(model_cfg.vae).to(device)
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
     side = cfg.size // space.scale
+    if is_published(cfg):
+        unet = published(configs, text, space)
+        unet.checkpointing = cfg.checkpointing
+        objective = Denoising(unet, text, diff_cfg, space, side, 0, cfg.max_aug).to(device)
+        if unet.adapter is None:
+            said = text.encode([""], device)
+            unet.empty = said["context"], said["pooled"]
+        return objective
     make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
                    diff_cfg.learn_sigma)
     with torch.device("meta"):
@@ -1355,6 +1410,7 @@ class Trainer:
             self.parallel = nn.parallel.DistributedDataParallel(objective, forward_sync_buffers=False)
         self.run = compiled(self.parallel, device, cfg.compile)
         self.meter = Meter()
+        self.queries = [p for name, p in objective.named_parameters() if re.search(r"to_[qk]\.weight", name)]
         self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
@@ -1381,6 +1437,9 @@ class Trainer:
         self.tell(batch)
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
+        if self.queries:                                       # in a network that learns nothing it goes to 0
+            sums = torch._foreach_norm([p.grad for p in self.queries], 1)
+            self.meter.add(qk_grad=(sum(sums), sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
         self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad)
@@ -1524,7 +1583,12 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
     if out:
         content = json.dumps({**recipe, "versions": VERSIONS}, indent=1)
         (out / "config.json").write_text(content, "utf-8")
-    return {"config": json.dumps(recipe), "data": pictures.fingerprint,
+    meta = {}
+    if isinstance(objective.unet, model.UNet2DConditionModel):
+        adapted = {"_adapter": objective.unet.adapter is not None}
+        meta["unet"] = json.dumps(objective.unet.config | adapted)
+    return meta | {
+            "config": json.dumps(recipe), "data": pictures.fingerprint,
             "text": objective.text.fingerprint, "space": objective.space.fingerprint,
             "versions": json.dumps(VERSIONS)}
 

@@ -92,6 +92,7 @@ def test_there_is_a_readme_with_both_programs():
 def test_a_training_command_parses(words, monkeypatch):
     vae = model.AutoencoderTiny(model.TAEF2)                  # the folder is the reader's
     monkeypatch.setattr(model, "open_vae", lambda folder: (vae, {}))
+    monkeypatch.setattr(model, "open_pipeline", lambda folder: {"vae": str(folder)})
     cfg, *_ = parse_train(words, monkeypatch)
     assert cfg.size >= 8
 

@@ -2207,3 +2207,125 @@ def test_a_shared_checkpoint_says_the_name_of_its_vae_alone(tmp_path):
     _, _, meta = model.read(tmp_path / "run")
     assert json.loads(meta["config"])["ModelConfig"]["vae"] == "vae"
     assert str(tmp_path) not in json.dumps(meta)
+
+
+# ------------------------------------------------------------------------------------------ published U-Nets
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    """A small published pipeline of random weights, see tests/test_sample.py."""
+    from test_sample import write_pipeline
+    folder = tmp_path_factory.mktemp("published") / "pipeline"
+    write_pipeline(folder)
+    return folder
+
+
+def finetune(out, pipeline, *changes):
+    """Train on from a pipeline, by its own text encoder, U-Net, VAE and noise."""
+    usual = ["--size=16", f"--pretrained={pipeline}", f"--out={out}", "--device=cpu", "--dtype=fp32",
+             "--limit=8", "--batch-size=4", "--steps=3", "--warmup=0", "--lr=1e-3", "--sample-every=0",
+             "--val-every=0", "--log-every=1", "--no-compile"]
+    given = [change.split("=")[0] for change in changes]
+    train.main([flag for flag in usual if flag.split("=")[0] not in given] + [*changes])
+    return Path(out)
+
+
+def exported(run, to):
+    sample.main(["--export", str(to), "--ckpt", str(run), "--device", "cpu"])
+    from diffusers import UNet2DConditionModel
+    return UNet2DConditionModel.from_pretrained(to / "unet")
+
+
+@torch.no_grad()
+def same_unet(theirs, ours, pipeline) -> float:
+    """The largest difference of what two U-Nets say, one of them as limn calls it."""
+    torch.manual_seed(0)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 16)
+    timestep = torch.tensor([999, 3])
+    said = ours(x, (timestep + 1) / 1000, context, torch.ones(2, 77, dtype=torch.bool))
+    return (theirs(x, timestep, context).sample - said).abs().max().item()
+
+
+def test_a_published_unet_is_trained_on_and_given_back(pipeline, tmp_path, capsys):
+    run = finetune(tmp_path / "run", pipeline, "--sample-every=3", "--val-every=3", "--val-images=2")
+    cfg = json.loads((run / "config.json").read_text())
+    assert cfg["DiffusionConfig"]["schedule"] == "scaled_linear"
+    assert (cfg["DiffusionConfig"]["prediction"], cfg["DiffusionConfig"]["shift_base"]) == ("eps", 0)
+    assert all(line["qk_grad"] > 0 for line in metrics(run) if "loss" in line)
+    assert Image.open(run / "samples" / "000003.png").width >= 16
+
+    theirs = exported(run, tmp_path / "out")
+    stage = sample.load_stage(run, torch.device("cpu"))
+    assert same_unet(theirs, stage.unet, pipeline) < 1e-5
+    start = model.load_unet(pipeline / "unet")
+    assert same_unet(theirs, start, pipeline) > 1e-4             # it has learned something
+
+    # Its weights and metadata name no folder, and it draws.
+    _, _, meta = model.read(run)
+    assert str(tmp_path) not in meta["config"] + meta["unet"]
+    pictures = sample.generate(stage, ["a red house"], [0], steps=2)
+    assert pictures.shape == (1, 3, 16, 16)
+
+
+def test_a_published_unet_goes_on_bit_for_bit_with_a_text_cache_too(pipeline, tmp_path):
+    more = ("--save-every=2", f"--text-cache={tmp_path / 'cache'}", "--uncond-prob=0.5")
+    whole = finetune(tmp_path / "whole", pipeline, *more)
+    shutil.copytree(whole, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "000003")
+    parts = finetune(tmp_path / "parts", pipeline, *more)
+    ours, theirs = (model.read(path)[1] for path in (whole, parts))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_captions_that_are_dropped_are_the_empty_prompt_of_the_pipeline(pipeline, tmp_path):
+    configs = train.parse(["--size=16", f"--pretrained={pipeline}", "--limit=8", "--device=cpu"])
+    text = text_encoder.load_text_encoder(configs[4])
+    objective = train.build(configs, text, torch.device("cpu"))
+    torch.manual_seed(0)
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([0.5])
+    said, empty = (text.encode([caption], torch.device("cpu")) for caption in ("a house", ""))
+    assert empty["mask"].all()
+    dropped = said | {"mask": torch.zeros_like(said["mask"])}
+    assert torch.equal(objective.unet(x, t, **dropped), objective.unet(x, t, **empty))
+    assert not torch.equal(objective.unet(x, t, **said), objective.unet(x, t, **empty))
+
+
+def test_a_published_unet_reads_another_encoder_through_a_projection(pipeline, tmp_path):
+    words = ("--text-encoder", "bytes", "--byte-width=32", "--byte-layers=1")
+    run = finetune(tmp_path / "run", pipeline, *words)
+    stage = sample.load_stage(run, torch.device("cpu"))
+    assert stage.unet.adapter is not None
+    pictures = sample.generate(stage, ["a red house"], [0], steps=2)
+    assert pictures.shape == (1, 3, 16, 16)
+    exported(run, tmp_path / "out")
+    back = model.load_unet(tmp_path / "out" / "unet", text_dim=32, pooled_dim=32)
+    ours = stage.unet.state_dict()
+    assert all(torch.equal(p, ours[name]) for name, p in back.state_dict().items())
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    (("--size=16", "--learn-sigma"), "a published U-Net needs --vae, and neither --learn-sigma nor --crop"),
+    (("--size=17",), "--size 17 must be a multiple of 2. Try 16"),
+    (("--size=16", "--lowres=8", "--prediction=v"), "without --lowres"),
+])
+def test_what_does_not_go_with_a_published_unet_is_one_line(pipeline, changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        train.parse([f"--pretrained={pipeline}", "--limit=8", "--device=cpu", *changes])
+
+
+def test_published_layouts_from_scratch_fit_the_latents_and_the_text(pipeline, monkeypatch, tmp_path):
+    small = json.loads((pipeline / "unet" / "config.json").read_text())
+    small = {name: value for name, value in small.items() if name in model.UNET_FIELDS}
+    monkeypatch.setitem(model.UNETS, "sd15", small)
+    vae = small_vae(tmp_path / "vae")
+    run = finetune(tmp_path / "run", "", "--model=sd15", f"--vae={vae}")
+    stage = sample.load_stage(run, torch.device("cpu"))
+    assert isinstance(stage.unet, model.UNet2DConditionModel)
+    assert (stage.config.schedule, stage.config.prediction) == ("scaled_linear", "eps")
+    with pytest.raises(ValueError, match="a published U-Net needs --vae"):
+        train.parse(["--size=16", "--model=sd15", "--device=cpu"])
+
+
+def test_only_published_unets_are_exported(tmp_path):
+    run(tmp_path / "run", "--steps 1")
+    with pytest.raises(ValueError, match="--export is for published U-Nets"):
+        sample.main(["--export", str(tmp_path), "--ckpt", str(tmp_path / "run"), "--device", "cpu"])
