@@ -107,7 +107,7 @@ def test_a_sampling_command_parses(words, tmp_path, monkeypatch):
         if path.endswith("/"):
             (tmp_path / path).mkdir()
     args = sample.arguments(words[words.index("sample.py") + 1:])
-    assert args.prompt or args.prompts
+    assert args.prompt or args.prompts or args.export
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
