@@ -1255,6 +1255,8 @@ def published(configs: Configs, text: nn.Module, space) -> model.UNet2DCondition
     cfg, _, _, _, text_cfg = configs
     if cfg.pretrained:
         own = text_cfg.text_encoder == [str(Path(cfg.pretrained, "text_encoder"))]
+        if own and (text_cfg.text_cache == "shards" or not text_cfg.text_padding):
+            raise ValueError("a pipeline's own text encoder needs --text-padding, and no --text-cache shards")
         widths = (0, 0) if own else (text.dim, text.pooled_dim)
         unet = model.load_unet(Path(cfg.pretrained, "unet"), *widths)
     else:
@@ -1276,26 +1278,25 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     side = cfg.size // space.scale
     if is_published(cfg):
         unet = published(configs, text, space)
-        unet.checkpointing = cfg.checkpointing
-        objective = Denoising(unet, text, diff_cfg, space, side, 0, cfg.max_aug).to(device)
-        if unet.adapter is None:
-            said = text.encode([""], device)
-            unet.empty = said["context"], said["pooled"]
-        return objective
-    make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
-                   diff_cfg.learn_sigma)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in make().parameters())
-    needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count) / 2**30, memory_there(device) / 2**30
-    if needed > there:
-        raise ValueError(f"a step of {count / 1e6:.0f} M weights and its pictures needs {needed:.0f} GiB "
-                         f"or more, of {there:.0f}. Use a smaller --model, --batch-size or --micro-batch")
-    unet = make()
+    else:
+        make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
+                       diff_cfg.learn_sigma)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in make().parameters())
+        needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count), memory_there(device)
+        if needed > there:
+            gib = f"{needed / 2**30:.0f} GiB or more, of {there / 2**30:.0f}"
+            raise ValueError(f"a step of {count / 1e6:.0f} M weights and its pictures needs {gib}. Use a "
+                             "smaller --model, --batch-size or --micro-batch")
+        unet = make()
     unet.checkpointing = cfg.checkpointing
     objective = Denoising(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         _, weights, _ = model.read(Path(cfg.init))
         say(f"from {cfg.init}: {warm_start(objective, weights, cfg.reinit)}")
+    if is_published(cfg) and unet.adapter is None:             # what it is told of captions that are dropped
+        said = text.encode([""], device)
+        unet.empty = said["context"], said["pooled"]
     return objective
 
 

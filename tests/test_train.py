@@ -2372,6 +2372,17 @@ def test_what_does_not_go_with_a_published_unet_is_one_line(pipeline, changes, w
         train.parse([f"--pretrained={pipeline}", "--limit=8", "--device=cpu", *changes])
 
 
+def test_a_published_unet_starts_from_another_run_too(pipeline, tmp_path, capsys):
+    first = finetune(tmp_path / "first", pipeline)
+    capsys.readouterr()
+    second = finetune(tmp_path / "second", pipeline, f"--init={first}", "--steps=1", "--lr=1e-12")
+    assert "0 sliced, 0 new" in capsys.readouterr().out
+    ours, theirs = (model.read(path)[1] for path in (first, second))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
+    with pytest.raises(ValueError, match="own text encoder needs --text-padding"):
+        finetune(tmp_path / "third", pipeline, "--no-text-padding")
+
+
 def test_published_layouts_from_scratch_fit_the_latents_and_the_text(pipeline, monkeypatch, tmp_path):
     small = json.loads((pipeline / "unet" / "config.json").read_text())
     small = {name: value for name, value in small.items() if name in model.UNET_FIELDS}
