@@ -198,10 +198,14 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
     raise SystemExit(status)
 
 
-def die_of_memory(error: Exception, micro: int) -> None:
-    """End the run with one line if the error is a lack of memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
-        reason = str(error).splitlines()[0][:100]
+def die_of(error: Exception, micro: int) -> None:
+    """End the run with one line if the error is a lack of memory, or of another rank."""
+    text = str(error)
+    reason = re.sub(r"\[\S+\] ", "", (text.splitlines() or [""])[0])[:100]   # without where in its source
+    if isinstance(error, dist.DistError) or "/gloo/" in text:
+        die(f"another rank has ended or is late ({reason}). Run the same command to continue", status=1,
+            everywhere=True)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
         die(f"out of memory at --micro-batch {micro} ({reason}). Try --micro-batch {micro // 2 or 1}, which "
             "gives the same result, or --checkpointing", status=1, everywhere=True)
 
@@ -233,17 +237,23 @@ class Signals:
 
 
 @contextmanager
-def starting(signals: Signals, cfg: "TrainConfig"):
-    """Around all that comes before the loop: a signal ends it at once, too little memory in one line."""
+def starting(cfg: "TrainConfig", ranks: "Ranks") -> Iterator[Signals]:
+    """Around all that comes before the loop: a signal ends it at once, what is no bug in one line."""
     try:
-        yield
-    except Stopped:
-        say("stopping before the first step; run the same command to continue")
-        raise SystemExit(0) from None
-    except (MemoryError, RuntimeError) as e:
-        die_of_memory(e, cfg.micro_batch or cfg.batch_size // Ranks().world)
+        try:
+            signals = Signals()
+            yield signals
+        except Stopped:
+            say("stopping before the first step; run the same command to continue")
+            alone = ranks.world > 1 and not signals.awaited    # torchrun ends the others where one fails
+            raise SystemExit(143 if alone else 0) from None
+        except (MemoryError, RuntimeError) as e:
+            signals.awaited = True
+            die_of(e, cfg.micro_batch or cfg.batch_size // ranks.world)
+            raise
+    except (SystemExit, MemoryError, RuntimeError):
+        ranks.leave()
         raise
-    signals.awaited = True
 
 
 class Parser(argparse.ArgumentParser):
@@ -409,10 +419,15 @@ class Ranks:
         return most == least and math.isfinite(most)
 
     def start(self, backend: str, seconds: float) -> None:
-        """Meet the others, who wait for one another at most so long, but for a grid as long as it takes."""
+        """Meet the others, who wait for one another at most so long, but for a grid as long as it takes.
+        Until then a signal ends the process without Python, which learns of none while it waits there."""
         if self.world > 1:
+            numbers = signal.SIGTERM, signal.SIGINT
+            handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
             dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)
 
     def wait(self) -> None:
         if self.world > 1:
@@ -1606,9 +1621,9 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
-    out, ranks, signals = Path(cfg.out), Ranks(), Signals()
+    out, ranks = Path(cfg.out), Ranks()
     writes = ranks.rank == 0 and not cfg.dry_run
-    with starting(signals, cfg):
+    with starting(cfg, ranks) as signals:
         if writes:
             lock(out)
         device = launch(cfg, ranks)
@@ -1642,6 +1657,7 @@ def main(argv: list[str]) -> None:
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
         batches = trainer.batches(train_set, first, images)
+        signals.awaited = True
 
     def due(every: int) -> bool:
         return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
@@ -1702,7 +1718,7 @@ def main(argv: list[str]) -> None:
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:
-        die_of_memory(e, trainer.micro)
+        die_of(e, trainer.micro)
         raise
     except (ValueError, OSError) as e:                                        # of the data, maybe of one rank
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)

@@ -1943,7 +1943,7 @@ next(batches)
 print(*[process.pid for process in multiprocessing.active_children()], flush=True)
 {ending}
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
                           cwd=os.path.dirname(data.__file__))
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2

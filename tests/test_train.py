@@ -1977,6 +1977,35 @@ def test_no_memory_before_the_loop_is_one_line_too(tmp_path, monkeypatch, capfd)
     assert "out of memory at --micro-batch 8" in dies(capfd, lambda: run(tmp_path / "run"), 1)
 
 
+@pytest.mark.parametrize(("cause", "status"), [(None, 143), (MemoryError("no 2 GiB"), 1), (RuntimeError(
+    "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8"), 1)])
+def test_one_of_several_ranks_leaves_at_once_and_without_a_traceback(monkeypatch, capfd, cause, status):
+    """Where gloo is told to end by the interpreter it may wait for ever, and after a status of 0 torchrun
+    lets the others wait for this rank."""
+    def leave(code):
+        raise InterruptedError(str(code))                                     # instead of the end of pytest
+
+    def begin():
+        with train.starting(train.TrainConfig(micro_batch=4), train.Ranks()):
+            if cause:
+                raise cause
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    monkeypatch.setattr(train.os, "_exit", leave)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InterruptedError, match=str(status)):
+        begin()
+    out, err = capfd.readouterr()
+    assert "Traceback" not in err
+    if cause is None:
+        assert out == "stopping before the first step; run the same command to continue\n"
+    elif "gloo" in str(cause):
+        assert "another rank has ended or is late (Connection closed by peer" in err
+    else:
+        assert "out of memory at --micro-batch 4" in err
+
+
 def test_a_signal_before_the_loop_ends_the_program_at_once(tmp_path, monkeypatch, capsys):
     def waits(*args):
         os.kill(os.getpid(), signal.SIGTERM)
