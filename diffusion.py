@@ -712,6 +712,7 @@ def threshold(
 
 NOISY = 80  # sigma / alpha after pure noise, before the shift (Karras et al. 2022, table 1)
 CLEAN = 300  # alpha / sigma before t = 0; from 255 on the noise is below half a step of 8 bits
+FEW = 20  # steps of a sampler
 GRIDS = {  # name: what is even between the two, from logsnr, and back
     "uniform": (Schedule.inverse, Schedule.logsnr),                         # t
     "logsnr": (lambda schedule, logsnr: logsnr, lambda schedule, logsnr: logsnr),
@@ -721,11 +722,12 @@ GRIDS = {  # name: what is even between the two, from logsnr, and back
 
 
 def sampling_times(
-    schedule: Schedule, steps: int, grid: str = "logsnr", start: float = 1.0, shift: float = 1.0,
+    schedule: Schedule, steps: int, grid: str = "auto", start: float = 1.0, shift: float = 1.0,
 ) -> Tensor:
     """Falling times (steps + 1,) from `start` over a last level where eight bits show no noise to
-    exactly 0. grid: of GRIDS; even in logsnr was the best measured for every sampler. A shift above
-    1 moves them to the noisy end, below 1 to the clean one (Esser et al. 2024, 2403.03206, eq. 23,
+    exactly 0. grid: of GRIDS, or auto: logsnr, the best measured for every sampler, but uniform for
+    FEW steps, of which the middle of the noise then gets more: colours are decided there. A shift
+    above 1 moves them to the noisy end, below 1 to the clean one (Esser et al. 2024, 2403.03206, eq. 23,
     of the share of steps)."""
     if steps < 1 or not 0 < start <= 1 or not 0 < shift < math.inf:
         raise ValueError(f"{steps} steps (at least 1), start {start} (0..1) or shift {shift} (> 0)")
@@ -739,6 +741,8 @@ def sampling_times(
     clean = (noisy + 1).clamp(min=2 * math.log(CLEAN * reach))
     clean = min(clean, cleanest)
 
+    if grid == "auto":
+        grid = "uniform" if steps < FEW else "logsnr"
     forth, back = GRIDS[grid]
     even = torch.lerp(forth(schedule, clean), forth(schedule, noisy), u)
     times = schedule.inverse(back(schedule, even))
