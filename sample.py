@@ -308,7 +308,7 @@ class Settings:
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
     steps: int = 25  # of the sampler; where not given 2 for a stage that enlarges [1..1000 steps]
-    grid_times: str = "auto"  # in what steps are even: uniform (t), logsnr, karras; auto: logsnr, below 20 uniform
+    grid_times: str = "auto"  # in what steps are even: uniform (t), logsnr, karras; auto: by their number
     shift: float = 1.0  # above 1 more of the steps at the noisy end, below 1 at the clean one [0.01..100]
     respacing: str = ""  # these of 1000 steps instead: 250, 10,10,20 (of equal sections) or ddim25
     eta: float = -1.0  # fresh noise of a step, -1 = the sampler's own [-1..1]
