@@ -153,9 +153,9 @@ PUBLISHED = dict(
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
-           "text_cache", "text_shards", "latent_cache", "pretrained", "allow_bin"}
-SHAPE = {"size", "model", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule", "size_shift",
-         "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
+           "text_cache", "text_shards", "latent_cache", "allow_bin"}
+SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
+         "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
@@ -1073,6 +1073,8 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, n
             if name in MACHINE or json.dumps(old) == json.dumps(value):
                 continue
             if name in ("text_encoder", "vae"):                # by their content, below
+                continue
+            if name == "pretrained" and old and value:         # it may have moved
                 continue
             if name in SHAPE or group in SHAPE or WITH_WEIGHTS & {str(old), str(value)}:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")

@@ -2366,6 +2366,15 @@ def test_a_published_unet_goes_on_bit_for_bit_with_a_text_cache_too(pipeline, tm
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_a_published_unet_goes_on_wherever_its_pipeline_lies_but_not_without_it(pipeline, tmp_path):
+    run = finetune(tmp_path / "run", pipeline, "--steps=1")
+    shutil.copytree(pipeline, tmp_path / "moved")
+    finetune(run, tmp_path / "moved", "--steps=2")
+    assert metrics(run)[-1]["step"] == 2
+    with pytest.raises(ValueError, match=r"the checkpoint has --pretrained .*, not . Use that"):
+        train.main(["--size=16", f"--out={run}", "--limit=8", "--device=cpu", f"--vae={pipeline / 'vae'}"])
+
+
 def test_captions_that_are_dropped_are_the_empty_prompt_of_the_pipeline(pipeline, tmp_path):
     configs = train.parse(["--size=16", f"--pretrained={pipeline}", "--limit=8", "--device=cpu"])
     text = text_encoder.load_text_encoder(configs[4])
