@@ -78,6 +78,12 @@ def seen(out: Path) -> int:
     return json.loads(lines[-1])["step"] if lines else 0
 
 
+def written(out: Path) -> int:
+    """The lines of the log."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def saved(out: Path) -> int:
     """The newest checkpoint that verifies; whatever has its final name must."""
     folders = model.checkpoint_folders(out)
@@ -186,11 +192,15 @@ class Soak:
         return True
 
     def send(self, number: int, ranks: int, whom: str, moment: float) -> None:
-        """A signal to a rank, to torchrun or to all processes of a run, so long after its start."""
+        """A signal to a rank, to torchrun or to all processes of a run, so long after its start, or at some
+        step if that comes first."""
         kind, workers = f"{signal.Signals(number).name} to {whom} of {ranks}", self.random.choice([0, 2])
+        goal = written(self.out) + self.random.randrange(1, 3 * EVERY)
         with open(self.folder / "err", "w+") as err:
-            root = start(self.out, workers, *TORCHRUN if ranks > 1 else (), err=err)
-            time.sleep(moment)
+            root, began = start(self.out, workers, *TORCHRUN if ranks > 1 else (), err=err), time.monotonic()
+            while time.monotonic() < began + moment and written(self.out) < goal and root.poll() is None:
+                time.sleep(0.01)
+            moment = time.monotonic() - began
             there = processes(self.out)
             started = [pid for pid, parent in there.items() if parent == root.pid]
             meant = self.random.choice(started) if whom == "rank" and ranks > 1 and started else root.pid
@@ -234,18 +244,20 @@ class Soak:
             started = time.monotonic()
             self.finish(*before)
             takes[ranks] = time.monotonic() - started
-        while time.monotonic() - began < 60 * minutes:
+        while time.monotonic() - began < 60 * minutes or self.out.exists():
             ranks = self.random.choice([1, 2])
             number = self.random.choice([signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
             whom = self.random.choice(["rank", "all"] if ranks == 1 else ["rank", "all", "torchrun"])
             self.send(number, ranks, whom, self.random.random() * takes[ranks])
-            if saved(self.out) < STEPS and self.random.random() < 0.8:
+            through = saved(self.out) >= STEPS or time.monotonic() - began > 60 * minutes
+            if not through and self.random.random() < 0.9:
                 continue
             try:                                                              # the series is at its end
                 self.finish(*self.random.choice([(), TORCHRUN]))
             except AssertionError as e:
                 self.fail(f"a run after signals: {e}")
                 shutil.rmtree(self.out, ignore_errors=True)
+        shutil.rmtree(self.folder)
         for kind, count in sorted(self.faults.items()):
             print(f"{count:4} {kind}")
         print(f"{sum(self.faults.values())} signals, {self.failures} failures, the slowest end after "
