@@ -725,12 +725,17 @@ def sampling_times(
     schedule: Schedule, steps: int, grid: str = "auto", start: float = 1.0, shift: float = 1.0,
 ) -> Tensor:
     """Falling times (steps + 1,) from `start` over a last level where eight bits show no noise to
-    exactly 0. grid: of GRIDS, or auto: logsnr, the best measured for every sampler, but uniform for
-    FEW steps, of which the middle of the noise then gets more: colours are decided there. A shift
-    above 1 moves them to the noisy end, below 1 to the clean one (Esser et al. 2024, 2403.03206, eq. 23,
-    of the share of steps)."""
+    exactly 0. grid: of GRIDS, or auto: logsnr, the best measured for every sampler; below FEW steps
+    uniform with half the shift, since the middle of the noise, where colours are decided, then gets
+    more of them. A shift above 1 moves them to the noisy end, below 1 to the clean one (Esser et
+    al. 2024, 2403.03206, eq. 23, of the share of steps)."""
     if steps < 1 or not 0 < start <= 1 or not 0 < shift < math.inf:
         raise ValueError(f"{steps} steps (at least 1), start {start} (0..1) or shift {shift} (> 0)")
+    if grid == "auto":
+        grid = "logsnr"
+        if steps < FEW:
+            grid = "uniform"
+            shift = shift / 2
     u = torch.linspace(1, 0, steps, dtype=torch.float64)
     u = shift * u / (1 + (shift - 1) * u)
 
@@ -741,8 +746,6 @@ def sampling_times(
     clean = (noisy + 1).clamp(min=2 * math.log(CLEAN * reach))
     clean = min(clean, cleanest)
 
-    if grid == "auto":
-        grid = "uniform" if steps < FEW else "logsnr"
     forth, back = GRIDS[grid]
     even = torch.lerp(forth(schedule, clean), forth(schedule, noisy), u)
     times = schedule.inverse(back(schedule, even))
