@@ -449,13 +449,11 @@ class Ranks:
         return torch.cat(rows)
 
     def shared(self, function, rows: Tensor) -> Tensor:
-        """function(rows), rows (n, ...) that are equal on all ranks: each of them computes a part, of two or
-        more: a product of one matrix alone has other bits than one of several."""
+        """function(rows), rows (n, ...) that are equal on all ranks: each of them computes a part."""
         if self.world == 1:
             return function(rows)
-        size = max(min(2, len(rows)), -(-len(rows) // self.world))
-        rest = rows.new_zeros(size * self.world - len(rows), *rows.shape[1:])
-        part = torch.cat([rows, rest]).split(size)[self.rank]
+        rest = rows.new_zeros(-len(rows) % self.world, *rows.shape[1:])
+        part = torch.cat([rows, rest]).chunk(self.world)[self.rank]
         return self.gathered(function(part))[:len(rows)]
 
     def leave(self) -> None:
@@ -738,7 +736,7 @@ def orthogonal(x: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
     Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT).mT
+        return orthogonal(x.mT.contiguous()).mT                # one matrix and many then give the same bits
     x = x.bfloat16()
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
 

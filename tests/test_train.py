@@ -793,22 +793,13 @@ def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatc
         assert (torch.cat(flat(name, p)) - twin).norm() / twin.norm() < 0.02, name    # bfloat16 inside
 
 
-def many_matrices() -> train.State:
-    """One matrix of one shape, five wide and four tall ones of others, all moved by Muon."""
-    torch.manual_seed(0)
-    net = nn.ModuleList([nn.Conv2d(6, 32, 3), nn.Linear(40, 5 * 16), nn.Linear(16, 4 * 48)])
-    net.to(memory_format=torch.channels_last)
-    counts = {layer.weight: count for layer, count in zip(net, (1, 5, 4))}
-    return train.State(net, weight_decay=0.1, clip=1.0, ema_decay=0.75, fp16=False, matrices=counts)
-
-
 def turned_by_one_of_two(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     computed = []
     real = train.orthogonal
     train.orthogonal = lambda x: (computed.append(len(x)), real(x))[1]
-    state = many_matrices()
+    state = make_state(muon=True)
     for step in range(3):
         update(state, step)
     torch.save({"state": state.tensors(), "computed": computed}, f"{folder}/{rank}.pt")
@@ -819,7 +810,7 @@ def test_two_ranks_share_the_passes_of_muon_and_move_by_the_same_bits(tmp_path, 
     computed = []
     real = train.orthogonal
     monkeypatch.setattr(train, "orthogonal", lambda x: (computed.append(len(x)), real(x))[1])
-    alone = many_matrices()
+    alone = make_state(muon=True)
     for step in range(3):
         update(alone, step)
     context = multiprocessing.get_context("fork")
@@ -833,10 +824,11 @@ def test_two_ranks_share_the_passes_of_muon_and_move_by_the_same_bits(tmp_path, 
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, tensors in alone.tensors().items():
             assert all(same_bits(t.detach(), found["state"][name][key]) for key, t in tensors.items())
-        assert (computed[:3], found["computed"][:3]) == ([1, 5, 4], [1, 3, 2])
+        assert found["computed"] == [-(-count // 2) for count in computed]    # half, rounded up
+    assert max(computed) > 1
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("shape", [(128, 1152), (1152, 128), (64, 256)])
 def test_a_share_of_the_matrices_is_turned_as_among_all(count, shape):
     torch.manual_seed(0)
@@ -849,7 +841,7 @@ def test_a_share_of_the_matrices_is_turned_as_among_all(count, shape):
             one.world, one.rank = world, rank
             one.gathered = lambda own: (parts.append(own), own)[1]
             one.shared(train.orthogonal, x)
-        assert {len(part) for part in parts} == {max(min(2, count), math.ceil(count / world))}
+        assert len({len(part) for part in parts}) == 1
         assert same_bits(torch.cat(parts)[:count], whole)
 
 
