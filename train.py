@@ -448,14 +448,6 @@ class Ranks:
         rows[self.rank] = own
         return torch.cat(rows)
 
-    def shared(self, function, rows: Tensor) -> Tensor:
-        """function(rows), rows (n, ...) that are equal on all ranks: each of them computes a part."""
-        if self.world == 1:
-            return function(rows)
-        rest = rows.new_zeros(-len(rows) % self.world, *rows.shape[1:])
-        part = torch.cat([rows, rest]).chunk(self.world)[self.rank]
-        return self.gathered(function(part))[:len(rows)]
-
     def leave(self) -> None:
         """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for
         threads that may wait for the interpreter's lock, which it holds (torch 2.13; it never ended)."""
@@ -736,7 +728,7 @@ def orthogonal(x: Tensor) -> Tensor:
     """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
     Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
     if x.shape[1] > x.shape[2]:
-        return orthogonal(x.mT.contiguous()).mT                # one matrix and many then give the same bits
+        return orthogonal(x.mT).mT
     x = x.bfloat16()
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
 
@@ -790,10 +782,10 @@ class State:
     """What a checkpoint holds: trained weights, the average to sample from, the optimizer's moments.
     AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) decays matrices only. matrices: weights that move by
     Muon instead (Jordan et al. 2024), as far as AdamW would move them (Liu et al. 2025, arXiv:2502.16982,
-    eq. 4), and of how many matrices each is made; ranks share their steps. clip: largest norm of the
-    gradient, 0 = any. fp16: scale the loss. snapshots: how many are kept of the averages of PROFILES, from
-    which sample.py makes one of any width; 0 = none, which saves twice the weights. train_only: a pattern of
-    names, the others never move; ValueError where there is none."""
+    eq. 4), and of how many matrices each is made. clip: largest norm of the gradient, 0 = any. fp16: scale
+    the loss. snapshots: how many are kept of the averages of PROFILES, from which sample.py makes one of any
+    width; 0 = none, which saves twice the weights. train_only: a pattern of names, the others never move;
+    ValueError where there is none."""
 
     def __init__(self, net: nn.Module, weight_decay: float, clip: float, ema_decay: float, fp16: bool,
                  snapshots: int = 0, train_only: str = "", matrices: dict[nn.Parameter, int] | None = None):
@@ -875,7 +867,7 @@ class State:
         momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
         ahead = grads.lerp_(momentum, 0.95)                                   # Nesterov's
         size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
-        steps = (Ranks().shared(orthogonal, ahead) * size).float()
+        steps = (orthogonal(ahead) * size).float()
         decay = self.optimizer.param_groups[0]["weight_decay"]
         torch._foreach_mul_(weights, 1 - lr * decay)
         torch._foreach_sub_(weights, unstacked(steps, weights))

@@ -793,58 +793,6 @@ def test_muon_moves_the_matrices_inside_the_unet_as_the_published_one(monkeypatc
         assert (torch.cat(flat(name, p)) - twin).norm() / twin.norm() < 0.02, name    # bfloat16 inside
 
 
-def turned_by_one_of_two(rank, folder):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    computed = []
-    real = train.orthogonal
-    train.orthogonal = lambda x: (computed.append(len(x)), real(x))[1]
-    state = make_state(muon=True)
-    for step in range(3):
-        update(state, step)
-    torch.save({"state": state.tensors(), "computed": computed}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_ranks_share_the_passes_of_muon_and_move_by_the_same_bits(tmp_path, monkeypatch):
-    computed = []
-    real = train.orthogonal
-    monkeypatch.setattr(train, "orthogonal", lambda x: (computed.append(len(x)), real(x))[1])
-    alone = make_state(muon=True)
-    for step in range(3):
-        update(alone, step)
-    context = multiprocessing.get_context("fork")
-    team = [context.Process(target=turned_by_one_of_two, args=(rank, tmp_path)) for rank in range(2)]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join(120)
-        assert process.exitcode == 0
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for name, tensors in alone.tensors().items():
-            assert all(same_bits(t.detach(), found["state"][name][key]) for key, t in tensors.items())
-        assert found["computed"] == [-(-count // 2) for count in computed]    # half, rounded up
-    assert max(computed) > 1
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-@pytest.mark.parametrize("shape", [(128, 1152), (1152, 128), (64, 256)])
-def test_a_share_of_the_matrices_is_turned_as_among_all(count, shape):
-    torch.manual_seed(0)
-    x = torch.randn(count, *shape)
-    whole = train.orthogonal(x)
-    for world in (2, 3, 4):
-        ranks = [train.Ranks() for _ in range(world)]
-        parts = []
-        for rank, one in enumerate(ranks):
-            one.world, one.rank = world, rank
-            one.gathered = lambda own: (parts.append(own), own)[1]
-            one.shared(train.orthogonal, x)
-        assert len({len(part) for part in parts}) == 1
-        assert same_bits(torch.cat(parts)[:count], whole)
-
-
 def test_size_tells_states_apart_and_is_infinite_where_one_weight_is_not_finite():
     state, other = make_state(), make_state()
     assert state.size() == other.size() < math.inf
