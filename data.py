@@ -1050,18 +1050,26 @@ def collect(dataset: Pictures, first: int, last: int) -> dict:
 
 
 # ------------------------------------------------------------------------------------------ workers
+def pour(move: Callable, pipe, array: np.ndarray) -> None:
+    """All bytes of an array through a pipe, by os.writev or os.readv."""
+    left = array.reshape(-1).view(np.uint8)
+    while len(left):
+        count = move(pipe.fileno(), [left])
+        if not count:
+            raise EOFError
+        left = left[count:]
+
+
 def send(pipe, batch: dict) -> None:
     """A batch into a pipe: its arrays as they lie, behind their shapes and all else. Within a message they
     would be copied three times, by a trainer that has better things to do."""
-    arrays = {}
-    if hasattr(os, "readv"):                # Windows has none
-        arrays = {name: x for name, x in batch.items() if isinstance(x, np.ndarray)}
-    shapes = {name: (x.shape, x.dtype) for name, x in arrays.items()}
+    shapes = {}
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray) and hasattr(os, "readv"):          # Windows has none
+            shapes[name] = value.shape, value.dtype
     pipe.send((batch | shapes, [*shapes]))
-    for x in arrays.values():
-        left = x.reshape(-1).view(np.uint8)
-        while len(left):
-            left = left[os.write(pipe.fileno(), left):]
+    for name in shapes:
+        pour(os.writev, pipe, batch[name])
 
 
 def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
@@ -1074,7 +1082,7 @@ def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
             for first in firsts:
                 send(pipe, collect(dataset, first, min(first + share, stop)))
         except ValueError as error:
-            pipe.send(error)
+            pipe.send((error, []))
 
 
 def start_worker(*job) -> tuple:
@@ -1100,23 +1108,17 @@ def receive(process, pipe, timeout: float) -> dict:
         raise TimeoutError(f"a data worker gave nothing for {timeout:g} s; is the disk there? "
                            "Raise --timeout, or use more --workers")
     try:
-        batch = pipe.recv()
-        if isinstance(batch, Exception):
-            raise batch
-        batch, names = batch
+        batch, names = pipe.recv()
         for name in names:
             batch[name] = np.empty(*batch[name])
-            left = batch[name].reshape(-1).view(np.uint8)
-            while len(left):
-                count = os.readv(pipe.fileno(), [left])
-                if not count:
-                    raise EOFError
-                left = left[count:]
-        return batch
+            pour(os.readv, pipe, batch[name])
     except (EOFError, OSError):             # between two messages, or within one
         process.join()
         raise ChildProcessError(f"a data worker died (exit code {process.exitcode}, -9 is no "
                                 "memory); use fewer --workers or a smaller --batch-size") from None
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int = 0, world: int = 1,
@@ -1140,10 +1142,11 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     atexit.register(end)
 
     def fetch(turn: int) -> dict:
+        first = firsts[turn]
         if workers:
             batch = receive(*team[turn % workers], timeout)
         else:
-            batch = collect(dataset, firsts[turn], min(firsts[turn] + share, stop))
+            batch = collect(dataset, first, min(first + share, stop))
         for name, value in batch.items():
             if isinstance(value, np.ndarray):
                 tensor = torch.from_numpy(value)

@@ -104,8 +104,8 @@ def dry_run(figures: Figures, args, size: int, name: str) -> str:
         speed = found(r"^speed +(\S+) pictures/s", printed)[1]
         share, peak = found(r"^used .*, (\S+%) of the (\d+) of", printed).groups()
         whole = int(peak) / 1000
-        return (f"batch {batch}, not compiled: {speed} pictures/s, {share} of the {whole:.1f} TFLOP/s of a "
-                f"matrix product, {memory}")
+        return (f"batch {batch}, not compiled: {speed} pictures/s, {share} of the {whole:.1f} TFLOP/s "
+                f"of a matrix product, {memory}")
     return f"no batch of {batches} fits"
 
 
@@ -113,9 +113,9 @@ def settings(args, name: str):
     """The configuration of a preset, in bf16, compiled on a GPU."""
     import train
     compiles = "--compile" if args.device == "cuda" else "--no-compile"
-    size = "16" if args.shrink else "64"
-    return train.parse(["--size", size, "--model", name, "--dtype", "bf16", compiles, "--device", args.device,
-                        "--batch-size", str(args.batches[-1]), *args.smaller])
+    return train.parse(["--size", "16" if args.shrink else "64", "--model", name, "--dtype", "bf16",
+                        compiles, "--device", args.device, "--batch-size", str(args.batches[-1]),
+                        *args.smaller])
 
 
 def ours(args, name: str):
