@@ -1260,7 +1260,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
     return config
 
 
-def build(folder: Path, config: dict, *classes: type, **how) -> nn.Module:
+def build(folder: Path, config: dict, *classes: type) -> nn.Module:
     """The network of a config.json on the meta device, without memory. ValueError, one line, for another
     architecture and for values that cannot be."""
     said = config.get("_class_name")
@@ -1268,7 +1268,7 @@ def build(folder: Path, config: dict, *classes: type, **how) -> nn.Module:
     if said not in names:
         raise ValueError(f"{folder} holds {said!r:.60}, not {' or '.join(names)}")
     with published(folder / "config.json"), torch.device("meta"):
-        net = classes[names.index(said)](config, **how)
+        net = classes[names.index(said)](config)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -1364,16 +1364,11 @@ def find_vae(places: Iterable[str | Path], fingerprint: str) -> Latents:
     raise ValueError(f"the VAE {fingerprint[:8]} is not there: {said[0]}. Say where its folder is: --vae DIR")
 
 
-def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0,
-              scratch: bool = False) -> UNet2DConditionModel:
+def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0) -> UNet2DConditionModel:
     """A published U-Net in float32, to train or to draw with. text_dim, pooled_dim: D and P of a text encoder
-    other than its own, 0 = its own; what `save_published` wrote of one is read. scratch: new weights in the
-    layout of config.json. Raises ValueError, one line."""
+    other than its own, 0 = its own; what `save_published` wrote of one is read. ValueError, one line."""
     folder = Path(folder)
-    config = read_config(folder)
-    net = build(folder, config, UNet2DConditionModel)
-    if scratch:
-        return UNet2DConditionModel(config, text_dim, pooled_dim)
+    net = build(folder, read_config(folder), UNet2DConditionModel)
     load_published(net, weight_files(folder))
     if text_dim:
         net.adapt(text_dim, pooled_dim)
@@ -1386,9 +1381,9 @@ def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0,
 def rebuild(config: dict, text_dim: int, pooled_dim: int) -> UNet2DConditionModel:
     """The U-Net of what a checkpoint says of it: `config`, with `_adapter` where it reads an encoder of
     widths D and P that is not its own."""
-    if not config.get("_adapter"):
-        text_dim = pooled_dim = 0
-    return UNet2DConditionModel(config, text_dim, pooled_dim)
+    config = dict(config)
+    widths = (text_dim, pooled_dim) if config.pop("_adapter", False) else (0, 0)
+    return UNet2DConditionModel(config, *widths)
 
 
 def save_published(folder: str | Path, net: UNet2DConditionModel | Latents) -> None:

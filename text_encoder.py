@@ -223,7 +223,7 @@ class ClipTokenizer:
         beside = path.with_name("tokenizer_config.json")
         pad = read_json(beside).get("pad_token") if beside.exists() else None
         pad = pad.get("content") if isinstance(pad, dict) else pad
-        self.pad = content.get(pad, end)
+        self.pad = content.get(pad, end) if isinstance(pad, str) else end
         self.letter = letters_of_bytes()
         self.word = lru_cache(1 << 16)(self.merge)
         self.made_of = path, vocabulary

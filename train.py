@@ -1457,7 +1457,8 @@ class Trainer:
         self.objective.after_step(self.ranks)
         if self.queries:                                       # in a network that learns nothing it goes to 0
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
-            self.meter.add(qk_grad=(sum(sums), sum(p.numel() for p in self.queries)))
+            scale = self.state.scaler.scale(torch.ones_like(sums[0]))          # of fp16's gradients, else 1
+            self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
         self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad)
@@ -1606,9 +1607,8 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
         adapted = {"_adapter": objective.unet.adapter is not None}
         meta["unet"] = json.dumps(objective.unet.config | adapted)
     return meta | {
-            "config": json.dumps(recipe), "data": pictures.fingerprint,
-            "text": objective.text.fingerprint, "space": objective.space.fingerprint,
-            "versions": json.dumps(VERSIONS)}
+        "config": json.dumps(recipe), "data": pictures.fingerprint, "text": objective.text.fingerprint,
+        "space": objective.space.fingerprint, "versions": json.dumps(VERSIONS)}
 
 
 def main(argv: list[str]) -> None:

@@ -913,7 +913,6 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, published):
     path.unlink()
     with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.* \(found: config.json\)"):
         model.load_unet(folder)
-    assert not model.load_unet(folder, scratch=True)(**unet_inputs(small_unet().config)).any()
     with pytest.raises(ValueError, match=r"config\.json is"):
         model.load_unet(tmp_path)
 

@@ -1254,6 +1254,14 @@ def test_a_published_pipeline_denoises_as_diffusers_does(tmp_path, pad, predicti
     assert (stage.space.decode(x0) - picture).abs().max() <= 1
 
 
+@pytest.mark.parametrize("pad", [["!"], {"content": ["!"]}, 3, None, "unknown"])
+def test_a_pipeline_whose_padding_is_not_told_pads_with_the_end(tmp_path, pad):
+    write_pipeline(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    stage = sample.load_stage(tmp_path, torch.device("cpu"))
+    assert stage.text.reader.read("a")["ids"].tolist() == [0, 3] + [1] * 75
+
+
 def test_a_published_pipeline_draws_by_the_command_line(tmp_path, cli, monkeypatch):
     write_pipeline(tmp_path / "pipeline")
     monkeypatch.chdir(tmp_path)

@@ -2286,6 +2286,7 @@ def test_a_published_unet_is_trained_on_and_given_back(pipeline, tmp_path, capsy
     theirs = exported(run, tmp_path / "out")
     stage = sample.load_stage(run, torch.device("cpu"))
     assert same_unet(theirs, stage.unet, pipeline) < 1e-5
+    assert "_adapter" not in json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
     start = model.load_unet(pipeline / "unet")
     assert same_unet(theirs, start, pipeline) > 1e-4             # it has learned something
 
