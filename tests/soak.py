@@ -2,8 +2,9 @@
 
 Trains a tiny run undisturbed, then the same run again and again under kill -9 at random moments and at each
 system call of a save, under signals, damage to the newest checkpoint and a second run on the same directory,
-with and without data workers. The final weights, averages and moments must be those of the undisturbed run,
-bit for bit. Prints one line with the numbers; ends in an AssertionError where a fault was not survived.
+with and without data workers, each run in one of several configurations. The final weights, averages and
+moments must be those of the undisturbed run, bit for bit. Prints one line with the numbers; ends in an
+AssertionError where a fault was not survived.
 
 --signals does nothing but that: SIGTERM, SIGINT or SIGKILL at a random moment from process start on, to one
 rank and to two of torchrun. What was started must end soon, two seconds later no process may be left, no
@@ -29,6 +30,17 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 STEPS, EVERY = 60, 4
+# Each run from its first step to its last takes one of these: what goes before the command, and more flags.
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+CONFIGURATIONS = {
+    "plain": ([], []),
+    "profiles": ([], ["--profiles", "3"]),
+    "AdamW, learned variance": ([], ["--optimizer", "adamw", "--learn-sigma", "--prediction", "eps"]),
+    "grey, importance sampling": ([], ["--picture-mode", "grey", "--t-density", "importance"]),
+    "validation and grids": ([], ["--val-every", "7", "--sample-every", "9", "--micro-batch", "2"]),
+    "two ranks": (TORCHRUN, []),
+    "two ranks, profiles": (TORCHRUN, ["--profiles", "3"])}
 LATEST = 20                                                    # seconds from a signal to the end of a run
 FLAGS = [
     "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
@@ -40,12 +52,10 @@ CALLS = {"mkdir": 4, "ftruncate": 4, "renameat": 4, "chmod": 4, "fsync": 8, "ren
          "rmdir": 2}
 # With --profiles, whose snapshots are written and pruned before each checkpoint.
 PROFILES = {"fsync": 14, "rename": 12, "chmod": 8, "unlink": 10}
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
 
 
-def start(out: Path, workers: int, *before: str, err=subprocess.PIPE) -> subprocess.Popen:
-    command = [*before, sys.executable, str(ROOT / "train.py"), *FLAGS, "--out", str(out)]
+def start(out: Path, workers: int, *before: str, more=(), err=subprocess.PIPE) -> subprocess.Popen:
+    command = [*before, sys.executable, str(ROOT / "train.py"), *FLAGS, *more, "--out", str(out)]
     return subprocess.Popen([*command, "--workers", str(workers)], start_new_session=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=err)
 
@@ -104,19 +114,32 @@ class Soak:
         self.folder, self.random = folder, random.Random(seed)
         self.faults, self.survived, self.lost, self.trained, self.rounds = {}, 0, 0, 0, 0
         self.failures, self.slowest = 0, 0.0
-        self.out = folder / "run"
-        assert end(start(folder / "straight", 0)) == 0
-        self.want = digest(folder / "straight")
+        self.out, self.want, self.ends = folder / "run", {}, {}
+        self.configure("plain")
         self.strace = ["strace", "-f", "-qq", "-o", "/dev/null"]
         trial = [*self.strace, "true"]
         if not shutil.which("strace") or subprocess.run(trial, capture_output=True).returncode:
             print("note: no strace, or no right to trace: system calls are left out")
             self.strace = []
 
+    def configure(self, name: str) -> None:
+        """What the next run is; the first of its kind is run undisturbed beside it."""
+        self.name, (self.before, self.more) = name, CONFIGURATIONS[name]
+        if name not in self.want:
+            straight = self.folder / "straight"
+            assert end(start(straight, 0, *self.before, more=self.more)) == 0
+            self.want[name] = digest(straight)
+            shutil.rmtree(straight)
+
+    def start(self, workers: int, *before: str) -> subprocess.Popen:
+        return start(self.out, workers, *before, *self.before, more=self.more)
+
     def fault(self, kind: str, strike) -> bool:
         """Let `strike` do its worst to the run, and look at what is left; False where it says it missed."""
         if saved(self.out) >= STEPS:
             self.finish()
+        if kind == "random kill" and not self.out.exists():
+            self.configure(list(CONFIGURATIONS)[self.rounds % len(CONFIGURATIONS)])
         before = saved(self.out)
         if strike(before) is False:
             return False
@@ -131,16 +154,18 @@ class Soak:
 
     def finish(self, *before: str) -> None:
         """Let the run come to its end and compare it with the undisturbed one."""
-        assert end(start(self.out, self.random.choice([0, 2]), *before)) == 0  # clears up
-        assert digest(self.out) == self.want, "the final weights are not those of the undisturbed run"
+        assert end(self.start(self.random.choice([0, 2]), *before)) == 0      # clears up
+        wrong = f"{self.name}: the final weights are not those of the undisturbed run"
+        assert digest(self.out) == self.want[self.name], wrong
         left = {p.name for p in (self.out / "checkpoints").iterdir() if not p.name.isdigit()}
         assert all(".damaged-" in name for name in left), left
         self.rounds += 1
+        self.ends[self.name] = self.ends.get(self.name, 0) + 1
         shutil.rmtree(self.out)
 
     def kill(self, before: int) -> None:
         """At a random moment, of starting too, but mostly of training."""
-        process = start(self.out, self.random.choice([0, 2]))
+        process = self.start(self.random.choice([0, 2]))
         if self.random.random() < 0.8:
             goal = before + self.random.randrange(1, 3 * EVERY)
             while seen(self.out) < min(goal, STEPS) and process.poll() is None:
@@ -148,11 +173,22 @@ class Soak:
             time.sleep(self.random.random() * 0.2)
         else:
             time.sleep(self.random.random() * 4)
+        if self.before:                                # torchrun gives each rank a group of its own
+            there = sorted(processes(self.out))
+            for pid in self.random.choice([there, there[-1:]]):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.communicate(timeout=120)
+            began = time.monotonic()
+            while processes(self.out):
+                assert time.monotonic() - began < LATEST, f"{self.name}: processes are left"
+                time.sleep(0.05)
+            return
         end(process, signal.SIGKILL)
 
     def stop(self, before: int) -> None:
         """SIGTERM or SIGINT to the trainer and its data workers, twice: no step is lost."""
-        process, number = start(self.out, 2), self.random.choice([signal.SIGTERM, signal.SIGINT])
+        process, number = self.start(2), self.random.choice([signal.SIGTERM, signal.SIGINT])
         while seen(self.out) <= before and process.poll() is None:
             time.sleep(0.01)
         os.killpg(process.pid, number)
@@ -161,7 +197,7 @@ class Soak:
 
     def system_call(self, call: str, when: int) -> bool:
         rule = ["-e", f"trace={call}", "-e", f"inject={call}:signal=SIGKILL:when={when}"]
-        return end(start(self.out, 0, *self.strace, *rule)) in (-9, 137)
+        return end(self.start(0, *self.strace, *rule)) in (-9, 137)
 
     def damage(self, before: int) -> None:
         """Cut the newest checkpoint, or flip one of its bits: the run goes back to the one before."""
@@ -175,19 +211,19 @@ class Soak:
         else:
             content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         path.write_bytes(content)
-        process = start(self.out, 0)
+        process = self.start(0)
         time.sleep(self.random.random())
         assert end(process) == 0                                 # the damaged step is written anew
 
     def second(self, before: int) -> bool:
         """Another run on the same directory ends at once, and the first one is killed."""
-        process = start(self.out, 0)
+        process = self.start(0)
         while seen(self.out) <= before and process.poll() is None:
             time.sleep(0.01)
         if process.poll() is not None:
             return False                                         # through before the other came
         os.killpg(process.pid, signal.SIGSTOP)                   # nor may it be through before that looks
-        assert end(start(self.out, 0)) == 2
+        assert end(self.start(0)) == 2
         end(process, signal.SIGKILL)
         return True
 
@@ -282,6 +318,9 @@ def main() -> None:
         raise SystemExit(soak.signals(args.signals))
     for _ in range(args.kills):
         soak.fault("random kill", soak.kill)
+    if soak.out.exists():
+        soak.finish()
+    soak.configure("plain")
     calls = PROFILES if args.profiles else CALLS
     for call, count in calls.items() if soak.strace else []:                  # of saving and pruning
         for when in range(1, count + 1):
@@ -295,6 +334,7 @@ def main() -> None:
     shutil.rmtree(folder)
     kinds = ", ".join(f"{count} {kind}" for kind, count in soak.faults.items())
     count = sum(soak.faults.values())
+    print(", ".join(f"{name} {ends}" for name, ends in soak.ends.items()))
     print(f"faults injected {count} ({kinds}), survived {soak.survived}, steps lost {soak.lost} of "
           f"{soak.trained}; {soak.rounds} runs ended with the weights of the undisturbed run, bit for bit; "
           f"{(time.monotonic() - began) / 60:.0f} minutes")
