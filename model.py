@@ -46,6 +46,7 @@ class ModelConfig:
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
     vae: str = ""  # folder of a published VAE, in whose latents diffusion happens; pixels when not given
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"  # of the VAE's weights
 
 
 def sides(config: ModelConfig, size: int) -> list[int]:
@@ -854,10 +855,11 @@ class UNet2DConditionModel(nn.Module):
 class Latents(nn.Module):
     """The space of the latents of a frozen VAE: `mean` of a picture in [-1, 1], shifted and scaled; `picture`
     is the way back. channels: of a latent; scale: pixels of a picture per position; tile: side of the squares
-    in which larger pictures are decoded, 0 = in one piece [pixels]; fingerprint: of weights and settings."""
+    in which larger pictures are decoded where memory is short [pixels]; fingerprint: of weights and settings.
+    """
 
     limit = None
-    tile = 0
+    tile = 512
     fingerprint = ""
 
     def __deepcopy__(self, memo):
@@ -886,11 +888,19 @@ class Latents(nn.Module):
 
     @torch.no_grad()
     def decode(self, x0: Tensor) -> Tensor:
-        """x0 (B, channels, h, w) -> uint8 (B, 3, h * scale, w * scale), on the same device."""
+        """x0 (B, channels, h, w) -> uint8 (B, 3, h * scale, w * scale), on the same device. Pictures that do
+        not fit into memory together are decoded one by one, and one that does not, in tiles."""
         z = x0.float() / self.shape.scaling_factor + self.shape.shift_factor
         z = z.to(next(self.parameters()).dtype)
         with torch.autocast(z.device.type, enabled=False):
-            x = self.tiles(z) if self.tile else self.picture(z).float()
+            try:
+                x = self.picture(z).float()
+            except torch.OutOfMemoryError:
+                x = None
+            if x is None:                                      # not inside: there the failed one holds memory
+                if len(x0) > 1:
+                    return torch.cat([self.decode(one) for one in x0.split(1)])
+                x = self.tiles(z)
         return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def tiles(self, z: Tensor) -> Tensor:
@@ -1247,6 +1257,7 @@ def read(path: Path, warn: Callable = print) -> tuple[Path, Tensors, dict[str, s
 WEIGHTS = "diffusion_pytorch_model"
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of VAEs until 2023
 TEXT_FILE = "limn_text.safetensors"                            # a TextAdapter, beside what others read
+VAE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 published = partial(reading, hint="Is it of another model, or damaged?")
 
 
@@ -1336,25 +1347,22 @@ def open_pipeline(folder: str | Path) -> dict:
         text_encoder=[str(folder / "text_encoder")], text_length=77, text_padding=True)
 
 
-def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32, tile: int = 0) -> Latents:
+def load_vae(folder: str | Path, dtype: str = "fp32") -> Latents:
     """The space of a published VAE, frozen: AutoencoderKL or AutoencoderTiny as diffusers saves it, or TAEF2
-    as it is published. dtype: float32 or bfloat16 (in float16 that of SDXL is not finite); tile: side of the
-    squares to decode larger pictures in, 0 = in one piece [pixels]. Raises ValueError, one line."""
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"a VAE in {dtype} may not be finite. Use float32 or bfloat16")
+    as it is published. dtype: fp32 or bf16 (in fp16 that of SDXL is not finite). Raises ValueError, one
+    line."""
     vae, files = open_vae(folder)
-    load_published(vae.to(dtype), files)
-    vae.tile = tile
+    load_published(vae.to(VAE_DTYPES[dtype]), files)
     vae.fingerprint = checksum(vae.state_dict(), {"config": json.dumps(vars(vae.shape))})
     return vae
 
 
-def find_vae(places: Iterable[str | Path], fingerprint: str) -> Latents:
+def find_vae(places: Iterable[str | Path], fingerprint: str, dtype: str = "fp32") -> Latents:
     """The VAE of a fingerprint, in the first of some folders that holds it. ValueError if none does."""
     said = []
     for place in places:
         try:
-            vae = load_vae(place)
+            vae = load_vae(place, dtype)
         except (ValueError, OSError) as e:
             said.append(str(e))
             continue

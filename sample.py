@@ -270,7 +270,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     space = diffusion.Pixels(len(data.MODES[pictures.picture_mode]))
     if shape.vae:
         places = [vae, vae_lay, shape.vae, *(folder / Path(shape.vae).name for folder in near)]
-        space = model.find_vae(filter(None, places), made_in).to(device)
+        space = model.find_vae(filter(None, places), made_in, shape.vae_dtype).to(device)
     side = size // space.scale
 
     # Built without memory, and compared with the file, before anything is allocated.

@@ -1280,7 +1280,7 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     cfg, data_cfg, model_cfg, diff_cfg, _ = configs
     space = diffusion.Pixels(len(data.MODES[data_cfg.picture_mode]))
     if model_cfg.vae:
-        space = model.load_vae(model_cfg.vae).to(device)
+        space = model.load_vae(model_cfg.vae, model_cfg.vae_dtype).to(device)
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
     side = cfg.size // space.scale
     if is_published(cfg):
