@@ -1325,11 +1325,15 @@ BETAS = {"linear": (0.0001, 0.02), "scaled_linear": (0.00085, 0.012)}
 
 
 def open_pipeline(folder: str | Path) -> dict:
-    """What the folder of a published pipeline (Stable Diffusion 1.x, 2.x) says of noise, text and VAE, as
+    """What the folder of a published pipeline (Stable Diffusion 1.x, 2.x, XL) says of noise, text and VAE, as
     flags by name. ValueError, one line, for what is not known here."""
     folder = Path(folder)
-    if (folder / "text_encoder_2").exists():
-        raise ValueError(f"{folder} has two text encoders. Stable Diffusion 1.x and 2.x are read, with one")
+    encoders = sorted(str(path) for path in folder.glob("text_encoder*"))
+    wide = len(encoders) > 1
+    whole = read_config(folder, "model_index.json")
+    if len(encoders) > 2 or (wide and whole.get("force_zeros_for_empty_prompt") is False):
+        raise ValueError(f"{folder} has {len(encoders)} text encoders, or two that read empty prompts. Known "
+                         "here: Stable Diffusion 1.x, 2.x and XL")
     said = read_config(folder / "scheduler", "scheduler_config.json")
     usual = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
                  num_train_timesteps=1000, prediction_type="epsilon")
@@ -1344,7 +1348,8 @@ def open_pipeline(folder: str | Path) -> dict:
     return dict(
         schedule=said["beta_schedule"], prediction=PREDICTIONS[said["prediction_type"]], shift_base=0,
         zero_snr=bool(said.get("rescale_betas_zero_snr")), vae=str(folder / "vae"), text_dtype="fp32",
-        text_encoder=[str(folder / "text_encoder")], text_length=77, text_padding=True)
+        text_encoder=encoders or [str(folder / "text_encoder")], text_length=77, text_padding=True,
+        clip_layer="penultimate" if wide else "last")
 
 
 def load_vae(folder: str | Path, dtype: str = "fp32") -> Latents:

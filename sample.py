@@ -181,7 +181,7 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
             unread(encoder.reader, texts)
             encoder.to(device)
             said[key] = {}
-            for text in texts if encoder.reader.pad is None else ["", *texts]:
+            for text in ["", *texts] if encoder.reader.empty else texts:
                 for _, *entry in text_encoder.encode_captions(encoder, [text]):
                     said[key][text] = entry
             encoder.to("meta")                                 # frees the weights, whoever holds the encoder
@@ -214,18 +214,19 @@ def last_places(path: Path) -> tuple[list[str], str]:
 
 
 def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None) -> Stage:
-    """A stage from the folder of a published pipeline: Stable Diffusion 1.x or 2.x. ValueError, one line,
+    """A stage from the folder of a published pipeline: Stable Diffusion 1.x, 2.x or XL. ValueError, one line,
     where it is another one, or a part is missing."""
     said = model.open_pipeline(path)
     space = model.load_vae(said.pop("vae")).to(device)
-    words = {name: said.pop(name) for name in list(said) if name.startswith("text")}
+    words = {name: said.pop(name) for name in list(said) if name.startswith(("text", "clip"))}
     text = text_encoder.load_text_encoder(text_encoder.TextConfig(**words), cached).to(device)
     config = diffusion.DiffusionConfig(**said)
     unet = model.load_unet(path / "unet").to(device).eval().requires_grad_(False)
-    wanted = unet.config["in_channels"], unet.config["cross_attention_dim"]
-    if wanted != (space.channels, text.dim):
-        raise ValueError(f"{path}: the U-Net reads {wanted} channels of latents and text, its VAE and text "
-                         f"encoder give {(space.channels, text.dim)}")
+    wanted = unet.config["in_channels"], unet.config["cross_attention_dim"], unet.pooled_width
+    given = space.channels, text.dim, text.pooled_dim if unet.pooled_width else 0
+    if wanted != given:
+        raise ValueError(f"{path}: the U-Net reads {wanted} channels of latents, text and pooled text, its "
+                         f"VAE and text encoder give {given}")
 
     side = unet.config.get("sample_size", 64)
     model.check(f"{path}/unet: sample_size", side, int, "[1..4096]")

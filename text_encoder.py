@@ -47,7 +47,7 @@ class TextConfig:
     text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
     text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
     clip_layer: Literal["last", "penultimate"] = "last"  # of a CLIP text encoder, which gives the context
-    text_padding: bool = False  # a CLIP reads what pads its captions too, as in Stable Diffusion
+    text_padding: bool = False  # CLIPs read what pads captions too; several as one wide one, as in SDXL
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..2048 channels]
     byte_layers: int = 1  # layers of the byte encoder [1..24 layers]
@@ -276,15 +276,16 @@ class Reader:
     It has no weights, pickles, and runs no kernel of torch: made for the workers of a loader.
     lookup(caption, beside) -> context (l, D), pooled (P,), tensors in bfloat16, or a ValueError;
     they leave as uint16 of the same bits, since numpy has no such type. pad: the token that fills
-    each caption up to `length` and counts as one of it, an empty one as well, None = none. counts:
-    of the captions that this process tokenised how many were empty, cut or cleaned, and the unknown
-    tokens."""
+    each caption up to `length` and counts as one of it, None = none; empty: whether an empty caption
+    is read like any other. counts: of the captions that this process tokenised how many were empty,
+    cut or cleaned, and the unknown tokens."""
     tokenizer: object
     length: int
     dim: int
     pooled_dim: int
     lookup: Callable | None = None
     pad: int | None = None
+    empty: bool = False
     counts: Counter = field(default_factory=Counter)
 
     def __deepcopy__(self, memo):
@@ -304,7 +305,7 @@ class Reader:
         if self.lookup:
             context = np.zeros((0, self.dim), np.uint16)
             pooled = np.zeros(self.pooled_dim, np.uint16)
-            if text or self.pad is not None:
+            if text or self.empty:
                 found = self.lookup(caption, beside)
                 context, pooled = (x.view(torch.uint16).numpy() for x in found)
             return {"context": context, "pooled": pooled, "cut": False}
@@ -321,9 +322,9 @@ class Reader:
             tokens=len(tokens),
             unknown=tokens.count(tokenizer.unknown),
         )
-        if tokens or self.pad is not None:
+        if tokens or self.empty:
             tokens = [*tokenizer.prefix, *tokens[:room], *tokenizer.suffix]
-        if self.pad is not None:
+        if tokens and self.pad is not None:
             tokens += [self.pad] * (self.length - len(tokens))
         return {"ids": np.array(tokens, np.int64), "cut": cut}
 
@@ -907,6 +908,27 @@ class MultiEncoder(Module):
     encode = TextEncoder.encode
 
 
+class WideEncoder(MultiEncoder):
+    """Several frozen CLIPs that read the same captions, their widths side by side, as in SDXL (Podell
+    et al. 2023, arXiv:2307.01952, section 2.1): context (B, L, sum of D), pooled (B, P) of the last."""
+    def __init__(self, encoders: list[TextEncoder]):
+        super().__init__(encoders)
+        lengths = [encoder.length for encoder in encoders]
+        if len(set(lengths)) > 1 or any("clip" not in encoder.fingerprint for encoder in encoders):
+            raise ValueError(f"--text-padding makes one of several CLIPs of one length, not of {lengths} "
+                             "tokens and others. Leave it away")
+        self.dim = sum(encoder.dim for encoder in encoders)
+        self.pooled_dim = encoders[-1].pooled_dim
+        self.length = lengths[0]
+        self.trainable = False
+        del self.project, self.kind
+
+    def forward(self, **inputs):
+        said = [encoder(**part_of(inputs, number)) for number, encoder in enumerate(self.encoders)]
+        context = torch.cat([part["context"] for part in said], 2)
+        return said[-1] | {"context": context}
+
+
 def encode_captions(encoder: TextEncoder, captions: list[str], batch_tokens=8192):
     """Yield (index, context (L, D), pooled (P)) in bf16, without padding, computed on the encoder's
     device: longest first, in batches of like length and about `batch_tokens` tokens."""
@@ -1003,7 +1025,9 @@ def frozen_encoder(name: str, config: TextConfig):
 
     # What is the same in all copies of an encoder, whatever their folders and files.
     pad = tokenizer.pad if config.text_padding and kind == "clip_text_model" else None
-    reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim, pad=pad)
+    alone = len(config.text_encoder) == 1                       # SDXL says nothing of an empty caption
+    reader = Reader(tokenizer, length, tower.dim, tower.pooled_dim, pad=pad,
+                    empty=alone and pad is not None)
     settings = repr(shape), config.clip_layer, config.text_dtype
     if pad is not None:
         settings += (pad,)
@@ -1127,4 +1151,6 @@ def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored
                 load()
         encoders.append(encoder)
     with torch.device(device):
-        return encoders[0] if len(encoders) == 1 else MultiEncoder(encoders)
+        if len(encoders) == 1:
+            return encoders[0]
+        return WideEncoder(encoders) if config.text_padding else MultiEncoder(encoders)

@@ -1210,7 +1210,7 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
             return text_encoder.encode_captions(encoder.to(device), texts)
 
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
-        empty = [] if encoder.reader.pad is None else [""]
+        empty = [""] if encoder.reader.empty else []
         captions = itertools.chain(empty, *(pictures.captions() for pictures in sets))
         cache = filled(cache, captions, encode, 1024, signals, ranks, "captions")
         counts = encoder.reader.counts
@@ -1261,7 +1261,7 @@ def published(configs: Configs, text: nn.Module, space) -> model.UNet2DCondition
     """The U-Net of --pretrained, or of --model from scratch. ValueError where it does not fit the VAE."""
     cfg, _, _, _, text_cfg = configs
     if cfg.pretrained:
-        own = text_cfg.text_encoder == [str(Path(cfg.pretrained, "text_encoder"))]
+        own = text_cfg.text_encoder == model.open_pipeline(cfg.pretrained)["text_encoder"]
         if own and (text_cfg.text_cache == "shards" or not text_cfg.text_padding):
             raise ValueError("a pipeline's own text encoder needs --text-padding, and no --text-cache shards")
         widths = (0, 0) if own else (text.dim, text.pooled_dim)

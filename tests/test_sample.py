@@ -1193,17 +1193,22 @@ NOISE = "scheduler/scheduler_config.json"
 MERGES = ["h o", "u s", "ho us", "hous e</w>", "r e", "re d</w>"]
 
 
-def write_pipeline(folder: Path, pad: str = "<|endoftext|>", **scheduler) -> dict:
-    """A small published pipeline of random weights; its networks."""
+def write_pipeline(folder: Path, pad: str = "<|endoftext|>", xl: bool = False, **scheduler) -> dict:
+    """A small published pipeline of random weights, of Stable Diffusion 1.x or XL; its networks."""
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
+    more = {}
+    if xl:
+        more = {"cross_attention_dim": 16 + 24, "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4, "use_linear_projection": True,
+                "projection_class_embeddings_input_dim": 6 * 4 + 20}
     parts = {
-        "unet": diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=[16, 32], norm_num_groups=4, cross_attention_dim=16,
-            attention_head_dim=2, layers_per_block=1,
-            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"]),
+        "unet": diffusers.UNet2DConditionModel(**{
+            "sample_size": 8, "block_out_channels": [16, 32], "norm_num_groups": 4, "cross_attention_dim": 16,
+            "attention_head_dim": 2, "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]} | more),
         "vae": diffusers.AutoencoderKL(
             block_out_channels=[8, 16], norm_num_groups=4, latent_channels=4, sample_size=16,
             down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2),
@@ -1214,15 +1219,21 @@ def write_pipeline(folder: Path, pad: str = "<|endoftext|>", **scheduler) -> dic
             "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
             "set_alpha_to_one": False, "steps_offset": 1} | scheduler),
     }
+    if xl:
+        parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(
+            vocab_size=len(WORDS), hidden_size=24, intermediate_size=32, num_hidden_layers=3,
+            hidden_act="gelu", num_attention_heads=3, projection_dim=20, bos_token_id=0, eos_token_id=1))
     for name, part in parts.items():
         part.save_pretrained(folder / name)
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    for name, fill in (("tokenizer", pad), ("tokenizer_2", "!"))[:1 + xl]:
+        tokenizer = folder / name
+        tokenizer.mkdir()
+        (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
+        (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"pad_token": fill}))
     (folder / "model_index.json").write_text("{}")
-    return {name: part.eval() for name, part in parts.items() if name != "scheduler"}
+    noise = parts.pop("scheduler").alphas_cumprod
+    return {name: part.eval() for name, part in parts.items()} | {"noise": noise}
 
 
 @torch.no_grad()
@@ -1254,6 +1265,39 @@ def test_a_published_pipeline_denoises_as_diffusers_does(tmp_path, pad, predicti
     assert (stage.space.decode(x0) - picture).abs().max() <= 1
 
 
+@torch.no_grad()
+def test_a_published_pipeline_of_sdxl_denoises_as_diffusers_does(tmp_path, cli, monkeypatch):
+    theirs = write_pipeline(tmp_path / "xl", xl=True)
+    stage = sample.load_stage(tmp_path / "xl", torch.device("cpu"))
+    ids = torch.tensor([[0, 3, 5, 4, 1] + [1] * 72, [0, 3, 5, 4, 1] + [WORDS.index("!")] * 72])
+    narrow = theirs["text_encoder"](ids[:1], output_hidden_states=True).hidden_states[-2]
+    wide = theirs["text_encoder_2"](ids[1:], output_hidden_states=True)
+    context = torch.cat([narrow, wide.hidden_states[-2]], 2)
+    said = said_by(stage, ["a red house"])
+    assert (said["context"] - context).abs().max() < 1e-5
+    assert (said["pooled"] - wide.text_embeds).abs().max() < 1e-5
+
+    # Without a prompt it is told zeros, as force_zeros_for_empty_prompt says.
+    x, sizes = torch.randn(1, 4, 8, 8), torch.tensor([[64.0, 64, 0, 0, 64, 64]])
+    right, without = (
+        theirs["unet"](x, 599, context * told, added_cond_kwargs={
+            "text_embeds": wide.text_embeds * told, "time_ids": sizes}).sample for told in (1, 0))
+    alpha = theirs["noise"][599].sqrt()
+    eps = without + 7.5 * (right - without)
+    expected = (x - (1 - alpha ** 2).sqrt() * eps) / alpha
+    settings = sample.Settings(guidance_scale=7.5)
+    denoise = sample.denoiser_of(stage, stage.network(), None, settings, ["a red house"], {})
+    assert (denoise(x, torch.tensor([0.6])) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+    monkeypatch.chdir(tmp_path)
+    status, _, _ = cli("a red house", "--ckpt=xl", "--out=drawn", "--negative=house", "--sample-steps=2")
+    assert status == 0
+    (tmp_path / "xl" / "model_index.json").write_text('{"force_zeros_for_empty_prompt": false}')
+    status, _, error = cli("a red house", "--ckpt=xl", "--out=drawn")
+    assert status == 2
+    assert "or two that read empty prompts" in error
+
+
 @pytest.mark.parametrize("pad", [["!"], {"content": ["!"]}, 3, None, "unknown"])
 def test_a_pipeline_whose_padding_is_not_told_pads_with_the_end(tmp_path, pad):
     write_pipeline(tmp_path)
@@ -1281,7 +1325,7 @@ def test_a_published_pipeline_draws_by_the_command_line(tmp_path, cli, monkeypat
     ({"unet/config.json": {"in_channels": 9}}, "inpainting"),
     ({"unet/config.json": {"sample_size": [8, 9]}}, "sample_size is"),
     ({"vae/config.json": {"_class_name": "VQModel"}}, "not AutoencoderKL or AutoencoderTiny"),
-    ({"text_encoder_2/config.json": {}}, "has two text encoders. Stable Diffusion 1.x and 2.x are read"),
+    ({"text_encoder_2/config.json": {}, "text_encoder_3/config.json": {}}, "has 3 text encoders"),
     ({NOISE: None}, "scheduler_config.json is missing"),
 ])
 def test_a_pipeline_that_is_not_read_is_one_line(tmp_path, cli, monkeypatch, change, words):

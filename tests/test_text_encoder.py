@@ -523,6 +523,12 @@ def test_the_byte_encoder_compiles_once():
     assert count.frame_count == 1
 
 
+def test_padding_joins_clips_alone(t5_folder, clip_folder):
+    config = TextConfig([str(clip_folder), str(t5_folder)], text_padding=True)
+    with pytest.raises(ValueError, match=r"--text-padding makes one of several CLIPs of one length, not of"):
+        load_text_encoder(config)
+
+
 def test_encoders_stand_side_by_side(t5_folder, clip_folder):
     config = TextConfig(["bytes", str(t5_folder), str(clip_folder)], text_length=24)
     both = load_text_encoder(config)

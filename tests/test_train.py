@@ -2307,6 +2307,31 @@ def test_a_published_unet_goes_on_bit_for_bit_with_a_text_cache_too(pipeline, tm
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_a_published_unet_of_sdxl_is_trained_on_by_both_of_its_encoders(tmp_path):
+    from test_sample import write_pipeline
+    write_pipeline(tmp_path / "xl", xl=True)
+    more = ("--save-every=1", f"--text-cache={tmp_path / 'cache'}", "--uncond-prob=0.5", "--keep=5")
+    whole = finetune(tmp_path / "whole", tmp_path / "xl", *more)
+    parts = finetune(tmp_path / "parts", tmp_path / "xl", *more)
+    shutil.rmtree(parts / "checkpoints" / "000003")
+    parts = finetune(tmp_path / "parts", tmp_path / "xl", *more)
+    ours, again = (model.read(path)[1] for path in (whole, parts))
+    assert [name for name in ours if not torch.equal(ours[name], again[name])] == []
+
+    # Given back, it says what the run says of a caption, with its pooled text and sizes.
+    theirs = exported(whole, tmp_path / "out")
+    stage = sample.load_stage(whole, torch.device("cpu"))
+    said = stage.text.encode(["a red house"], "cpu")
+    assert said["context"].shape == (1, 77, 16 + 24)
+    x, timestep = torch.randn(1, 4, 8, 8), torch.tensor([600])
+    beside = {"text_embeds": said["pooled"], "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+    with torch.no_grad():
+        want = theirs(x, timestep, said["context"], added_cond_kwargs=beside).sample
+        assert (stage.unet(x, (timestep + 1) / 1000, **said) - want).abs().max() < 1e-5
+    start = model.load_unet(tmp_path / "xl" / "unet")
+    assert (want - start(x, (timestep + 1) / 1000, **said)).abs().max() > 1e-4
+
+
 def test_a_published_unet_goes_on_wherever_its_pipeline_lies_but_not_without_it(pipeline, tmp_path):
     run = finetune(tmp_path / "run", pipeline, "--steps=1")
     shutil.copytree(pipeline, tmp_path / "moved")
