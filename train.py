@@ -1186,7 +1186,7 @@ def load_latents(folder: str, sets: list[data.Pictures], net: "Denoising", devic
             yield i, net.space.encode(torch.from_numpy(picture)[None].to(device))[0].cpu()
 
     cache = data.Cache(Path(folder), f"{net.space.fingerprint} {sets[0].size}")
-    cache = filled(cache, readers, encode, 1024, signals, ranks, "latents")
+    cache = filled(cache, readers, encode, 256, signals, ranks, "latents")
     if left_out:
         say(f"warning: {len(left_out)} pictures have no latents and are replaced, the first {left_out[0]}")
     return cache

@@ -2,7 +2,7 @@
 
 Trains a tiny run undisturbed, then the same run again and again under kill -9 at random moments and at each
 system call of a save, under signals, damage to the newest checkpoint and a second run on the same directory,
-with and without data workers, each run in one of several configurations. The final weights, averages and
+with and without data workers, in several configurations in turn. The final weights, averages and
 moments must be those of the undisturbed run, bit for bit. Prints one line with the numbers; ends in an
 AssertionError where a fault was not survived.
 
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 STEPS, EVERY = 60, 4
-# Each run from its first step to its last takes one of these: what goes before the command, and more flags.
+# The kills strike these runs in turn: what goes before the command, and more flags.
 TORCHRUN = [
     sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
 CONFIGURATIONS = {
@@ -114,7 +114,7 @@ class Soak:
         self.folder, self.random = folder, random.Random(seed)
         self.faults, self.survived, self.lost, self.trained, self.rounds = {}, 0, 0, 0, 0
         self.failures, self.slowest = 0, 0.0
-        self.out, self.want, self.ends = folder / "run", {}, {}
+        self.want, self.ends = {}, {}
         self.configure("plain")
         self.strace = ["strace", "-f", "-qq", "-o", "/dev/null"]
         trial = [*self.strace, "true"]
@@ -123,8 +123,9 @@ class Soak:
             self.strace = []
 
     def configure(self, name: str) -> None:
-        """What the next run is; the first of its kind is run undisturbed beside it."""
+        """Which run is next; the first of its kind is run undisturbed beside it."""
         self.name, (self.before, self.more) = name, CONFIGURATIONS[name]
+        self.out = self.folder / name.replace(" ", "-")
         if name not in self.want:
             straight = self.folder / "straight"
             assert end(start(straight, 0, *self.before, more=self.more)) == 0
@@ -138,8 +139,6 @@ class Soak:
         """Let `strike` do its worst to the run, and look at what is left; False where it says it missed."""
         if saved(self.out) >= STEPS:
             self.finish()
-        if kind == "random kill" and not self.out.exists():
-            self.configure(list(CONFIGURATIONS)[self.rounds % len(CONFIGURATIONS)])
         before = saved(self.out)
         if strike(before) is False:
             return False
@@ -316,10 +315,13 @@ def main() -> None:
     soak = Soak(folder, args.seed)
     if args.signals:
         raise SystemExit(soak.signals(args.signals))
-    for _ in range(args.kills):
+    for kill in range(args.kills):
+        soak.configure(list(CONFIGURATIONS)[kill % len(CONFIGURATIONS)])
         soak.fault("random kill", soak.kill)
-    if soak.out.exists():
-        soak.finish()
+    for name in CONFIGURATIONS:
+        soak.configure(name)
+        if soak.out.exists():
+            soak.finish()
     soak.configure("plain")
     calls = PROFILES if args.profiles else CALLS
     for call, count in calls.items() if soak.strace else []:                  # of saving and pruning
@@ -330,7 +332,8 @@ def main() -> None:
     while time.monotonic() - began < 60 * args.minutes:
         kind = soak.random.choice(["stop", "damage", "second", "kill"])
         soak.fault({"second": "second run", "kill": "random kill"}.get(kind, kind), getattr(soak, kind))
-    soak.finish()
+    if soak.out.exists():
+        soak.finish()
     shutil.rmtree(folder)
     kinds = ", ".join(f"{count} {kind}" for kind, count in soak.faults.items())
     count = sum(soak.faults.values())

@@ -2195,6 +2195,49 @@ def test_a_signal_ends_the_filling_of_the_latents_and_the_same_command_goes_on(t
     assert 8 <= len(encoded) <= 8 + 1                          # what was encoded is kept
 
 
+@pytest.mark.slow
+def test_five_kills_while_the_latents_are_filled_and_two_runs_at_once_change_nothing(tmp_path):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    plain = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--steps 2")
+    command = (*plain, f"--latent-cache {tmp_path / 'cache'}")
+    code = """
+import data
+kill = os.environ["KILL"].split()
+count, encode, fill, fsync = 0, model.Latents.encode, data.Cache.fill, os.fsync
+def struck(name):
+    global count
+    count += kill[0] == name
+    if kill == [name, str(count)]:
+        os.kill(os.getpid(), signal.SIGKILL)
+def encode_or_die(self, x):
+    struck("encode")
+    return encode(self, x)
+def fsync_or_die(file):
+    struck("fsync")
+    return fsync(file)
+model.Latents.encode, os.fsync = encode_or_die, fsync_or_die
+data.Cache.fill = lambda self, texts, encode, part: fill(self, texts, encode, 2)
+"""
+    kept = 0
+    for kill in ("encode 1", "encode 3", "fsync 1", "encode 2", "encode 4"):
+        process = start(tmp_path / "run", *command, code=code, env={"KILL": kill})
+        assert finish(process)[0] == -signal.SIGKILL
+        files = len(list((tmp_path / "cache").glob("[!.]*.safetensors")))
+        assert files >= kept
+        kept = files
+    assert kept == 2
+
+    both = [start(tmp_path / name, *command, code=code, env={"KILL": "none"}) for name in ("run", "other")]
+    for process in both:
+        status, _, error = finish(process)
+        assert status == 0, error
+    run(tmp_path / "plain", *plain)
+    want = model.read(tmp_path / "plain")[1]
+    for name in ("run", "other"):
+        ours = model.read(tmp_path / name)[1]
+        assert [key for key in want if not torch.equal(want[key], ours[key])] == []
+
+
 def test_two_ranks_share_the_latents(tmp_path):
     vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
     command = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--steps 2")
