@@ -30,31 +30,32 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 STEPS, EVERY = 60, 4
-# The kills strike these runs in turn: what goes before the command, and more flags.
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-CONFIGURATIONS = {
-    "plain": ([], []),
-    "profiles": ([], ["--profiles", "3"]),
-    "AdamW, learned variance": ([], ["--optimizer", "adamw", "--learn-sigma", "--prediction", "eps"]),
-    "grey, importance sampling": ([], ["--picture-mode", "grey", "--t-density", "importance"]),
-    "validation and grids": ([], ["--val-every", "7", "--sample-every", "9", "--micro-batch", "2"]),
-    "two ranks": (TORCHRUN, []),
-    "two ranks, profiles": (TORCHRUN, ["--profiles", "3"])}
-LATEST = 20                                                    # seconds from a signal to the end of a run
 FLAGS = [
     "--size", "16", "--channels", "32", "--channel-mult", "1", "1", "--attn-resolutions", "8", "--patch", "1",
     "--head-dim", "16", "--text-length", "32", "--byte-width", "32", "--byte-layers", "1", "--device", "cpu",
     "--lr", "1e-3", "--prediction", "v",
     "--batch-size", "8", "--micro-batch", "4", "--steps", str(STEPS), "--warmup", "5", "--cooldown", "20",
-    "--save-every", str(EVERY), "--log-every", "1", "--val-every", "0", "--sample-every", "0"]
+    "--save-every", str(EVERY), "--log-every", "1"]
+QUIET = ["--val-every", "0", "--sample-every", "0"]
+# The kills strike these runs in turn: what goes before the command, and more flags.
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+CONFIGURATIONS = {
+    "plain": ([], QUIET),
+    "profiles": ([], [*QUIET, "--profiles", "3"]),
+    "AdamW, learned variance": ([], [*QUIET, "--optimizer", "adamw", "--learn-sigma"]),
+    "grey, importance sampling": ([], [*QUIET, "--picture-mode", "grey", "--t-density", "importance"]),
+    "validation and grids": ([], ["--val-every", "7", "--sample-every", "9", "--val-images", "8"]),
+    "two ranks": (TORCHRUN, QUIET),
+    "two ranks, profiles": (TORCHRUN, [*QUIET, "--profiles", "3"])}
+LATEST = 20                                                    # seconds from a signal to the end of a run
 CALLS = {"mkdir": 4, "ftruncate": 4, "renameat": 4, "chmod": 4, "fsync": 8, "rename": 6, "unlinkat": 4,
          "rmdir": 2}
 # With --profiles, whose snapshots are written and pruned before each checkpoint.
 PROFILES = {"fsync": 14, "rename": 12, "chmod": 8, "unlink": 10}
 
 
-def start(out: Path, workers: int, *before: str, more=(), err=subprocess.PIPE) -> subprocess.Popen:
+def start(out: Path, workers: int, *before: str, more=QUIET, err=subprocess.PIPE) -> subprocess.Popen:
     command = [*before, sys.executable, str(ROOT / "train.py"), *FLAGS, *more, "--out", str(out)]
     return subprocess.Popen([*command, "--workers", str(workers)], start_new_session=True, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=err)
