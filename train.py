@@ -55,6 +55,7 @@ import diffusion
 import model
 import text_encoder
 
+Objective = Literal["denoise", "clip"]
 Model = Literal["tiny", "small", "base", "large", "sd15", "sd21", "sdxl"]
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     size: int = 64                # side of the pictures [8..4096 pixels]
     model: Model = "tiny"         # row of presets, small where there is a GPU; sd15, ...: published U-Nets
     pretrained: str = ""          # a published pipeline's folder: its U-Net, VAE, text encoder and noise
+    objective: Objective = "denoise"  # clip: pictures and captions find each other, to guide and to rank
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
     init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
     reinit: str = ""              # but not these: a regular expression of names
@@ -150,12 +152,16 @@ PRESETS = {
 FINETUNE = dict(steps=10000, batch_size=32, lr=1e-5, warmup=500, ema_decay=0.9999, shift_base=0)
 PUBLISHED = dict(
     BASE, shift_base=0, schedule="scaled_linear", prediction="eps", cooldown=0, size_shift="uniform")
+# What is for drawing has no use in a CLIP, which sees whole pictures at all times alike.
+CLIP = dict(
+    lowres=0, crop=0, pretrained="", learn_sigma=False, loss_weight="uniform", t_density="uniform",
+    uncond_prob=0.0, sample_every=0)
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
-SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
-         "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
+SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
+         "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
@@ -278,8 +284,8 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
-def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict) -> dict:
-    """The flags that --model, --size and --pretrained move."""
+def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, objective: str) -> dict:
+    """The flags that --model, --size, --pretrained and --objective move."""
     if pipeline:
         return FINETUNE | pipeline
     if name in model.UNETS:
@@ -291,7 +297,7 @@ def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict) -> 
     del row["weights"], row["flops"]
     if latents:                                                # they say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    return row
+    return row | CLIP if objective == "clip" else row
 
 
 def is_published(cfg: TrainConfig) -> bool:
@@ -318,17 +324,20 @@ def parse(argv: list[str]) -> Configs:
     pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
     known.vae = known.vae or pipeline.get("vae", "")
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
-    ladder = 0 if known.vae else LADDER.get(known.size, 0)
+    clip = known.objective == "clip"
+    ladder = 0 if known.vae or clip else LADDER.get(known.size, 0)
     lowres = ladder if known.lowres < 0 else known.lowres
-    row = preset(name, known.size, lowres, bool(known.vae), pipeline)
-    parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
+    row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
+    parser.set_defaults(**row)
+    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres else 8)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         die(f"{twice[0]} is given twice. Give all of its values once")
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{args.size}"
+    usual = f"runs/clip-{args.size}" if clip else f"runs/{args.size}"
+    args.out = args.out or usual
     for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
         if f"--{name}" not in given:
             scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
@@ -374,6 +383,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
+    if cfg.objective == "clip":
+        check_clip(cfg, data_cfg, model_cfg, diff_cfg)
     if cfg.warmup + cfg.cooldown > cfg.steps:
         say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
             f"{cfg.steps}: the rate never reaches --lr")
@@ -396,6 +407,20 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     else:
         model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres, scale)
     diffusion.make_schedule(diff_cfg, cfg.size // scale)
+
+
+def check_clip(cfg: TrainConfig, *others) -> None:
+    """Raise ValueError for what --objective clip cannot be trained with."""
+    for config in (cfg, *others):
+        for name, value in vars(config).items():
+            if name in CLIP and value != CLIP[name]:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value} is for what draws, no --objective clip. Leave it away")
+    if cfg.model in model.UNETS:
+        raise ValueError(f"--model {cfg.model} is for drawing. A CLIP is tiny, small, base or large")
+    if cfg.batch_size < 2:
+        raise ValueError(f"--objective clip compares the pictures of a batch, and --batch-size "
+                         f"{cfg.batch_size} has no two. 64 or more is usual")
 
 
 # ----------------------------------------------------------------------------------------- devices and ranks
@@ -719,6 +744,51 @@ class Denoising(nn.Module):
             self.squares.zero_()
 
 
+class Contrastive(Denoising):
+    """The objective of a CLIP on noised pictures: picture and caption find each other among all of a batch
+    (Radford et al. 2021, arXiv:2103.00020, figure 3). unet: a model.CLIP; the others as of Denoising."""
+    joins = True
+
+    @torch.no_grad()
+    def inputs(self, part: dict, device: torch.device) -> model.Tensors:
+        hashes = [zlib.crc32(caption.encode()) for caption in part["captions"]]
+        halves = np.array(hashes, np.uint32).view(np.uint16).reshape(-1, 2)    # float32 has 24 bits
+        same = torch.as_tensor(halves.astype(np.float32)).to(device, non_blocking=True)
+        return super().inputs(part, device) | {"caption": same}
+
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, caption: Tensor,
+                **condition) -> model.Tensors:
+        """Features (B, E) of pictures x0 noised by eps at t and of their captions, what similarities are
+        multiplied by, (B,), and hashes of the captions (B, 2)."""
+        x_t = diffusion.noised(x0, eps, t, self.schedule)
+        return {"seen": self.unet(x_t, t), "read": self.unet.read(**self.encode(**condition)),
+                "scale": self.unet.scale().expand(len(t)), "caption": caption}
+
+    def compared(self, given: model.Tensors) -> tuple[Tensor, Tensor]:
+        """Logits (N, N) of pictures (rows) and captions, float32; whether captions are the same, (N, N)."""
+        with torch.autocast(given["seen"].device.type, enabled=False):
+            logits = given["scale"].mean() * given["seen"] @ given["read"].T
+        caption = given["caption"]
+        return logits, (caption[:, None] == caption).all(2)
+
+    def loss(self, given: model.Tensors) -> Tensor:
+        """Cross-entropy of the right caption for each picture and of the right picture for each caption, the
+        mean of both; other pictures with the same caption are not counted as wrong."""
+        logits, same = self.compared(given)
+        right = torch.arange(len(logits), device=logits.device)
+        others = same & (right[:, None] != right)
+        logits = logits.masked_fill(others, -math.inf)
+        rows = nn.functional.cross_entropy(logits, right, reduction="sum")
+        columns = nn.functional.cross_entropy(logits.T, right, reduction="sum")
+        return (rows + columns) / 2
+
+    def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
+        meter.add(scale=given["scale"].detach())
+
+
+OBJECTIVES = {"denoise": Denoising, "clip": Contrastive}
+
+
 # ------------------------------------------------------------------------------------- optimizer and averages
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
@@ -963,7 +1033,7 @@ def lock(run: Path) -> None:
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
     os.truncate(fd, 0)
     os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+    for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*"), *run.glob("*/best/.tmp-*")]:
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -1037,6 +1107,27 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+
+
+def keep_best(out: Path, state: State, meta: dict, val_images: int, line: dict) -> None:
+    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, where the loss of `line`, which
+    validated on so many pictures, is the lowest so far. Training survives a disk that is full."""
+    path = out / "checkpoints" / "best" / "ema.safetensors"
+    own = {"step": str(line["step"]), "val_loss": str(line["val_loss"]), "val_images": str(val_images),
+           "config": without_folders(meta["config"])}
+    try:
+        if path.exists():
+            before = model.load_tensors(path)[1]
+            same = before["val_images"] == own["val_images"]
+            if same and float(before["val_loss"]) <= line["val_loss"]:
+                return
+    except (ValueError, LookupError) as e:
+        say(f"warning: {e}; it is written anew")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        model.save_tensors(path, state.ema.state_dict(), meta | own)
+    except OSError as e:
+        say(f"warning: {path} not written ({e}); training continues")
 
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
@@ -1288,6 +1379,8 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
     else:
         make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
                        diff_cfg.learn_sigma)
+        if cfg.objective == "clip":
+            make = partial(model.CLIP, model_cfg, side, text.dim, text.pooled_dim, space.channels)
         with torch.device("meta"):
             count = sum(p.numel() for p in make().parameters())
         needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count), memory_there(device)
@@ -1297,7 +1390,8 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
                              "smaller --model, --batch-size or --micro-batch")
         unet = make()
     unet.checkpointing = cfg.checkpointing
-    objective = Denoising(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
+    kind = OBJECTIVES[cfg.objective]
+    objective = kind(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         _, weights, _ = model.read(Path(cfg.init))
         say(f"from {cfg.init}: {warm_start(objective, weights, cfg.reinit)}")
@@ -1374,6 +1468,35 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
     total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
     return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
+
+
+TIMES = 0.1, 0.3, 0.5, 0.7, 0.9                                # of noise, at which a CLIP is tested
+
+
+@torch.no_grad()
+def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+    """How a CLIP does among n fixed pairs, a line for metrics.jsonl, for each of TIMES: how often a picture's
+    own caption, or one that is equal, is the nearest, and among the nearest 5 ("text_at_1", "text_at_5"), the
+    same of a caption's pictures; and the mean loss. Every rank does all of it."""
+    n, most = min(n, len(fixed)), min(32, trainer.micro)
+    line = {"step": step, "val_loss": 0.0}
+    given = {t: [] for t in TIMES}
+    for start in range(0, n, most):
+        items = [fixed[position] for position in range(start, min(start + most, n))]
+        inputs = net.inputs(fixed.batch(items), trainer.device)
+        for t, parts in given.items():
+            parts.append(net(**inputs | {"t": torch.full_like(inputs["t"], t)}))
+
+    for parts in given.values():
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        line["val_loss"] += float(net.loss(whole)) / n / len(TIMES)
+        logits, same = net.compared(whole)
+        for name, ways in (("text", logits), ("picture", logits.T)):
+            for k in (1, 5):
+                nearest = ways.topk(min(k, n)).indices
+                found = same.gather(1, nearest).any(1).float().mean()
+                line.setdefault(f"{name}_at_{k}", []).append(number(found))
+    return line | {"val_loss": number(line["val_loss"])}
 
 
 @torch.no_grad()
@@ -1483,7 +1606,9 @@ class Trainer:
 
     def backward(self, parts: list[dict], total: int) -> None:
         """Add the gradient of the mean loss over the pictures of all ranks, `total` of them here."""
-        shares = self.shares(parts, total) if self.objective.joins else [None] * len(parts)
+        shares = [None] * len(parts)
+        if self.objective.joins and len(parts) > 1:
+            shares = self.shares(parts, total)
         for number, (part, share) in enumerate(zip(parts, shares), 1):
             inputs = self.objective.inputs(part, self.device)
             alone = self.ranks.world > 1 and number < len(parts)     # the ranks meet after the last part
@@ -1491,11 +1616,22 @@ class Trainer:
                 with self.autocast:
                     given = self.run(**inputs)
                 if share is None:
-                    loss = self.objective.loss(given) / total
+                    loss = self.loss(given, total)
                 else:
                     loss = sum((given[name] * gradient).sum() for name, gradient in share.items())
                 self.state.scaler.scale(loss).backward()
             self.objective.record(self.meter, inputs, given)
+
+    def loss(self, given: model.Tensors, total: int) -> Tensor:
+        """The loss of what forward gave of `total` pictures here, whose gradients DDP averages over ranks:
+        their mean, or where the objective joins pictures, the sum of all ranks' by `total`."""
+        if not self.objective.joins:
+            return self.objective.loss(given) / total
+        gathered = {name: self.ranks.gathered(rows) for name, rows in given.items()}
+        loss = self.objective.loss(gathered)
+        share = loss.detach().nan_to_num(0, 0, 0) / self.ranks.world
+        self.meter.add(loss=(share, total))
+        return loss / total
 
     def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
         """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching,
@@ -1505,11 +1641,10 @@ class Trainer:
             with torch.no_grad(), self.autocast:
                 given.append(self.run(**self.objective.inputs(part, self.device)))
 
-        leaves, gathered = {}, {}
+        leaves = {}
         for name in given[0]:
             leaves[name] = torch.cat([one[name] for one in given]).requires_grad_()
-            gathered[name] = self.ranks.gathered(leaves[name])
-        loss = self.objective.loss(gathered) / total           # of all ranks, whose gradients DDP averages
+        loss = self.loss(leaves, total)
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
         sizes = [len(part["captions"]) for part in parts]
@@ -1540,14 +1675,24 @@ class Trainer:
         return line
 
 
+def gist(line: dict) -> dict:
+    """What of a line is for the eye."""
+    brief = {}
+    for name in ("step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1"):
+        if name in line:
+            brief[name] = line[name]
+    return brief
+
+
+def show(brief: dict) -> None:
+    say("  ".join(f"{name} {value}" for name, value in brief.items()))
+
+
 def tell(line: dict, bar: tqdm) -> None:
     """The gist of a line, on the bar or, without a terminal, below the one before."""
-    brief = {"step": line["step"]}
-    for name in ("loss", "raw_loss", "pictures/s"):
-        brief[name] = line[name]
-    bar.set_postfix(brief)
+    bar.set_postfix(gist(line))
     if bar.disable:
-        say("  ".join(f"{name} {value}" for name, value in brief.items()))
+        show(gist(line))
     if line["skipped"]:
         say(f"warning: step {line['step']}: {line['skipped']} updates were not finite and were skipped")
 
@@ -1648,6 +1793,7 @@ def main(argv: list[str]) -> None:
         meta = describe(configs, train_set, objective, out if writes else None)
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
+        look = retrieval if objective.joins else validate
         batches = trainer.batches(train_set, first, images)
         signals.awaited = True
 
@@ -1689,9 +1835,11 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if due(cfg.val_every):
                 with trainer.autocast:
-                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
-                say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
+                    line = look(step, state.ema, val_set, cfg.val_images, trainer)
+                show(gist(line))
                 put("metrics.jsonl", line)
+                if writes and objective.joins:
+                    keep_best(out, state, meta | {"images": str(images)}, cfg.val_images, line)
             if due(cfg.sample_every):
                 if writes:
                     with trainer.autocast:

@@ -397,7 +397,7 @@ def test_a_loss_that_joins_pictures_has_the_gradient_of_the_whole_batch_in_any_p
     found, (sums, counts) = joined(micro, train.Ranks(), pairs())
     for name, gradient in whole_batch.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
-    assert counts == {"seen": [8], "words": [8]}                              # each picture once
+    assert counts == {"seen": [8], "words": [8], "loss": [8]}                   # each picture once
     assert sums["seen"] == pytest.approx([8], abs=1e-5)
 
 
@@ -431,7 +431,7 @@ def test_a_loss_that_joins_pictures_has_the_same_gradient_on_two_ranks(micro, wh
         found, (sums, counts) = torch.load(tmp_path / f"{rank}.pt")
         for name, gradient in whole_batch.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
-        assert counts == {"seen": [8], "words": [8]}                          # of all ranks
+        assert counts == {"seen": [8], "words": [8], "loss": [8]}               # of all ranks
         assert sums["words"] == pytest.approx([pairs()["words"][:, 0].sum()], abs=1e-5)
 
 
