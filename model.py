@@ -1041,7 +1041,7 @@ class AttentionPool(CrossAttention):
     section 2.3). channels: of the guess; context_dim: of the others; width: of what is returned."""
 
     def __init__(self, channels: int, head_dim: int, context_dim: int, width: int):
-        super().__init__(channels, channels // head_dim, context_dim, bias=True)
+        super().__init__(channels, channels // head_dim, context_dim)
         self.head = nn.Linear(channels, width)
 
     def forward(self, guess: Tensor, others: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -413,14 +413,12 @@ def check_clip(cfg: TrainConfig, *others) -> None:
     """Raise ValueError for what --objective clip cannot be trained with."""
     for config in (cfg, *others):
         for name, value in vars(config).items():
-            if name in CLIP and value != CLIP[name]:
+            if CLIP.get(name, value) != value:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} {value} is for what draws, no --objective clip. Leave it away")
-    if cfg.model in model.UNETS:
-        raise ValueError(f"--model {cfg.model} is for drawing. A CLIP is tiny, small, base or large")
-    if cfg.batch_size < 2:
-        raise ValueError(f"--objective clip compares the pictures of a batch, and --batch-size "
-                         f"{cfg.batch_size} has no two. 64 or more is usual")
+    if cfg.model in model.UNETS or cfg.batch_size < 2:
+        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
+                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
 
 
 # ----------------------------------------------------------------------------------------- devices and ranks
@@ -751,15 +749,13 @@ class Contrastive(Denoising):
 
     @torch.no_grad()
     def inputs(self, part: dict, device: torch.device) -> model.Tensors:
-        hashes = [zlib.crc32(caption.encode()) for caption in part["captions"]]
-        halves = np.array(hashes, np.uint32).view(np.uint16).reshape(-1, 2)    # float32 has 24 bits
-        same = torch.as_tensor(halves.astype(np.float32)).to(device, non_blocking=True)
-        return super().inputs(part, device) | {"caption": same}
+        marks = [zlib.crc32(caption.encode()) % 2**24 for caption in part["captions"]]   # exact in float32
+        return super().inputs(part, device) | {"caption": torch.tensor(marks, device=device).float()}
 
     def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, caption: Tensor,
                 **condition) -> model.Tensors:
         """Features (B, E) of pictures x0 noised by eps at t and of their captions, what similarities are
-        multiplied by, (B,), and hashes of the captions (B, 2)."""
+        multiplied by, (B,), and hashes of the captions (B,)."""
         x_t = diffusion.noised(x0, eps, t, self.schedule)
         return {"seen": self.unet(x_t, t), "read": self.unet.read(**self.encode(**condition)),
                 "scale": self.unet.scale().expand(len(t)), "caption": caption}
@@ -769,7 +765,7 @@ class Contrastive(Denoising):
         with torch.autocast(given["seen"].device.type, enabled=False):
             logits = given["scale"].mean() * given["seen"] @ given["read"].T
         caption = given["caption"]
-        return logits, (caption[:, None] == caption).all(2)
+        return logits, caption[:, None] == caption
 
     def loss(self, given: model.Tensors) -> Tensor:
         """Cross-entropy of the right caption for each picture and of the right picture for each caption, the
@@ -778,9 +774,8 @@ class Contrastive(Denoising):
         right = torch.arange(len(logits), device=logits.device)
         others = same & (right[:, None] != right)
         logits = logits.masked_fill(others, -math.inf)
-        rows = nn.functional.cross_entropy(logits, right, reduction="sum")
-        columns = nn.functional.cross_entropy(logits.T, right, reduction="sum")
-        return (rows + columns) / 2
+        both = [nn.functional.cross_entropy(way, right, reduction="sum") for way in (logits, logits.T)]
+        return sum(both) / 2
 
     def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
         meter.add(scale=given["scale"].detach())
@@ -1109,24 +1104,17 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def keep_best(out: Path, state: State, meta: dict, val_images: int, line: dict) -> None:
-    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, where the loss of `line`, which
-    validated on so many pictures, is the lowest so far. Training survives a disk that is full."""
+def keep_best(out: Path, state: State, meta: dict, line: dict) -> None:
+    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if the val_loss of `line` is the
+    lowest so far. Training survives a disk that is full, and an old file that is damaged."""
     path = out / "checkpoints" / "best" / "ema.safetensors"
-    own = {"step": str(line["step"]), "val_loss": str(line["val_loss"]), "val_images": str(val_images),
-           "config": without_folders(meta["config"])}
-    try:
-        if path.exists():
-            before = model.load_tensors(path)[1]
-            same = before["val_images"] == own["val_images"]
-            if same and float(before["val_loss"]) <= line["val_loss"]:
-                return
-    except (ValueError, LookupError) as e:
-        say(f"warning: {e}; it is written anew")
+    own = {name: str(line[name]) for name in ("step", "val_loss")}
+    own["config"] = without_folders(meta["config"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        model.save_tensors(path, state.ema.state_dict(), meta | own)
-    except OSError as e:
+        if not path.exists() or line["val_loss"] < float(model.load_tensors(path)[1]["val_loss"]):
+            model.save_tensors(path, state.ema.state_dict(), meta | own)
+    except (OSError, ValueError) as e:
         say(f"warning: {path} not written ({e}); training continues")
 
 
@@ -1675,24 +1663,17 @@ class Trainer:
         return line
 
 
-def gist(line: dict) -> dict:
+def gist(line: dict) -> str:
     """What of a line is for the eye."""
-    brief = {}
-    for name in ("step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1"):
-        if name in line:
-            brief[name] = line[name]
-    return brief
-
-
-def show(brief: dict) -> None:
-    say("  ".join(f"{name} {value}" for name, value in brief.items()))
+    names = "step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1"
+    return "  ".join(f"{name} {line[name]}" for name in names if name in line)
 
 
 def tell(line: dict, bar: tqdm) -> None:
     """The gist of a line, on the bar or, without a terminal, below the one before."""
-    bar.set_postfix(gist(line))
+    bar.set_postfix_str(gist(line))
     if bar.disable:
-        show(gist(line))
+        say(gist(line))
     if line["skipped"]:
         say(f"warning: step {line['step']}: {line['skipped']} updates were not finite and were skipped")
 
@@ -1836,10 +1817,10 @@ def main(argv: list[str]) -> None:
             if due(cfg.val_every):
                 with trainer.autocast:
                     line = look(step, state.ema, val_set, cfg.val_images, trainer)
-                show(gist(line))
+                say(gist(line))
                 put("metrics.jsonl", line)
                 if writes and objective.joins:
-                    keep_best(out, state, meta | {"images": str(images)}, cfg.val_images, line)
+                    keep_best(out, state, meta | {"images": str(images)}, line)
             if due(cfg.sample_every):
                 if writes:
                     with trainer.autocast:
