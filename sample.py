@@ -386,8 +386,9 @@ def companions(stage: Stage, settings: Settings, times: Tensor) -> list[Stage | 
             return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
 
         if process(other) != process(stage):
-            raise ValueError(f"--{flag} {name} ({other.size} pixels, {other.config.schedule}) must have the "
-                             f"size, schedule and space of the stage ({stage.size}, {stage.config.schedule})")
+            raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
+                             f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
+                             f"{stage.size} and {stage.config.schedule}")
         found.append(other)
 
     weak, _ = found

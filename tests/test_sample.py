@@ -62,6 +62,15 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory) -> Path:
+    """The run of a CLIP, two steps old."""
+    folder = tmp_path_factory.mktemp("clip")
+    with training_in(folder):
+        train.main([*RECIPE, "--objective=clip"])
+    return folder / "runs" / "clip-16"
+
+
 @pytest.fixture
 def here(trained, tmp_path, monkeypatch) -> Path:
     """A working directory with that run in it."""
@@ -306,15 +315,16 @@ def pictures(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.png") for name in ("init", "mask")}
 
 
-def test_every_setting_changes_the_picture(stage, trained, pictures):
-    earlier = str(earlier_of(trained))
+def test_every_setting_changes_the_picture(stage, trained, pictures, clip_run):
+    earlier, clip = str(earlier_of(trained)), str(clip_run)
     changes = [{"guidance_interval": (0.5, 0.8)}, {"guidance_rescale": 0.7}, {"apg": 2.0},
                {"autoguide": earlier}, {"negative": "a car"}, {"threshold": "none"}, {"threshold": "0.8"},
                {"sampler": "heun"}, {"sampler": "heun", "churn": 4.0}, {"grid_times": "karras"},
                {"shift": 2.0},
                {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6},
                {"respacing": "2,2,4"}, {"init": pictures["init"], "strength": 0.5}, pictures,
-               pictures | {"resample": 2}, {"apg": 2.0, "guidance_rescale": 0.7}]
+               pictures | {"resample": 2}, {"apg": 2.0, "guidance_rescale": 0.7}, {"clip": clip},
+               {"clip": clip, "clip_scale": 4.0}]
     drawn = [draw(stage, ["a red house"], **{"guidance_scale": 9.0, "steps": 12} | change).numpy().tobytes()
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
@@ -351,6 +361,52 @@ def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictur
         with torch.no_grad():
             expected = ((by_hand().clamp(-1, 1) + 1) * 127.5).round()
         assert (draw(stage, ["a star"], **settings).int() - expected).abs().max() <= 1, settings
+
+
+def similarity_of(clip: sample.Stage, prompt: str):
+    """The logit of noisy pictures and a prompt, by a CLIP run."""
+    said = clip.unet.read(**said_by(clip, [prompt]))
+    return lambda x_t, t: clip.unet.scale() * torch.cosine_similarity(clip.unet(x_t, t), said)
+
+
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+def test_the_gradient_of_a_clip_guides_every_sampler(stage, clip_run, sampler):
+    """Around guidance without a classifier, in the threshold; and what it draws is nearer to the prompt."""
+    clip = sample.load_stage(clip_run, torch.device("cpu"), clip=True)
+    settings = {"sampler": sampler, "steps": 4, "clip": str(clip_run), "clip_scale": 2.0}
+    similarity = similarity_of(clip, "a star")
+    cond, empty = said_by(stage, ["a star"]), said_by(stage, [""])
+    key = torch.tensor([int(sample.data.keyed(0, "sample", 0).integers(2**63))])
+    x, noise = diffusion.gaussian(key, (3, 16, 16)), diffusion.noise_source(key, (3, 16, 16))
+    denoise = diffusion.guided(stage.unet, stage.schedule, stage.config, cond, 3.0, empty)
+    pushed = diffusion.classifier_guidance(denoise, similarity, stage.schedule, 2.0)
+    times = diffusion.sampling_times(stage.schedule, 4)
+    with torch.no_grad():
+        drawn = diffusion.SAMPLERS[sampler](diffusion.threshold(pushed), x, times, noise, stage.schedule)
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round()
+    guided = draw(stage, ["a star"], **settings)              # --guidance 3 is the usual one
+    assert (guided.int() - expected).abs().max() <= 1
+
+    plain = draw(stage, ["a star"], **settings | {"clip": ""})
+    assert torch.equal(draw(stage, ["a star"], **settings | {"clip_scale": 0.0}), plain)
+    views = [stage.space.encode(picture) for picture in (guided, plain)]
+    with torch.no_grad():
+        near, far = (similarity(view, torch.zeros(1)).item() for view in views)
+    assert near > far
+
+
+def test_a_clip_guides_in_the_interval_of_guidance_alone(stage, clip_run):
+    plain = {"guidance_scale": 1.0, "guidance_interval": (0.4, 0.6), "steps": 4}
+    looks, found = [], []
+    for clip in ("", str(clip_run)):
+        found.append(draw(stage, ["a star"], **plain, clip=clip, clip_scale=5.0))
+    assert not torch.equal(*found)
+    real = model.CLIP.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.CLIP, "forward", lambda self, x, t: looks.append(t) or real(self, x, t))
+        draw(stage, ["a star"], **plain, clip=str(clip_run))
+    times = diffusion.sampling_times(stage.schedule, 4)[:-1]
+    assert len(looks) == ((times >= 0.4) & (times <= 0.6)).sum() > 0
 
 
 def test_a_mask_keeps_what_is_black_and_strength_the_rest_of_the_picture(stage, pictures):
@@ -391,10 +447,13 @@ def test_a_learned_variance_is_that_of_the_prompt(trained, guidance_scale, monke
     assert len(draw(stage, prompts, sampler="dpmpp_2m")) == 3
 
 
-def test_a_guide_of_another_size_or_schedule_is_refused(stage, trained):
+def test_a_guide_of_another_size_or_schedule_is_refused(stage, trained, clip_run):
     other = dataclasses.replace(stage, schedule=diffusion.make_schedule(stage.config, 32))
-    with pytest.raises(ValueError, match="same size and schedule"):
-        draw(other, ["a house"], autoguide=str(earlier_of(trained)))
+    for wrong in (other, dataclasses.replace(stage, size=32)):
+        with pytest.raises(ValueError, match="same size and schedule"):
+            draw(wrong, ["a house"], autoguide=str(earlier_of(trained)))
+        with pytest.raises(ValueError, match=r"--clip needs a checkpoint of the same size and schedule"):
+            draw(wrong, ["a house"], clip=str(clip_run))
 
 
 def test_settings_are_noted_without_local_paths(here, cli, pictures):
@@ -577,6 +636,8 @@ def test_a_damaged_config_is_named(up, cli):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["a", "--ckpt", "runs/16", "--autoguide", "runs/32"], "--autoguide needs a checkpoint of the same size"),
+    (["a", "--clip", "runs/16"], "draws, and is no CLIP"),
+    (["a", "--clip", "runs/16,,runs/16,"], "--clip has 4 values for 3 stage(s)"),
     (["a", "--ckpt", "runs/16/checkpoints/000002/ema.safetensors", "--ema", "0.1"], "has no snapshot of"),
     (["a", "--stop-at", "33"], "--stop-at 33: the stages in runs/ end at 64"),
     (["a", "--ckpt", "runs/32"], "a stage from 16 to 32 pixels was given 0. Name all stages"),
@@ -881,6 +942,33 @@ def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
     scores = [notes["clip_score"] for notes in every]
     assert scores == sorted(scores[:3], reverse=True) + sorted(scores[3:], reverse=True)
     assert len(set(scores)) > 1
+
+
+def test_a_run_of_a_clip_ranks_at_the_clean_end_of_its_time_and_draws_nothing(here, cli, clip_run):
+    shutil.copytree(clip_run, here / "runs" / "clip-16")                      # the newest, and passed over
+    status, out, err = cli("a house", "--n", "4", "--out", "all", "--rank", "runs/clip-16")
+    assert (status, len(out.splitlines()), err) == (0, 4, "")
+    similarity = similarity_of(sample.load_stage(clip_run, torch.device("cpu"), clip=True), "a house")
+    scores = {}
+    for path in out.splitlines():
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            logit = similarity(pixels.float() / 127.5 - 1, torch.zeros(1))
+        scores[notes_of(path)["seed"]] = notes_of(path)["clip_score"]
+        assert notes_of(path)["clip_score"] == pytest.approx(2.5 * max(0.0, logit.item() * 0.07), abs=1e-2)
+    status, out, err = cli("a house", "--n", "4", "--best", "1", "--out", "best.png", "--rank",
+                           "runs/clip-16/checkpoints/000002")
+    assert notes_of(here / "best.png")["seed"] == max(scores, key=scores.get)
+    status, out, err = cli("a house", "--clip", "runs/clip-16", "--clip-scale", "3")
+    assert (status, err) == (0, "")
+    assert {"clip": "clip-16", "clip_scale": 3.0}.items() <= notes_of(here / "a-house.png").items()
+    for argv, words in ((["--ckpt", "runs/clip-16"], "is a CLIP, for --clip or --rank"),
+                        (["--clip", "runs/16"], "draws, and is no CLIP"),
+                        (["--rank", "runs/16"], "draws, and is no CLIP"),
+                        (["--clip-scale", "-1"], "--clip-scale -1.0 is outside")):
+        status, out, err = cli("a house", *argv)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert words in err
 
 
 BAD = [

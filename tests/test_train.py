@@ -508,7 +508,7 @@ def test_a_clip_has_the_gradient_of_the_whole_batch_in_any_parts(micro):
 
 
 def test_the_memory_of_a_joined_batch_is_that_of_a_part():
-    """The most numbers that are kept for a backward pass: of four parts at most 1.3 times those of one alone."""
+    """The most numbers kept for a backward pass: of four parts at most 1.3 times those of one alone."""
     def kept(micro, parts):
         trainer, batch = clip_trainer(2, train.Ranks())
         sizes, alive = [0], [0]
