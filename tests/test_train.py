@@ -650,6 +650,30 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(size, name):
     assert cfg.steps == train.PRESETS[size, name]["steps"]
 
 
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_clip_has_the_noise_of_the_denoiser_of_its_size_and_nothing_that_is_for_drawing(size):
+    for name in ("tiny", "small"):
+        wanted, found = (
+            {key: value for config in train.parse(["--size", str(size), "--model", name, *extra])
+             for key, value in vars(config).items()}
+            for extra in (["--lowres", "0"], ["--objective", "clip"]))
+        changed = {key for key in wanted if wanted[key] != found[key]}
+        assert changed <= {*train.CLIP, "objective", "out"}
+        assert {key: found[key] for key in train.CLIP} == train.CLIP
+        assert found["out"] == f"runs/clip-{size}"
+
+
+def test_a_clip_starts_from_a_denoiser_and_goes_on_as_none(tmp_path, capsys):
+    run(tmp_path / "run", "--steps 1")
+    capsys.readouterr()
+    run(tmp_path / "clip", "--steps 1", "--objective clip", f"--init {tmp_path / 'run'}")
+    said = capsys.readouterr().out
+    new = re.search(r"new: (.*?), \d+ unused", said)[1].split()
+    assert all("_pool." in name or name == "unet.scale_logit" for name in new)
+    with pytest.raises(ValueError, match="the checkpoint has --objective denoise, not clip"):
+        run(tmp_path / "run", "--steps 2", "--objective clip")
+
+
 def test_a_preset_has_attention_where_its_sides_occur_and_a_flag_is_taken_at_its_word():
     for name, size, sides in (("small", 64, (16, 8)), ("small", 128, (16,)), ("base", 32, (32, 16, 8))):
         assert train.parse(["--model", name, "--size", str(size)])[2].attn_resolutions == sides
