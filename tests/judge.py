@@ -334,7 +334,7 @@ def main(argv: list[str]) -> None:
         print(f"{len(texts)} pictures in {time.time() - start:.0f} s: {args.sampler}, "
               f"{args.sample_steps} steps, guidance {args.guidance}")
         if args.clip or args.rank:
-            print(f"--clip {args.clip} --clip-scale {args.clip_scale} --rank {args.rank}, best of {args.best_of}")
+            print(f"--clip {args.clip} --clip-scale {args.clip_scale}, best of {args.best_of} by {args.rank}")
         if args.save:
             np.savez(args.save, pictures=pictures.numpy(), captions=np.array(texts))
         print_one(judge_one(judge, pictures[:args.n], *list(zip(*one))[1:]))
