@@ -314,7 +314,7 @@ class Settings:
     guidance_rescale: float = 0.0  # share of the contrast it adds that is taken back [0..1]
     apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain [0..1e6]
     autoguide: str = ""  # a weaker checkpoint to move away from
-    clip: str = ""  # a CLIP run that guides as well; a,b: of two stages, none above
+    clip: str = ""  # a CLIP run that guides: a forward and backward pass a call; a,b: of two stages
     clip_scale: float = 1.0  # how strongly it does [0..1e6]
     negative: str = ""  # a prompt to move away from
     aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]

@@ -572,6 +572,23 @@ def test_a_clip_validates_keeps_its_best_and_resumes_exactly(tmp_path, capsys, m
     assert model.checksum(kept[0], {}) == model.checksum(kept[1], {})
 
 
+@pytest.mark.slow
+def test_a_clip_is_the_same_on_two_ranks_in_parts(tmp_path):
+    """End to end, its best checkpoint, too; sums differ in their order, and AdamW's first steps by signs."""
+    changes = ("--objective clip", "--steps 2", "--val-every 1", "--val-images 12", "--optimizer adamw")
+    status, _, err = finish(start(tmp_path / "two", *changes, "--micro-batch 2", ranks=2))
+    assert status == 0, err
+    run(tmp_path / "one", *changes)
+    for left in ("checkpoints/000002", "checkpoints/best"):
+        paths = [tmp_path / name / left / "ema.safetensors" for name in ("one", "two")]
+        one, two = (torch.cat([value.flatten() for value in model.load_tensors(path)[0].values()])
+                    for path in paths)
+        assert (one - two).abs().quantile(0.99) < 1e-6
+    losses = [[line.get("val_loss", line.get("loss")) for line in metrics(tmp_path / name)]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_retrieval_counts_equal_captions_as_right():
     """Towers that say the number of the picture: all are found, the twins by either; turned by one, none."""
     trainer, _ = clip_trainer(8, train.Ranks())
