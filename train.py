@@ -152,10 +152,10 @@ PRESETS = {
 FINETUNE = dict(steps=10000, batch_size=32, lr=1e-5, warmup=500, ema_decay=0.9999, shift_base=0)
 PUBLISHED = dict(
     BASE, shift_base=0, schedule="scaled_linear", prediction="eps", cooldown=0, size_shift="uniform")
-# What is for drawing has no use in a CLIP, which sees whole pictures at all times alike.
+# A CLIP is the network of the stage that it guides, but sees whole pictures, at all times alike.
 CLIP = dict(
-    lowres=0, crop=0, pretrained="", learn_sigma=False, loss_weight="uniform", t_density="uniform",
-    uncond_prob=0.0, sample_every=0)
+    lowres=0, crop=0, conv_only=False, pretrained="", learn_sigma=False, loss_weight="uniform",
+    t_density="uniform", uncond_prob=0.0, sample_every=0)
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
@@ -324,20 +324,19 @@ def parse(argv: list[str]) -> Configs:
     pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
     known.vae = known.vae or pipeline.get("vae", "")
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
-    clip = known.objective == "clip"
-    ladder = 0 if known.vae or clip else LADDER.get(known.size, 0)
+    ladder = 0 if known.vae else LADDER.get(known.size, 0)
     lowres = ladder if known.lowres < 0 else known.lowres
     row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
-    parser.set_defaults(**row)
     parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres else 8)
+    parser.set_defaults(**row)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         die(f"{twice[0]} is given twice. Give all of its values once")
     args = parser.parse_args(argv)
-    usual = f"runs/clip-{args.size}" if clip else f"runs/{args.size}"
-    args.out = args.out or usual
+    kind = "clip-" if args.objective == "clip" else ""
+    args.out = args.out or f"runs/{kind}{args.size}"
     for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
         if f"--{name}" not in given:
             scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
@@ -415,7 +414,7 @@ def check_clip(cfg: TrainConfig, *others) -> None:
         for name, value in vars(config).items():
             if CLIP.get(name, value) != value:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {value} is for what draws, no --objective clip. Leave it away")
+                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
     if cfg.model in model.UNETS or cfg.batch_size < 2:
         raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
                          f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")

@@ -626,6 +626,18 @@ def test_each_stage_says_what_it_cannot_read(up, cli):
     assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n" * 2)
 
 
+def test_a_clip_guides_the_first_stage_of_a_cascade_unless_another_is_named(up, cli, clip_run):
+    shutil.copytree(clip_run, up / "runs" / "clip-16")
+    assert cli("a", "--stop-at", 32, "--out", "plain.png")[0] == 0
+    assert cli("a", "--stop-at", 32, "--out", "guided.png", "--clip", "runs/clip-16")[0] == 0
+    notes = notes_of(up / "guided.png")
+    assert (notes["clip"], notes["below"]["clip"]) == ("", "clip-16")
+    status, _, err = cli("a", "--stop-at", 32, "--clip", "runs/clip-16,runs/clip-16")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--clip needs a checkpoint of the same size" in err
+    assert "has 16 pixels and cosine, the stage 32 and cosine" in err
+
+
 def test_a_damaged_config_is_named(up, cli):
     (up / "runs/32/config.json").write_text("{")
     status, out, err = cli("a house")
