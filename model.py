@@ -1066,7 +1066,7 @@ class CLIP(UNet):
         c, emb = config.channels * config.channel_mult[-1], config.emb_dim
         self.norm_out = GroupNorm(c, config.conv_only)
         self.picture_pool = AttentionPool(c, config.head_dim, c, emb)
-        self.text_pool = AttentionPool(emb, 32, emb, emb)
+        self.text_pool = AttentionPool(emb, 32, emb, emb)      # a width that divides emb
         self.scale_logit = nn.Parameter(torch.tensor(-math.log(100 * 0.07 - 1)))
 
     def scale(self) -> Tensor:

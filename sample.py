@@ -509,13 +509,13 @@ def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: 
 
 @torch.no_grad()
 def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch.device,
-                batch_size: int = 16) -> Tensor:
+                batch_size: int = 16, encoders: Iterable[str] = ()) -> Tensor:
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
     (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of a published CLIP, or a
-    run, at the clean end of its time."""
+    run, at the clean end of its time; encoders: as of load_stage."""
     path = Path(folder)
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
-        clip = load_stage(path, device, clip=True)
+        clip = load_stage(path, device, encoders=encoders, clip=True)
 
         def see(part: Tensor) -> Tensor:
             small = resized(part, clip.data.picture_mode, clip.size).to(device)
@@ -649,6 +649,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
+    if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
+        die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
     args.wanted = [args.prompt or ""]
     if args.prompts is not None:
         lines = read_lines(args.prompts)
@@ -800,7 +802,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
     folder.mkdir(parents=True, exist_ok=True)
     if args.rank:
-        clip_scores(args.rank, torch.empty(0), [], device)
+        clip_scores(args.rank, torch.empty(0), [], device, encoders=args.text_encoder)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name, (flag, _) in LISTS.items():
@@ -841,7 +843,7 @@ def main(argv: list[str]) -> None:
             die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}", 130)
         if args.rank and last:
             n = args.best or n
-            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
+            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, args.text_encoder)
             first = torch.arange(0, len(scores), args.n)[:, None]
             best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
             pictures = pictures[best]

@@ -977,7 +977,8 @@ def test_a_run_of_a_clip_ranks_at_the_clean_end_of_its_time_and_draws_nothing(he
     for argv, words in ((["--ckpt", "runs/clip-16"], "is a CLIP, for --clip or --rank"),
                         (["--clip", "runs/16"], "draws, and is no CLIP"),
                         (["--rank", "runs/16"], "draws, and is no CLIP"),
-                        (["--clip-scale", "-1"], "--clip-scale -1.0 is outside")):
+                        (["--clip-scale", "-1"], "--clip-scale -1.0 is outside"),
+                        (["--clip-scale", "2"], "--clip-scale 2.0 has no effect without --clip")):
         status, out, err = cli("a house", *argv)
         assert (status, out, len(err.splitlines())) == (2, "", 1)
         assert words in err
@@ -1236,6 +1237,31 @@ def latents(tmp_path_factory) -> Path:
     with training_in(folder):
         train.main([*RECIPE, "--vae=vae"])
     return folder
+
+
+@pytest.mark.parametrize(("place", "flags"), [
+    ("latents", ["--vae=vae"]), ("frozen", ["--text-encoder", "byt5"])])
+def test_a_clip_sees_latents_and_reads_by_a_frozen_encoder(place, flags, request, tmp_path, monkeypatch):
+    folder = shutil.copytree(request.getfixturevalue(place), tmp_path / "here")
+    with training_in(folder):
+        train.main([*RECIPE, *flags, "--objective=clip"])
+    monkeypatch.chdir(folder)
+    names = model.read(Path("runs/clip-16"))[1].keys()
+    assert any("text_encoder" in name for name in names) == (place == "latents")    # bytes train along
+    assert "unet.text_pool.head.weight" in names
+    cpu = torch.device("cpu")
+    stage = sample.load_stage(Path("runs/16"), cpu)
+    plain = draw(stage, ["a house"])
+    assert not torch.equal(draw(stage, ["a house"], clip="runs/clip-16", clip_scale=50.0), plain)
+    score = sample.clip_scores("runs/clip-16", plain, ["a house"], cpu)
+    assert score.shape == (1,)
+    assert 0 <= score <= 2.5
+
+
+def test_a_clip_of_pixels_does_not_guide_latents(latents, clip_run):
+    stage = sample.load_stage(latents / "runs" / "16", torch.device("cpu"), vae=str(latents / "vae"))
+    with pytest.raises(ValueError, match="in the same space"):
+        draw(stage, ["a house"], clip=str(clip_run))
 
 
 def test_pictures_are_drawn_from_latents_wherever_the_vae_lies(latents, cli, tmp_path, monkeypatch):
