@@ -359,8 +359,16 @@ def parse(argv: list[str]) -> Configs:
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
     scale: pixels of a picture per position of its latents."""
+    clip = cfg.objective == "clip"
     for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
         model.check_fields(config)
+        for name, value in vars(config).items():
+            if clip and CLIP.get(name, value) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
+    if clip and (cfg.batch_size < 2 or cfg.model in model.UNETS):
+        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
+                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
 
     ends = data_cfg.data or data_cfg.limit
     if text_cfg.text_cache and not ends:
@@ -382,8 +390,6 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as e:
             raise ValueError(f"--{flag} {pattern} is no regular expression: {e}") from None
-    if cfg.objective == "clip":
-        check_clip(cfg, data_cfg, model_cfg, diff_cfg)
     if cfg.warmup + cfg.cooldown > cfg.steps:
         say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
             f"{cfg.steps}: the rate never reaches --lr")
@@ -406,18 +412,6 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     else:
         model.check_shape(model_cfg, cfg.size, data_cfg.crop, data_cfg.lowres, scale)
     diffusion.make_schedule(diff_cfg, cfg.size // scale)
-
-
-def check_clip(cfg: TrainConfig, *others) -> None:
-    """Raise ValueError for what --objective clip cannot be trained with."""
-    for config in (cfg, *others):
-        for name, value in vars(config).items():
-            if CLIP.get(name, value) != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
-    if cfg.model in model.UNETS or cfg.batch_size < 2:
-        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
-                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
 
 
 # ----------------------------------------------------------------------------------------- devices and ranks
@@ -778,9 +772,6 @@ class Contrastive(Denoising):
 
     def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
         meter.add(scale=given["scale"].detach())
-
-
-OBJECTIVES = {"denoise": Denoising, "clip": Contrastive}
 
 
 # ------------------------------------------------------------------------------------- optimizer and averages
@@ -1361,13 +1352,14 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
         space = model.load_vae(model_cfg.vae).to(device)
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
     side = cfg.size // space.scale
+    kind = Contrastive if cfg.objective == "clip" else Denoising
     if is_published(cfg):
         unet = published(configs, text, space)
     else:
-        make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
-                       diff_cfg.learn_sigma)
-        if cfg.objective == "clip":
-            make = partial(model.CLIP, model_cfg, side, text.dim, text.pooled_dim, space.channels)
+        shape = model_cfg, side, text.dim, text.pooled_dim, space.channels
+        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma)
+        if kind is Contrastive:
+            make = partial(model.CLIP, *shape)
         with torch.device("meta"):
             count = sum(p.numel() for p in make().parameters())
         needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count), memory_there(device)
@@ -1377,7 +1369,6 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
                              "smaller --model, --batch-size or --micro-batch")
         unet = make()
     unet.checkpointing = cfg.checkpointing
-    kind = OBJECTIVES[cfg.objective]
     objective = kind(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         _, weights, _ = model.read(Path(cfg.init))
