@@ -676,8 +676,8 @@ def classifier_guidance(
 ) -> Callable:
     """x0 + scale sigma^2 / alpha grad log p(y | x_t) (Dhariwal & Nichol 2021, 2105.05233, algorithm
     2) where t is in the interval, else x0. `log_prob(x_t, t)` -> (B,), t (B,). The factor is 2e4
-    near t = 1, where a network's gradient is not that small: of what is added the root mean square
-    is at most 1, as that of an x0, other than in the paper. Put a threshold around it."""
+    near t = 1, where a network's gradient is not as small: so, unlike there, the root mean square of
+    what is added to a picture is at most 1, as that of an x0. Put a threshold around it."""
     first, last = interval
 
     def pushed(x_t, t):
