@@ -672,17 +672,25 @@ def projected(limit: float = 15.0, parallel: float = 0.0, momentum: float = -0.5
 
 def classifier_guidance(
     denoise: Callable, log_prob: Callable, schedule: Schedule, scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable:
     """x0 + scale sigma^2 / alpha grad log p(y | x_t) (Dhariwal & Nichol 2021, 2105.05233, algorithm
-    2). `log_prob(x_t, t)` -> (B,), t (B,). The factor is large near t = 1: put a threshold around
-    it."""
+    2) where t is in the interval, else x0. `log_prob(x_t, t)` -> (B,), t (B,). The factor is 2e4
+    near t = 1, where a network's gradient is not as small: so, unlike there, the root mean square of
+    what is added to a picture is at most 1, as that of an x0. Put a threshold around it."""
+    first, last = interval
+
     def pushed(x_t, t):
+        if not first <= t <= last:
+            return denoise(x_t, t)
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             total = log_prob(x, per_row(t, x)).sum()
             gradient = torch.autograd.grad(total, x)[0]
         alpha, sigma = schedule.alpha_sigma(t, x_t)
-        return denoise(x_t, t) + scale * sigma**2 / alpha * gradient
+        push = scale * sigma**2 / alpha * gradient
+        size = push.square().mean(inner(push), keepdim=True).sqrt()
+        return denoise(x_t, t) + push / size.clamp(min=1)
 
     return pushed
 

@@ -4,6 +4,8 @@
     net = load_unet("stable-diffusion-v1-5/unet")              # or a published one, called alike
     out = net(x_t, t, context=context, mask=mask, pooled=pooled)
     space = load_vae("stable-diffusion-v1-5/vae")              # pictures <-> latents
+    clip = CLIP(ModelConfig(), size=64, text_dim=128, pooled_dim=128)
+    similarity = clip(x_t, t) @ clip.read(context, mask, pooled).T
 
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
@@ -366,6 +368,21 @@ class UNet(nn.Module):
             h = called(block, self.checkpointing, h, *condition)
         return h
 
+    def _down(self, x: Tensor, emb: Tensor, context: Tensor, hidden: Tensor) -> list[Tensor]:
+        """The feature maps of a picture (B, planes, H, W) on its way down, which are the skips, and behind
+        them that of the middle."""
+        # The picture, in patches, and where each of them is.
+        h = F.pixel_unshuffle(x, self.config.patch)
+        if not self.config.conv_only:
+            here = places(*h.shape[-2:], h.device)
+            h = torch.cat([h, here.expand(len(h), -1, -1, -1)], 1)
+        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))             # (B, C, H', W')
+
+        maps = [h]
+        for blocks in (*self.down, self.mid):
+            maps.append(self._run(blocks, maps[-1], emb, context, hidden))
+        return maps
+
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
                 lowres: Tensor | None = None, lowres_t: Tensor | None = None) -> Tensor:
         """Predict the target of the diffusion at each pixel.
@@ -375,8 +392,6 @@ class UNet(nn.Module):
         lowres (B, c, h, w) float32, the low-resolution picture, noised, upsampled here to H and W if it is
         smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. Returns (B, planes, H, W) float32, with
         learn_sigma twice the planes."""
-        B, patch = x_t.shape[0], self.config.patch
-
         # The vector of time and text. Without text the vector is that of zero.
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         if lowres is not None:
@@ -387,23 +402,12 @@ class UNet(nn.Module):
         # The keys: the tokens of the text that are there, and the null.
         context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
 
-        # The picture, in patches, and where each of them is.
         x = x_t
         if lowres is not None:
             if lowres.shape[-2:] != x_t.shape[-2:]:
                 lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
             x = torch.cat([x, lowres], 1)
-        h = F.pixel_unshuffle(x, patch)
-        if not self.config.conv_only:
-            here = places(*h.shape[-2:], h.device)
-            h = torch.cat([h, here.expand(B, -1, -1, -1)], 1)
-        h = self.conv_in(h.contiguous(memory_format=torch.channels_last))             # (B, C, H', W')
-
-        skips = [h]
-        for blocks in self.down:
-            h = self._run(blocks, h, emb, context, hidden)
-            skips.append(h)
-        h = self._run(self.mid, h, emb, context, hidden)
+        *skips, h = self._down(x, emb, context, hidden)
         for blocks in self.up:
             skip = skips.pop()
             if self.config.efficient:
@@ -411,7 +415,7 @@ class UNet(nn.Module):
             h = self._run(blocks, torch.cat([h, skip], 1), emb, context, hidden)
 
         h = self.conv_out(F.silu(self.norm_out(h)))
-        return F.pixel_shuffle(h, patch).float()                                      # (B, out, H, W)
+        return F.pixel_shuffle(h, self.config.patch).float()                          # (B, out, H, W)
 
 
 # --------------------------------------------------------------------------------------- published networks
@@ -1039,6 +1043,62 @@ class AutoencoderTiny(Latents):
 
     def picture(self, z):
         return self.decoder["layers"](torch.tanh(z / 3) * 3) * 2 - 1
+
+
+# ----------------------------------------------------------------------------------------------------- CLIP
+class AttentionPool(CrossAttention):
+    """One vector of many: a first guess asks them all once more (Radford et al. 2021, arXiv:2103.00020,
+    section 2.3). channels: of the guess; context_dim: of the others; width: of what is returned."""
+
+    def __init__(self, channels: int, head_dim: int, context_dim: int, width: int):
+        super().__init__(channels, channels // head_dim, context_dim)
+        self.head = nn.Linear(channels, width)
+
+    def forward(self, guess: Tensor, others: Tensor, bias: Tensor | None = None) -> Tensor:
+        """guess (B, C); others (B, N, context_dim); bias (B, 1, 1, N) of the logits. Returns (B, width) of
+        unit length, float32."""
+        guess = guess[:, None]
+        found = guess + super().forward(guess, others, bias)
+        return F.normalize(self.head(found[:, 0]).float(), dim=1)
+
+
+class CLIP(UNet):
+    """A CLIP (Radford et al. 2021, arXiv:2103.00020) whose pictures are noisy, to guide a sampler (Nichol et
+    al. 2021, arXiv:2112.10741, section 2.4). The picture's tower is the U-Net down to its middle, without
+    text, and a pool, as the classifier of Dhariwal and Nichol 2021, arXiv:2105.05233, section 4; the
+    caption's is what the U-Net makes of text, and a pool. Both give features of config.emb_dim numbers.
+    size, text_dim, pooled_dim, planes: as of the U-Net; ValueError where the shape cannot be built."""
+
+    def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3):
+        super().__init__(config, size, text_dim, pooled_dim, planes)
+        self.up = nn.ModuleList()
+        del self.conv_out
+        c, emb = config.channels * config.channel_mult[-1], config.emb_dim
+        self.norm_out = GroupNorm(c, config.conv_only)
+        self.picture_pool = AttentionPool(c, config.head_dim, c, emb)
+        self.text_pool = AttentionPool(emb, 32, emb, emb)      # a width that divides emb
+        self.scale_logit = nn.Parameter(torch.tensor(-math.log(100 * 0.07 - 1)))
+
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, (): 1/0.07 at first, always below 100."""
+        return 100 * torch.sigmoid(self.scale_logit)
+
+    def read(self, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
+        """The features of captions, (B, E) float32 of unit length; arguments as of the U-Net's `forward`."""
+        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        bias = hidden[:, None, None].to(context.dtype)                                # (B, 1, 1, L+1)
+        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
+        return self.text_pool(self.pooled(pooled), context, bias)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The features of noisy pictures x_t (B, planes, H, W) float32 at times t (B,) float32 in [0, 1]:
+        (B, E) float32 of unit length."""
+        time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
+        no_text = time.new_zeros(len(x_t), 0, self.config.emb_dim)
+        context, hidden = with_null(no_text, self.null, no_text[..., 0].bool())       # the null alone
+        *_, h = self._down(x_t, F.silu(time), context, hidden)
+        tokens = self.norm_out(h).flatten(2).transpose(1, 2)                          # (B, N, C)
+        return self.picture_pool(tokens.mean(1), tokens)
 
 
 # -------------------------------------------------------------------------------------------- configurations

@@ -58,6 +58,11 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------- which runs, which weights
+def is_clip(recipe: dict) -> bool:
+    """Whether the configuration of a run is that of a CLIP; older ones do not say."""
+    return recipe["TrainConfig"].get("objective") == "clip"
+
+
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
@@ -70,7 +75,8 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
         try:
             recipe = json.loads((run / "config.json").read_text("utf-8"))
             drawn = model.configured(data.DataConfig, recipe["DataConfig"])
-            ways[drawn.lowres] = run, recipe["TrainConfig"]["size"]
+            if not is_clip(recipe):
+                ways[drawn.lowres] = run, recipe["TrainConfig"]["size"]
         except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
 
@@ -213,9 +219,12 @@ def last_places(path: Path) -> tuple[list[str], str]:
     return [], ""
 
 
-def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None) -> Stage:
+def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None,
+                  ema: float = 0.0) -> Stage:
     """A stage from the folder of a published pipeline: Stable Diffusion 1.x, 2.x or XL. ValueError, one line,
     where it is another one, or a part is missing."""
+    if ema:
+        raise ValueError(f"{path} is a published pipeline, without averages for --ema {ema}")
     said = model.open_pipeline(path)
     space = model.load_vae(said.pop("vae")).to(device)
     words = {name: said.pop(name) for name in list(said) if name.startswith(("text", "clip"))}
@@ -236,17 +245,15 @@ def load_pipeline(path: Path, device: torch.device, cached: Callable | None = No
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None,
-               encoders: Iterable[str] = (), vae: str = "") -> Stage:
+               encoders: Iterable[str] = (), vae: str = "", clip: bool = False) -> Stage:
     """A stage from a run directory (its newest checkpoint that verifies), a checkpoint folder or a file.
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
     encoders, vae: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
-    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code.
-    A published pipeline is one too, see load_pipeline."""
-    if (path / "model_index.json").is_file():
-        if ema:
-            raise ValueError(f"{path} is a published pipeline, without averages for --ema {ema}")
-        return load_pipeline(path, device, cached)
+    clip: whether it has to be a CLIP, or one that draws; a published pipeline is one too, see load_pipeline.
+    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
+    if (path / "model_index.json").is_file() and not clip:
+        return load_pipeline(path, device, cached, ema)
     path, tensors, meta = model.read(path, warn)
     if ema:
         run = (path if path.is_dir() else path.parent) / "../.."
@@ -260,6 +267,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
         made_in = meta["space"] if shape.vae else ""
         model.check("size", size, int, "[8..4096]")
+    if is_clip(stored) != clip:
+        raise ValueError(f"{path} {'draws, and is no CLIP' if clip else 'is a CLIP, for --clip or --rank'}")
 
     near = [*path.absolute().parents][:4] + [Path()]
     lay, vae_lay = last_places(path)
@@ -280,6 +289,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         widths = text.dim, text.pooled_dim
         if "unet" in meta:
             unet = model.rebuild(json.loads(meta["unet"]), *widths)
+        elif clip:
+            unet = model.CLIP(shape, side, *widths, space.channels)
         else:
             unet = model.UNet(shape, side, *widths, space.channels, small, config.learn_sigma)
         parts = nn.ModuleDict({"unet": unet})
@@ -304,6 +315,8 @@ class Settings:
     guidance_rescale: float = 0.0  # share of the contrast it adds that is taken back [0..1]
     apg: float = 0.0  # adaptive projected guidance: its longest push, such as 15; 0 = plain [0..1e6]
     autoguide: str = ""  # a weaker checkpoint to move away from
+    clip: str = ""  # a CLIP run that guides: a forward and backward pass a call; a,b: of two stages
+    clip_scale: float = 1.0  # how strongly it does [0..1e6]
     negative: str = ""  # a prompt to move away from
     aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
@@ -359,19 +372,30 @@ def read_mask(path: str, init: str, size: int) -> Tensor:
     return 1 - F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0] / 255
 
 
-def weaker(stage: Stage, settings: Settings, times: Tensor) -> Stage | None:
-    """The stage that --autoguide names; ValueError where it does not fit."""
-    if not settings.autoguide:
-        return None
-    weak = load_stage(Path(settings.autoguide), stage.device, cached=stage.cached)
+def companions(stage: Stage, settings: Settings, times: Tensor) -> list[Stage | None]:
+    """The stage that --autoguide names and that of --clip; ValueError where one does not fit."""
+    found = []
+    for flag in ("autoguide", "clip"):
+        name = getattr(settings, flag)
+        if not name:
+            found.append(None)
+            continue
+        other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
 
-    def process(of: Stage) -> tuple:
-        alpha, _ = of.schedule.alpha_sigma(times)
-        return of.size, of.data.lowres, of.data.picture_mode, alpha.tolist()
+        def process(of: Stage) -> tuple:
+            alpha, _ = of.schedule.alpha_sigma(times)
+            return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
 
-    if settings.negative or process(weak) != process(stage):
-        raise ValueError("--autoguide needs a checkpoint of the same size and schedule, and no --negative")
-    return weak
+        if process(other) != process(stage):
+            raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
+                             f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
+                             f"{stage.size} and {stage.config.schedule}")
+        found.append(other)
+
+    weak, _ = found
+    if weak and (settings.negative or weak.data.lowres != stage.data.lowres):
+        raise ValueError("--autoguide needs a checkpoint of the same --lowres, and no --negative")
+    return found
 
 
 def noise_key(seed: int) -> int:
@@ -411,7 +435,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     init = read_picture(s.init, stage.size)[None] if s.init else None
     shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
     keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
-    weak = weaker(stage, s, times)
+    beside = companions(stage, s, times)
 
     # The sampler, and the network that it asks.
     network, sampler = stage.network(), diffusion.SAMPLERS[s.sampler]
@@ -445,7 +469,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             stays = keep.to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
-            denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
+            denoise = denoiser_of(stage, network, beside, s, prompts[part], small)
             x = run(denoise, x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
@@ -454,9 +478,11 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     return torch.cat(drawn)
 
 
-def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings, prompts: list[str],
+def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: Settings, prompts: list[str],
                 small: dict[str, Tensor]) -> Callable:
-    """The denoiser of some prompts: guidance and thresholds around the network."""
+    """The denoiser of some prompts: guidance and thresholds around the network. beside: see companions."""
+    weak, clip = beside
+
     def condition(of: Stage, texts: list[str]) -> dict[str, Tensor]:
         return of.text.encode(texts, stage.device) | small
 
@@ -468,6 +494,14 @@ def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings
         network, stage.schedule, stage.config, condition(stage, prompts), s.guidance_scale,
         condition(stage, [s.negative] * len(prompts)), worse, interval=s.guidance_interval,
         combine=diffusion.rescaled(s.guidance_rescale, combine))
+    if clip:
+        said = clip.unet.read(**clip.text.encode(prompts, stage.device))
+
+        def similarity(x_t, t):
+            return clip.unet.scale() * (clip.unet(x_t, t) * said).sum(1)
+
+        denoise = diffusion.classifier_guidance(denoise, similarity, stage.schedule, s.clip_scale,
+                                                s.guidance_interval)
     if s.threshold == "none":
         return denoise
     percentile = None if s.threshold == "static" else float(s.threshold)
@@ -476,18 +510,36 @@ def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings
 
 @torch.no_grad()
 def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch.device,
-                batch_size: int = 16) -> Tensor:
+                batch_size: int = 16, encoders: Iterable[str] = ()) -> Tensor:
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
-    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of the CLIP."""
-    config = text_encoder.TextConfig([folder], text_dtype="fp32")
-    tower = text_encoder.load_image_encoder(folder, config).to(device)
-    words = text_encoder.load_text_encoder(config).to(device)
+    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of a published CLIP, or a
+    run, at the clean end of its time; encoders: as of load_stage."""
+    path = Path(folder)
+    if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
+        clip = load_stage(path, device, encoders=encoders, clip=True)
+
+        def see(part: Tensor) -> Tensor:
+            small = resized(part, clip.data.picture_mode, clip.size).to(device)
+            return clip.unet(clip.space.encode(small), torch.zeros(len(small), device=device))
+
+        def read(part: list[str]) -> Tensor:
+            return clip.unet.read(**clip.text.encode(part, device))
+    else:
+        config = text_encoder.TextConfig([folder], text_dtype="fp32")
+        tower = text_encoder.load_image_encoder(folder, config).to(device)
+        words = text_encoder.load_text_encoder(config).to(device)
+
+        def see(part: Tensor) -> Tensor:
+            return tower(part.expand(-1, 3, -1, -1).to(device))                           # (B, P)
+
+        def read(part: list[str]) -> Tensor:
+            return words.encode(part, device)["pooled"]                                   # (B, P)
+
     scores = [torch.empty(0, device=device)]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        pooled = words.encode(prompts[part], device)["pooled"]                            # (B, P)
-        seen = tower(pictures[part].expand(-1, 3, -1, -1).to(device))                     # (B, P)
-        scores.append(2.5 * torch.cosine_similarity(seen, pooled).clamp(min=0))
+        cosine = torch.cosine_similarity(see(pictures[part]), read(prompts[part]))
+        scores.append(2.5 * cosine.clamp(min=0))
     return torch.cat(scores).cpu()
 
 
@@ -506,7 +558,8 @@ def threshold_name(word: str) -> str:
 
 # Settings that take a value for each stage, 5,2: the flag and the type of a value.
 LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
-         "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name)}
+         "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name),
+         "clip": ("--clip", str), "clip_scale": ("--clip-scale", float)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -529,7 +582,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
     add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
     add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
-    add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
+    add("--rank", default="", metavar="DIR", help="a CLIP, published or a run, whose score is noted")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
 
     helps = model.helps(Settings)
@@ -597,6 +650,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
+    if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
+        die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
     args.wanted = [args.prompt or ""]
     if args.prompts is not None:
         lines = read_lines(args.prompts)
@@ -618,6 +673,8 @@ def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
         chosen[field.name] = value
     if (stage.data.lowres and "guidance_scale" in args.usual) or i >= len(args.guidance_scale):
         chosen["guidance_scale"] = 1.0
+    if i >= len(args.clip):
+        chosen["clip"] = ""
     if stage.data.lowres and "steps" in args.usual:            # the small picture says most of it
         chosen["steps"] = 2
     chosen["seed"] = args.seed[min(i, len(args.seed) - 1)]
@@ -691,7 +748,7 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
 
     common = settings | {"ema": args.ema, "dtype": args.dtype}
     common |= {"checkpoint": stage.digest, "step": stage.step}
-    for name in ("autoguide", "init", "mask"):                 # no folders of this machine
+    for name in ("autoguide", "clip", "init", "mask"):         # no folders of this machine
         common[name] = Path(common[name]).name
     return pictures, [common | {"prompt": prompt, "seed": k} for prompt, k in zip(prompts, seeds)]
 
@@ -746,7 +803,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
     folder.mkdir(parents=True, exist_ok=True)
     if args.rank:
-        clip_scores(args.rank, torch.empty(0), [], device)
+        clip_scores(args.rank, torch.empty(0), [], device, encoders=args.text_encoder)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name, (flag, _) in LISTS.items():
@@ -770,6 +827,8 @@ def main(argv: list[str]) -> None:
                    vae=args.vae)
     if args.autoguide:
         load(Path(args.autoguide))
+    for name in filter(None, args.clip):
+        load(Path(name), clip=True)
 
     pictures = None
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
@@ -785,7 +844,7 @@ def main(argv: list[str]) -> None:
             die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}", 130)
         if args.rank and last:
             n = args.best or n
-            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
+            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, args.text_encoder)
             first = torch.arange(0, len(scores), args.n)[:, None]
             best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
             pictures = pictures[best]

@@ -55,6 +55,7 @@ import diffusion
 import model
 import text_encoder
 
+Objective = Literal["denoise", "clip"]
 Model = Literal["tiny", "small", "base", "large", "sd15", "sd21", "sdxl"]
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     size: int = 64                # side of the pictures [8..4096 pixels]
     model: Model = "tiny"         # row of presets, small where there is a GPU; sd15, ...: published U-Nets
     pretrained: str = ""          # a published pipeline's folder: its U-Net, VAE, text encoder and noise
+    objective: Objective = "denoise"  # clip: pictures and captions find each other, to guide and to rank
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
     init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
     reinit: str = ""              # but not these: a regular expression of names
@@ -150,12 +152,16 @@ PRESETS = {
 FINETUNE = dict(steps=10000, batch_size=32, lr=1e-5, warmup=500, ema_decay=0.9999, shift_base=0)
 PUBLISHED = dict(
     BASE, shift_base=0, schedule="scaled_linear", prediction="eps", cooldown=0, size_shift="uniform")
+# A CLIP is the network of the stage that it guides, but sees whole pictures, at all times alike.
+CLIP = dict(
+    lowres=0, crop=0, conv_only=False, pretrained="", learn_sigma=False, loss_weight="uniform",
+    t_density="uniform", uncond_prob=0.0, sample_every=0)
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
-SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
-         "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
+SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
+         "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
@@ -278,8 +284,8 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
-def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict) -> dict:
-    """The flags that --model, --size and --pretrained move."""
+def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, objective: str) -> dict:
+    """The flags that --model, --size, --pretrained and --objective move."""
     if pipeline:
         return FINETUNE | pipeline
     if name in model.UNETS:
@@ -291,7 +297,7 @@ def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict) -> 
     del row["weights"], row["flops"]
     if latents:                                                # they say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    return row
+    return row | CLIP if objective == "clip" else row
 
 
 def is_published(cfg: TrainConfig) -> bool:
@@ -320,15 +326,17 @@ def parse(argv: list[str]) -> Configs:
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
     ladder = 0 if known.vae else LADDER.get(known.size, 0)
     lowres = ladder if known.lowres < 0 else known.lowres
-    row = preset(name, known.size, lowres, bool(known.vae), pipeline)
-    parser.set_defaults(**row, model=name, lowres=lowres, min_size=known.size if lowres else 8)
+    row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
+    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres else 8)
+    parser.set_defaults(**row)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
     twice = [flag for flag in given if given.count(flag) > 1]
     if twice:
         die(f"{twice[0]} is given twice. Give all of its values once")
     args = parser.parse_args(argv)
-    args.out = args.out or f"runs/{args.size}"
+    kind = "clip-" if args.objective == "clip" else ""
+    args.out = args.out or f"runs/{kind}{args.size}"
     for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
         if f"--{name}" not in given:
             scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
@@ -351,8 +359,16 @@ def parse(argv: list[str]) -> Configs:
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
     """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
     scale: pixels of a picture per position of its latents."""
+    clip = cfg.objective == "clip"
     for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
         model.check_fields(config)
+        for name, value in vars(config).items():
+            if clip and CLIP.get(name, value) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
+    if clip and (cfg.batch_size < 2 or cfg.model in model.UNETS):
+        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
+                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
 
     ends = data_cfg.data or data_cfg.limit
     if text_cfg.text_cache and not ends:
@@ -719,6 +735,45 @@ class Denoising(nn.Module):
             self.squares.zero_()
 
 
+class Contrastive(Denoising):
+    """The objective of a CLIP on noised pictures: picture and caption find each other among all of a batch
+    (Radford et al. 2021, arXiv:2103.00020, figure 3). unet: a model.CLIP; the others as of Denoising."""
+    joins = True
+
+    @torch.no_grad()
+    def inputs(self, part: dict, device: torch.device) -> model.Tensors:
+        marks = [zlib.crc32(caption.encode()) % 2**24 for caption in part["captions"]]   # exact in float32
+        return super().inputs(part, device) | {"caption": torch.tensor(marks, device=device).float()}
+
+    def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, caption: Tensor,
+                **condition) -> model.Tensors:
+        """Features (B, E) of pictures x0 noised by eps at t and of their captions, what similarities are
+        multiplied by, (B,), and hashes of the captions (B,)."""
+        x_t = diffusion.noised(x0, eps, t, self.schedule)
+        return {"seen": self.unet(x_t, t), "read": self.unet.read(**self.encode(**condition)),
+                "scale": self.unet.scale().expand(len(t)), "caption": caption}
+
+    def compared(self, given: model.Tensors) -> tuple[Tensor, Tensor]:
+        """Logits (N, N) of pictures (rows) and captions, float32; whether captions are the same, (N, N)."""
+        with torch.autocast(given["seen"].device.type, enabled=False):
+            logits = given["scale"].mean() * given["seen"] @ given["read"].T
+        caption = given["caption"]
+        return logits, caption[:, None] == caption
+
+    def loss(self, given: model.Tensors) -> Tensor:
+        """Cross-entropy of the right caption for each picture and of the right picture for each caption, the
+        mean of both; other pictures with the same caption are not counted as wrong."""
+        logits, same = self.compared(given)
+        right = torch.arange(len(logits), device=logits.device)
+        others = same & (right[:, None] != right)
+        logits = logits.masked_fill(others, -math.inf)
+        both = [nn.functional.cross_entropy(way, right, reduction="sum") for way in (logits, logits.T)]
+        return sum(both) / 2
+
+    def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
+        meter.add(scale=given["scale"].detach())
+
+
 # ------------------------------------------------------------------------------------- optimizer and averages
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
@@ -963,7 +1018,7 @@ def lock(run: Path) -> None:
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
     os.truncate(fd, 0)
     os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
-    for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*")]:
+    for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*"), *run.glob("*/best/.tmp-*")]:
         if left.is_dir():
             shutil.rmtree(left)
         else:
@@ -1037,6 +1092,20 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+
+
+def keep_best(out: Path, state: State, meta: dict, line: dict) -> None:
+    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if the val_loss of `line` is the
+    lowest so far. Training survives a disk that is full, and an old file that is damaged."""
+    path = out / "checkpoints" / "best" / "ema.safetensors"
+    own = {name: str(line[name]) for name in ("step", "val_loss")}
+    own["config"] = without_folders(meta["config"])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or line["val_loss"] < float(model.load_tensors(path)[1]["val_loss"]):
+            model.save_tensors(path, state.ema.state_dict(), meta | own)
+    except (OSError, ValueError) as e:
+        say(f"warning: {path} not written ({e}); training continues")
 
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
@@ -1283,11 +1352,14 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
         space = model.load_vae(model_cfg.vae, model_cfg.vae_dtype).to(device)
     small = len(data.MODES[data_cfg.lowres_mode]) if data_cfg.lowres else 0
     side = cfg.size // space.scale
+    kind = Contrastive if cfg.objective == "clip" else Denoising
     if is_published(cfg):
         unet = published(configs, text, space)
     else:
-        make = partial(model.UNet, model_cfg, side, text.dim, text.pooled_dim, space.channels, small,
-                       diff_cfg.learn_sigma)
+        shape = model_cfg, side, text.dim, text.pooled_dim, space.channels
+        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma)
+        if kind is Contrastive:
+            make = partial(model.CLIP, *shape)
         with torch.device("meta"):
             count = sum(p.numel() for p in make().parameters())
         needed, there = memory_needed(cfg, data_cfg.crop, model_cfg, count), memory_there(device)
@@ -1297,7 +1369,7 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
                              "smaller --model, --batch-size or --micro-batch")
         unet = make()
     unet.checkpointing = cfg.checkpointing
-    objective = Denoising(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
+    objective = kind(unet, text, diff_cfg, space, side, data_cfg.lowres, cfg.max_aug).to(device)
     if cfg.init and not model.checkpoint_folders(Path(cfg.out)):
         _, weights, _ = model.read(Path(cfg.init))
         say(f"from {cfg.init}: {warm_start(objective, weights, cfg.reinit)}")
@@ -1374,6 +1446,35 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
     total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
     return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
+
+
+TIMES = 0.1, 0.3, 0.5, 0.7, 0.9                                # of noise, at which a CLIP is tested
+
+
+@torch.no_grad()
+def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+    """How a CLIP does among n fixed pairs, a line for metrics.jsonl, for each of TIMES: how often a picture's
+    own caption, or one that is equal, is the nearest, and among the nearest 5 ("text_at_1", "text_at_5"), the
+    same of a caption's pictures; and the mean loss. Every rank does all of it."""
+    n, most = min(n, len(fixed)), min(32, trainer.micro)
+    line = {"step": step, "val_loss": 0.0}
+    given = {t: [] for t in TIMES}
+    for start in range(0, n, most):
+        items = [fixed[position] for position in range(start, min(start + most, n))]
+        inputs = net.inputs(fixed.batch(items), trainer.device)
+        for t, parts in given.items():
+            parts.append(net(**inputs | {"t": torch.full_like(inputs["t"], t)}))
+
+    for parts in given.values():
+        whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        line["val_loss"] += float(net.loss(whole)) / n / len(TIMES)
+        logits, same = net.compared(whole)
+        for name, ways in (("text", logits), ("picture", logits.T)):
+            for k in (1, 5):
+                nearest = ways.topk(min(k, n)).indices
+                found = same.gather(1, nearest).any(1).float().mean()
+                line.setdefault(f"{name}_at_{k}", []).append(number(found))
+    return line | {"val_loss": number(line["val_loss"])}
 
 
 @torch.no_grad()
@@ -1483,7 +1584,9 @@ class Trainer:
 
     def backward(self, parts: list[dict], total: int) -> None:
         """Add the gradient of the mean loss over the pictures of all ranks, `total` of them here."""
-        shares = self.shares(parts, total) if self.objective.joins else [None] * len(parts)
+        shares = [None] * len(parts)
+        if self.objective.joins and len(parts) > 1:
+            shares = self.shares(parts, total)
         for number, (part, share) in enumerate(zip(parts, shares), 1):
             inputs = self.objective.inputs(part, self.device)
             alone = self.ranks.world > 1 and number < len(parts)     # the ranks meet after the last part
@@ -1491,11 +1594,22 @@ class Trainer:
                 with self.autocast:
                     given = self.run(**inputs)
                 if share is None:
-                    loss = self.objective.loss(given) / total
+                    loss = self.loss(given, total)
                 else:
                     loss = sum((given[name] * gradient).sum() for name, gradient in share.items())
                 self.state.scaler.scale(loss).backward()
             self.objective.record(self.meter, inputs, given)
+
+    def loss(self, given: model.Tensors, total: int) -> Tensor:
+        """The loss of what forward gave of `total` pictures here, whose gradients DDP averages over ranks:
+        their mean, or where the objective joins pictures, the sum of all ranks' by `total`."""
+        if not self.objective.joins:
+            return self.objective.loss(given) / total
+        gathered = {name: self.ranks.gathered(rows) for name, rows in given.items()}
+        loss = self.objective.loss(gathered)
+        share = loss.detach().nan_to_num(0, 0, 0) / self.ranks.world
+        self.meter.add(loss=(share, total))
+        return loss / total
 
     def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
         """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching,
@@ -1505,11 +1619,10 @@ class Trainer:
             with torch.no_grad(), self.autocast:
                 given.append(self.run(**self.objective.inputs(part, self.device)))
 
-        leaves, gathered = {}, {}
+        leaves = {}
         for name in given[0]:
             leaves[name] = torch.cat([one[name] for one in given]).requires_grad_()
-            gathered[name] = self.ranks.gathered(leaves[name])
-        loss = self.objective.loss(gathered) / total           # of all ranks, whose gradients DDP averages
+        loss = self.loss(leaves, total)
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
         sizes = [len(part["captions"]) for part in parts]
@@ -1540,14 +1653,17 @@ class Trainer:
         return line
 
 
+def gist(line: dict) -> str:
+    """What of a line is for the eye."""
+    names = "step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1"
+    return "  ".join(f"{name} {line[name]}" for name in names if name in line)
+
+
 def tell(line: dict, bar: tqdm) -> None:
     """The gist of a line, on the bar or, without a terminal, below the one before."""
-    brief = {"step": line["step"]}
-    for name in ("loss", "raw_loss", "pictures/s"):
-        brief[name] = line[name]
-    bar.set_postfix(brief)
+    bar.set_postfix_str(gist(line))
     if bar.disable:
-        say("  ".join(f"{name} {value}" for name, value in brief.items()))
+        say(gist(line))
     if line["skipped"]:
         say(f"warning: step {line['step']}: {line['skipped']} updates were not finite and were skipped")
 
@@ -1648,6 +1764,7 @@ def main(argv: list[str]) -> None:
         meta = describe(configs, train_set, objective, out if writes else None)
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
+        look = retrieval if objective.joins else validate
         batches = trainer.batches(train_set, first, images)
         signals.awaited = True
 
@@ -1689,9 +1806,11 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if due(cfg.val_every):
                 with trainer.autocast:
-                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
-                say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
+                    line = look(step, state.ema, val_set, cfg.val_images, trainer)
+                say(gist(line))
                 put("metrics.jsonl", line)
+                if writes and objective.joins:
+                    keep_best(out, state, meta | {"images": str(images)}, line)
             if due(cfg.sample_every):
                 if writes:
                     with trainer.autocast:

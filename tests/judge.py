@@ -3,6 +3,9 @@
     python tests/judge.py                              # trains the judge if needed, prints its own accuracy
     python tests/judge.py --ckpt runs/64 --n 200       # draws unseen prompts from a run and judges them
     python tests/judge.py --pictures DIR_OR_NPZ        # judges pictures by their captions
+    python tests/judge.py --ckpt runs/64 --clip runs/clip-64 --clip-scale 2       # guided by a CLIP run
+    python tests/judge.py --ckpt runs/64 --rank runs/clip-64 --best-of 8          # the best of eight by one
+    python tests/judge.py --retrieve runs/clip-64 --n 256                         # how that CLIP finds pairs
 
 A small network for 64-pixel pictures, trained on built-in pictures of one thing, blurred, shifted, noised and
 tinted so that it judges drawn ones by what they show. Of two things each is judged where it has to be.
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import diffusion
 
 KINDS = [kind for kind in data.KINDS if kind != "sign"]
 COLOURS = list(data.COLOURS)
@@ -253,12 +257,47 @@ def read_pictures(path: str) -> tuple[Tensor, list[str]]:
 
 
 def draw_prompts(args: argparse.Namespace, texts: list[str]) -> Tensor:
-    """The prompts drawn by the run at --ckpt, uint8 (N, 3, 64, 64)."""
+    """The prompts drawn by the run at --ckpt, uint8 (N, 3, 64, 64); of --best-of that which --rank likes."""
     import sample
-    stage = sample.load_stage(Path(args.ckpt), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    seeds = list(range(args.seed, args.seed + len(texts)))
-    return at_64(sample.generate(stage, texts, seeds, guidance_scale=args.guidance, sampler=args.sampler,
-                                 steps=args.sample_steps, batch_size=args.batch_size))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stage = sample.load_stage(Path(args.ckpt), device)
+    every = [text for text in texts for _ in range(args.best_of)]
+    seeds = list(range(args.seed, args.seed + len(every)))
+    drawn = sample.generate(stage, every, seeds, guidance_scale=args.guidance, sampler=args.sampler,
+                            steps=args.sample_steps, batch_size=args.batch_size, clip=args.clip,
+                            clip_scale=args.clip_scale, guidance_interval=args.guidance_interval)
+    if args.rank:
+        scores = sample.clip_scores(args.rank, drawn, every, device, args.batch_size)
+        best = scores.view(-1, args.best_of).argmax(1)
+        drawn = drawn[torch.arange(0, len(every), args.best_of) + best]
+    return at_64(drawn)
+
+
+@torch.no_grad()
+def retrieve(run: str, n: int, seed: int) -> None:
+    """Print how often a CLIP run finds, among n unseen pictures of one thing and their full captions, the
+    caption of each picture and the picture of each caption, by noise; equal captions are as good."""
+    import sample
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    clip = sample.load_stage(Path(run), device, clip=True)
+    source = scenes(PROMPTS + seed * 10**6, 1)
+    shown = [next(source) for _ in range(n)]
+    texts = [data.captions(scene)[-1] for scene in shown]
+    same = torch.tensor([[one == other for other in texts] for one in texts])
+    x0 = clip.space.encode(torch.from_numpy(np.stack([data.draw(scene, clip.size) for scene in shown])))
+    x0 = x0.to(device)
+    eps = diffusion.gaussian(torch.arange(n), x0.shape[1:], device)
+    read = torch.cat([clip.unet.read(**clip.text.encode(texts[i:i + 32], device)) for i in range(0, n, 32)])
+    print(f"{n} pairs, {len(set(texts))} captions; chance {same.float().mean():.2%}")
+    for t in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9):
+        times = torch.full((n,), t, device=device)
+        x_t = diffusion.noised(x0, eps, times, clip.schedule) if t else x0
+        seen = torch.cat([clip.unet(part, times[:len(part)]) for part in x_t.split(32)])
+        logits, shares = (seen @ read.T).cpu(), []
+        for ways in (logits, logits.T):
+            shares += [same.gather(1, ways.topk(k).indices).any(1).float().mean() for k in (1, 5)]
+        told = [f"{share:.1%}" for share in shares]
+        print(f"t {t}: caption at 1 {told[0]}, at 5 {told[1]}, picture at 1 {told[2]}, at 5 {told[3]}")
 
 
 def main(argv: list[str]) -> None:
@@ -271,9 +310,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sampler", default="dpmpp_2m")
     parser.add_argument("--sample-steps", type=int, default=25, help="[steps]")
     parser.add_argument("--batch-size", type=int, default=32, help="[images]")
+    parser.add_argument("--clip", default="", help="a CLIP run that guides")
+    parser.add_argument("--clip-scale", type=float, default=1.0, help="how strongly it does")
+    parser.add_argument("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), help="its times")
+    parser.add_argument("--rank", default="", help="a CLIP, published or a run, that ranks")
+    parser.add_argument("--best-of", type=int, default=1, help="pictures of a prompt, for --rank [images]")
+    parser.add_argument("--retrieve", default="", help="a CLIP run to look for --n pairs with")
     parser.add_argument("--save", help=".npz to write the drawn pictures and their captions to")
     args = parser.parse_args(argv)
 
+    if args.retrieve:
+        return retrieve(args.retrieve, args.n, args.seed)
     judge = load()
     kind, colour = accuracy(judge)
     print(f"the judge on unseen real pictures: colour {colour:.2%}, kind {kind:.2%}")
@@ -286,6 +333,8 @@ def main(argv: list[str]) -> None:
         pictures = draw_prompts(args, texts)
         print(f"{len(texts)} pictures in {time.time() - start:.0f} s: {args.sampler}, "
               f"{args.sample_steps} steps, guidance {args.guidance}")
+        if args.clip or args.rank:
+            print(f"--clip {args.clip} --clip-scale {args.clip_scale}, best of {args.best_of} by {args.rank}")
         if args.save:
             np.savez(args.save, pictures=pictures.numpy(), captions=np.array(texts))
         print_one(judge_one(judge, pictures[:args.n], *list(zip(*one))[1:]))

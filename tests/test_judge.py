@@ -1,4 +1,6 @@
 """judge.py: its prompts, its crops and its scores; the judge itself is trained by its own command."""
+import types
+
 import numpy as np
 import torch
 
@@ -60,3 +62,24 @@ def test_pictures_with_captions_are_read_at_64_pixels(tmp_path):
 def test_an_untrained_judge_answers_for_any_batch():
     kinds, colours = judge.Judge().eval().kinds_colours(torch.zeros(5, 3, 64, 64, dtype=torch.uint8))
     assert kinds.shape == colours.shape == (5,)
+
+
+def test_the_best_of_several_by_a_ranker_are_drawn(monkeypatch):
+    """Of four pictures of a prompt that of the highest score; the settings of a CLIP reach the sampler."""
+    import sample
+    told = {}
+
+    def generate(stage, prompts, seeds, **settings):
+        told.update(settings, prompts=prompts)
+        return torch.tensor(seeds, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 64, 64)
+
+    monkeypatch.setattr(sample, "load_stage", lambda *args: None)
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "clip_scores", lambda folder, pictures, *rest: pictures[:, 0, 0, 0] % 4 % 3.0)
+    args = types.SimpleNamespace(
+        ckpt="run", seed=0, guidance=3.0, sampler="ddim", sample_steps=4, batch_size=2, clip="clip",
+        clip_scale=2.0, guidance_interval=(0, 1), rank="clip", best_of=4)
+    drawn = judge.draw_prompts(args, ["a", "b"])
+    assert drawn[:, 0, 0, 0].tolist() == [2, 6]
+    assert told["prompts"] == ["a"] * 4 + ["b"] * 4
+    assert (told["clip"], told["clip_scale"]) == ("clip", 2.0)

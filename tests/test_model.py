@@ -486,6 +486,89 @@ def test_checkpoints_that_may_not_be_looked_at_are_not_missing_ones(tmp_path, mo
         load_checkpoint(tmp_path)
 
 
+# ---------------------------------------------------------------------------------------------------- CLIP
+
+
+def make_clip(config=SMALL, size=SIZE) -> model.CLIP:
+    """As make_unet."""
+    torch.manual_seed(0)
+    clip = model.CLIP(config, size, D, P)
+    with torch.no_grad():
+        for p in clip.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return clip.requires_grad_(False)
+
+
+@pytest.mark.parametrize(("config", "size"), [
+    (SMALL, 16), (ModelConfig(32, (1, 2, 2), (1, 1, 2), (8,), 16, 1, efficient=True), 16),
+    (ModelConfig(32, (1, 2), (1,), (8,), 16, 2, conv_only=True), 32)])
+def test_both_towers_of_a_clip_give_features_of_unit_length(config, size):
+    clip, batch = make_clip(config, size), make_batch(3, size)
+    x_t, t = batch.pop("x_t"), batch.pop("t")
+    seen, read = clip(x_t, t), clip.read(**batch)
+    for features in (seen, read):
+        assert (features.shape, features.dtype) == ((3, config.emb_dim), torch.float32)
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+        assert torch.pdist(features).min() > 0.01
+    assert (clip(x_t, 1 - t) - seen).norm(dim=1).min() > 0.01                 # it knows how noisy they are
+    assert (clip(x_t.flip(3), t) - seen).norm(dim=1).min() > 0.001            # and where things are
+    for i in range(3):
+        torch.testing.assert_close(clip(x_t[i:i + 1], t[i:i + 1]), seen[i:i + 1], atol=1e-5, rtol=0)
+
+
+def test_a_clip_reads_captions_without_their_padding_and_absent_ones_alike():
+    clip, batch = make_clip(), make_batch()
+    text = {name: batch[name] for name in ("context", "mask", "pooled")}
+    read = clip.read(**text)
+    hidden = text | {"context": torch.where(text["mask"][..., None], text["context"], 50.0)}
+    torch.testing.assert_close(clip.read(**hidden), read, atol=1e-5, rtol=0)
+    longer = {"context": torch.cat([text["context"], torch.randn(3, 8, D)], 1),
+              "mask": torch.nn.functional.pad(text["mask"], (0, 8)), "pooled": text["pooled"]}
+    torch.testing.assert_close(clip.read(**longer), read, atol=1e-5, rtol=0)
+    absent = clip.read(**text | {"mask": torch.zeros(3, L, dtype=torch.bool)})
+    assert absent.isfinite().all()
+    torch.testing.assert_close(absent, absent[:1].expand(3, -1), atol=1e-5, rtol=0)
+
+
+def test_the_scale_of_a_clip_starts_at_the_published_one_and_stays_below_100():
+    clip = model.CLIP(SMALL, SIZE, D, P)
+    assert clip.scale().item() == pytest.approx(1 / 0.07, rel=1e-6)
+    for logit, scale in ((-9.0, 0.0123), (3.0, 95.26), (1e4, 100.0)):
+        torch.nn.init.constant_(clip.scale_logit, logit)
+        assert clip.scale().item() == pytest.approx(scale, rel=1e-2)
+
+
+def test_the_tower_of_a_clip_is_the_unet_down_to_its_middle():
+    """By name and shape: what it has beside it are the pools, the last norm and the scale."""
+    of_unet, of_clip = (
+        {name: tuple(value.shape) for name, value in net.state_dict().items()}
+        for net in (UNet(SMALL, SIZE, D, P), model.CLIP(SMALL, SIZE, D, P)))
+    own = {name.split(".")[0] for name in of_clip if of_clip[name] != of_unet.get(name)}
+    assert own <= {"picture_pool", "text_pool", "norm_out", "scale_logit"}
+    assert {name.split(".")[0] for name in of_unet.keys() - of_clip.keys()} == {"up", "conv_out"}
+    assert not any("up." in name for name in of_clip)
+
+
+def test_a_pool_is_attention_of_a_guess_to_all():
+    """Against torch's own attention, of the same weights, whose answer is added to the guess."""
+    torch.manual_seed(0)
+    pool, theirs = model.AttentionPool(32, 16, 24, 8), torch.nn.MultiheadAttention(
+        32, 2, kdim=24, vdim=24, batch_first=True)
+    torch.nn.init.zeros_(theirs.in_proj_bias)
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(pool.to_q.weight)
+        theirs.k_proj_weight.copy_(pool.to_k.weight)
+        theirs.v_proj_weight.copy_(pool.to_v.weight)
+        theirs.out_proj.weight.copy_(pool.to_out[0].weight)
+        theirs.out_proj.bias.copy_(pool.to_out[0].bias)
+    guess, others = torch.randn(3, 32), torch.randn(3, 5, 24)
+    hidden = torch.tensor([[False] * 5, [True] + [False] * 4, [False, False, True, True, False]])
+    bias = torch.zeros(3, 1, 1, 5).masked_fill(hidden[:, None, None], -math.inf)
+    answer, _ = theirs(guess[:, None], others, others, key_padding_mask=hidden)
+    expected = torch.nn.functional.normalize(pool.head(guess + answer[:, 0]), dim=1)
+    torch.testing.assert_close(pool(guess, others, bias), expected)
+
+
 # ---------------------------------------------------------------------- published networks, against diffusers
 ROOT = Path(model.__file__).parent
 TAEF2 = ROOT.parent / "shared" / "data" / "taef2"

@@ -62,6 +62,15 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def clip_run(tmp_path_factory) -> Path:
+    """The run of a CLIP, two steps old."""
+    folder = tmp_path_factory.mktemp("clip")
+    with training_in(folder):
+        train.main([*RECIPE, "--objective=clip"])
+    return folder / "runs" / "clip-16"
+
+
 @pytest.fixture
 def here(trained, tmp_path, monkeypatch) -> Path:
     """A working directory with that run in it."""
@@ -306,15 +315,16 @@ def pictures(tmp_path) -> dict[str, str]:
     return {name: str(tmp_path / f"{name}.png") for name in ("init", "mask")}
 
 
-def test_every_setting_changes_the_picture(stage, trained, pictures):
-    earlier = str(earlier_of(trained))
+def test_every_setting_changes_the_picture(stage, trained, pictures, clip_run):
+    earlier, clip = str(earlier_of(trained)), str(clip_run)
     changes = [{"guidance_interval": (0.5, 0.8)}, {"guidance_rescale": 0.7}, {"apg": 2.0},
                {"autoguide": earlier}, {"negative": "a car"}, {"threshold": "none"}, {"threshold": "0.8"},
                {"sampler": "heun"}, {"sampler": "heun", "churn": 4.0}, {"grid_times": "karras"},
                {"shift": 2.0},
                {"sampler": "ddim"}, {"sampler": "ddim", "eta": 0.5}, {"steps": 6},
                {"respacing": "2,2,4"}, {"init": pictures["init"], "strength": 0.5}, pictures,
-               pictures | {"resample": 2}, {"apg": 2.0, "guidance_rescale": 0.7}]
+               pictures | {"resample": 2}, {"apg": 2.0, "guidance_rescale": 0.7}, {"clip": clip},
+               {"clip": clip, "clip_scale": 4.0}]
     drawn = [draw(stage, ["a red house"], **{"guidance_scale": 9.0, "steps": 12} | change).numpy().tobytes()
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
@@ -351,6 +361,52 @@ def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictur
         with torch.no_grad():
             expected = ((by_hand().clamp(-1, 1) + 1) * 127.5).round()
         assert (draw(stage, ["a star"], **settings).int() - expected).abs().max() <= 1, settings
+
+
+def similarity_of(clip: sample.Stage, prompt: str):
+    """The logit of noisy pictures and a prompt, by a CLIP run."""
+    said = clip.unet.read(**said_by(clip, [prompt]))
+    return lambda x_t, t: clip.unet.scale() * torch.cosine_similarity(clip.unet(x_t, t), said)
+
+
+@pytest.mark.parametrize("sampler", list(diffusion.SAMPLERS))
+def test_the_gradient_of_a_clip_guides_every_sampler(stage, clip_run, sampler):
+    """Around guidance without a classifier, in the threshold; and what it draws is nearer to the prompt."""
+    clip = sample.load_stage(clip_run, torch.device("cpu"), clip=True)
+    settings = {"sampler": sampler, "steps": 4, "clip": str(clip_run), "clip_scale": 2.0}
+    similarity = similarity_of(clip, "a star")
+    cond, empty = said_by(stage, ["a star"]), said_by(stage, [""])
+    key = torch.tensor([int(sample.data.keyed(0, "sample", 0).integers(2**63))])
+    x, noise = diffusion.gaussian(key, (3, 16, 16)), diffusion.noise_source(key, (3, 16, 16))
+    denoise = diffusion.guided(stage.unet, stage.schedule, stage.config, cond, 3.0, empty)
+    pushed = diffusion.classifier_guidance(denoise, similarity, stage.schedule, 2.0)
+    times = diffusion.sampling_times(stage.schedule, 4)
+    with torch.no_grad():
+        drawn = diffusion.SAMPLERS[sampler](diffusion.threshold(pushed), x, times, noise, stage.schedule)
+    expected = ((drawn.clamp(-1, 1) + 1) * 127.5).round()
+    guided = draw(stage, ["a star"], **settings)              # --guidance 3 is the usual one
+    assert (guided.int() - expected).abs().max() <= 1
+
+    plain = draw(stage, ["a star"], **settings | {"clip": ""})
+    assert torch.equal(draw(stage, ["a star"], **settings | {"clip_scale": 0.0}), plain)
+    views = [stage.space.encode(picture) for picture in (guided, plain)]
+    with torch.no_grad():
+        near, far = (similarity(view, torch.zeros(1)).item() for view in views)
+    assert near > far
+
+
+def test_a_clip_guides_in_the_interval_of_guidance_alone(stage, clip_run):
+    plain = {"guidance_scale": 1.0, "guidance_interval": (0.4, 0.6), "steps": 4}
+    looks, found = [], []
+    for clip in ("", str(clip_run)):
+        found.append(draw(stage, ["a star"], **plain, clip=clip, clip_scale=5.0))
+    assert not torch.equal(*found)
+    real = model.CLIP.forward
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.CLIP, "forward", lambda self, x, t: looks.append(t) or real(self, x, t))
+        draw(stage, ["a star"], **plain, clip=str(clip_run))
+    times = diffusion.sampling_times(stage.schedule, 4)[:-1]
+    assert len(looks) == ((times >= 0.4) & (times <= 0.6)).sum() > 0
 
 
 def test_a_mask_keeps_what_is_black_and_strength_the_rest_of_the_picture(stage, pictures):
@@ -391,10 +447,13 @@ def test_a_learned_variance_is_that_of_the_prompt(trained, guidance_scale, monke
     assert len(draw(stage, prompts, sampler="dpmpp_2m")) == 3
 
 
-def test_a_guide_of_another_size_or_schedule_is_refused(stage, trained):
+def test_a_guide_of_another_size_or_schedule_is_refused(stage, trained, clip_run):
     other = dataclasses.replace(stage, schedule=diffusion.make_schedule(stage.config, 32))
-    with pytest.raises(ValueError, match="same size and schedule"):
-        draw(other, ["a house"], autoguide=str(earlier_of(trained)))
+    for wrong in (other, dataclasses.replace(stage, size=32)):
+        with pytest.raises(ValueError, match="same size and schedule"):
+            draw(wrong, ["a house"], autoguide=str(earlier_of(trained)))
+        with pytest.raises(ValueError, match=r"--clip needs a checkpoint of the same size and schedule"):
+            draw(wrong, ["a house"], clip=str(clip_run))
 
 
 def test_settings_are_noted_without_local_paths(here, cli, pictures):
@@ -567,6 +626,18 @@ def test_each_stage_says_what_it_cannot_read(up, cli):
     assert (status, err) == (0, "sample.py: warning: 0 of 71 tokens unknown, 1 prompts cut to 32\n" * 2)
 
 
+def test_a_clip_guides_the_first_stage_of_a_cascade_unless_another_is_named(up, cli, clip_run):
+    shutil.copytree(clip_run, up / "runs" / "clip-16")
+    assert cli("a", "--stop-at", 32, "--out", "plain.png")[0] == 0
+    assert cli("a", "--stop-at", 32, "--out", "guided.png", "--clip", "runs/clip-16")[0] == 0
+    notes = notes_of(up / "guided.png")
+    assert (notes["clip"], notes["below"]["clip"]) == ("", "clip-16")
+    status, _, err = cli("a", "--stop-at", 32, "--clip", "runs/clip-16,runs/clip-16")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--clip needs a checkpoint of the same size" in err
+    assert "has 16 pixels and cosine, the stage 32 and cosine" in err
+
+
 def test_a_damaged_config_is_named(up, cli):
     (up / "runs/32/config.json").write_text("{")
     status, out, err = cli("a house")
@@ -577,6 +648,8 @@ def test_a_damaged_config_is_named(up, cli):
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["a", "--ckpt", "runs/16", "--autoguide", "runs/32"], "--autoguide needs a checkpoint of the same size"),
+    (["a", "--clip", "runs/16"], "draws, and is no CLIP"),
+    (["a", "--clip", "runs/16,,runs/16,"], "--clip has 4 values for 3 stage(s)"),
     (["a", "--ckpt", "runs/16/checkpoints/000002/ema.safetensors", "--ema", "0.1"], "has no snapshot of"),
     (["a", "--stop-at", "33"], "--stop-at 33: the stages in runs/ end at 64"),
     (["a", "--ckpt", "runs/32"], "a stage from 16 to 32 pixels was given 0. Name all stages"),
@@ -883,6 +956,34 @@ def test_of_a_cascade_what_the_last_stage_drew_is_ranked(here, cli, clip):
     assert len(set(scores)) > 1
 
 
+def test_a_run_of_a_clip_ranks_at_the_clean_end_of_its_time_and_draws_nothing(here, cli, clip_run):
+    shutil.copytree(clip_run, here / "runs" / "clip-16")                      # the newest, and passed over
+    status, out, err = cli("a house", "--n", "4", "--out", "all", "--rank", "runs/clip-16")
+    assert (status, len(out.splitlines()), err) == (0, 4, "")
+    similarity = similarity_of(sample.load_stage(clip_run, torch.device("cpu"), clip=True), "a house")
+    scores = {}
+    for path in out.splitlines():
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            logit = similarity(pixels.float() / 127.5 - 1, torch.zeros(1))
+        scores[notes_of(path)["seed"]] = notes_of(path)["clip_score"]
+        assert notes_of(path)["clip_score"] == pytest.approx(2.5 * max(0.0, logit.item() * 0.07), abs=1e-2)
+    status, out, err = cli("a house", "--n", "4", "--best", "1", "--out", "best.png", "--rank",
+                           "runs/clip-16/checkpoints/000002")
+    assert notes_of(here / "best.png")["seed"] == max(scores, key=scores.get)
+    status, out, err = cli("a house", "--clip", "runs/clip-16", "--clip-scale", "3")
+    assert (status, err) == (0, "")
+    assert {"clip": "clip-16", "clip_scale": 3.0}.items() <= notes_of(here / "a-house.png").items()
+    for argv, words in ((["--ckpt", "runs/clip-16"], "is a CLIP, for --clip or --rank"),
+                        (["--clip", "runs/16"], "draws, and is no CLIP"),
+                        (["--rank", "runs/16"], "draws, and is no CLIP"),
+                        (["--clip-scale", "-1"], "--clip-scale -1.0 is outside"),
+                        (["--clip-scale", "2"], "--clip-scale 2.0 has no effect without --clip")):
+        status, out, err = cli("a house", *argv)
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert words in err
+
+
 BAD = [
     ([], "give a prompt"),
     (["a", "b"], "unrecognized arguments: b"),
@@ -1138,6 +1239,31 @@ def latents(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("place", "flags"), [
+    ("latents", ["--vae=vae"]), ("frozen", ["--text-encoder", "byt5"])])
+def test_a_clip_sees_latents_and_reads_by_a_frozen_encoder(place, flags, request, tmp_path, monkeypatch):
+    folder = shutil.copytree(request.getfixturevalue(place), tmp_path / "here")
+    with training_in(folder):
+        train.main([*RECIPE, *flags, "--objective=clip"])
+    monkeypatch.chdir(folder)
+    names = model.read(Path("runs/clip-16"))[1].keys()
+    assert any("text_encoder" in name for name in names) == (place == "latents")    # bytes train along
+    assert "unet.text_pool.head.weight" in names
+    cpu = torch.device("cpu")
+    stage = sample.load_stage(Path("runs/16"), cpu)
+    plain = draw(stage, ["a house"])
+    assert not torch.equal(draw(stage, ["a house"], clip="runs/clip-16", clip_scale=50.0), plain)
+    score = sample.clip_scores("runs/clip-16", plain, ["a house"], cpu)
+    assert score.shape == (1,)
+    assert 0 <= score <= 2.5
+
+
+def test_a_clip_of_pixels_does_not_guide_latents(latents, clip_run):
+    stage = sample.load_stage(latents / "runs" / "16", torch.device("cpu"), vae=str(latents / "vae"))
+    with pytest.raises(ValueError, match="in the same space"):
+        draw(stage, ["a house"], clip=str(clip_run))
+
+
 def test_pictures_are_drawn_from_latents_wherever_the_vae_lies(latents, cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(latents, "here")
@@ -1256,7 +1382,7 @@ def test_a_published_pipeline_denoises_as_diffusers_does(tmp_path, pad, predicti
     right, without = theirs["unet"](x.expand(2, -1, -1, -1), 599, said).sample.split(1)
     expected = scheduler.step(without + 7.5 * (right - without), 599, x).pred_original_sample
     settings = sample.Settings(guidance_scale=7.5)
-    denoise = sample.denoiser_of(stage, stage.network(), None, settings, ["a red house"], {})
+    denoise = sample.denoiser_of(stage, stage.network(), [None, None], settings, ["a red house"], {})
     x0 = denoise(x, torch.tensor([0.6]))
     assert (x0 - expected).abs().max() < 1e-4 * expected.abs().max()
 

@@ -397,7 +397,7 @@ def test_a_loss_that_joins_pictures_has_the_gradient_of_the_whole_batch_in_any_p
     found, (sums, counts) = joined(micro, train.Ranks(), pairs())
     for name, gradient in whole_batch.items():
         torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
-    assert counts == {"seen": [8], "words": [8]}                              # each picture once
+    assert counts == {"seen": [8], "words": [8], "loss": [8]}                   # each picture once
     assert sums["seen"] == pytest.approx([8], abs=1e-5)
 
 
@@ -408,11 +408,13 @@ def test_parts_that_do_not_know_each_other_would_have_another_gradient(whole_bat
 
 
 def one_of_two(rank, micro, folder):
-    """A rank of two, in a process of its own: half of the batch, in parts."""
+    """A rank of two, in a process of its own: half of the batch, in parts; of the toy and of a CLIP."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(joined(micro, train.Ranks(), pairs(4 * rank, 4 * rank + 4)), folder / f"{rank}.pt")
+    ranks = train.Ranks()
+    torch.save(joined(micro, ranks, pairs(4 * rank, 4 * rank + 4)), folder / f"{rank}.pt")
+    torch.save(clip_joined(micro, ranks), folder / f"clip-{rank}.pt")
     dist.barrier()
     os._exit(0)                                                               # as Ranks.leave does
 
@@ -423,16 +425,195 @@ def test_a_loss_that_joins_pictures_has_the_same_gradient_on_two_ranks(micro, wh
     processes = [context.Process(target=one_of_two, args=(rank, micro, tmp_path)) for rank in range(2)]
     for process in processes:
         process.start()
+    expected, mean = clip_expected()
     for process in processes:
         process.join(300)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
     for rank in range(2):
+        found, (sums, counts) = torch.load(tmp_path / f"clip-{rank}.pt")
+        assert_gradients(found, expected)
+        assert sums["loss"][0] / counts["loss"][0] == pytest.approx(mean, rel=1e-5)
         found, (sums, counts) = torch.load(tmp_path / f"{rank}.pt")
         for name, gradient in whole_batch.items():
             torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=0)
-        assert counts == {"seen": [8], "words": [8]}                          # of all ranks
+        assert counts == {"seen": [8], "words": [8], "loss": [8]}               # of all ranks
         assert sums["words"] == pytest.approx([pairs()["words"][:, 0].sum()], abs=1e-5)
+
+
+def clip_trainer(micro, ranks):
+    """The trainer of a small CLIP, away from the zeros of its start, and a batch of eight pictures, of which
+    the second and the seventh have one caption."""
+    configs = train.parse(flags("unused", "--objective clip", f"--micro-batch {micro}", "--no-compile"))
+    torch.manual_seed(0)
+    device, text = torch.device("cpu"), text_encoder.load_text_encoder(configs[4])
+    objective = train.build(configs, text, device)
+    with torch.no_grad():
+        for p in objective.parameters():
+            p.copy_(0.05 * torch.randn_like(p) + p)
+    pictures = data.Pictures(configs[1], 16, 0)
+    pictures.draws, pictures.reader = partial(train.draws, 0, "noise", 0.0, 0, 8), text.reader
+    items = [pictures[i] for i in range(8)]
+    items[6] |= {name: items[1][name] for name in ("caption", "words")}
+    half = slice(0, 8) if ranks.world == 1 else slice(4 * ranks.rank, 4 * ranks.rank + 4)
+    state = train.State(objective, 0.0, 0.0, 0.9, False)
+    return train.Trainer(configs[0], objective, state, device, ranks), pictures.batch(items[half])
+
+
+def clip_joined(micro, ranks):
+    """As `joined`, of the CLIP."""
+    trainer, batch = clip_trainer(micro, ranks)
+    trainer.backward(train.parts_of(batch, micro), len(batch["captions"]))
+    gradients = {name: p.grad for name, p in trainer.objective.named_parameters()}
+    return gradients, trainer.meter.read(ranks, trainer.device)
+
+
+def clip_expected():
+    """The gradients of the whole batch and its mean loss, both written out picture by picture."""
+    trainer, batch = clip_trainer(8, train.Ranks())
+    objective = trainer.objective
+    inputs = objective.inputs(batch, trainer.device)
+    x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], objective.schedule)
+    condition = {name: inputs[name] for name in inputs if name in ("mask", "ids")}
+    seen = objective.unet(x_t, inputs["t"])
+    read = objective.unet.read(**objective.text(**condition))
+    assert sorted(torch.floor(8 * inputs["t"]).tolist()) == list(range(8))    # uniform, one in each eighth
+    loss = 0.0
+    for i, caption in enumerate(batch["captions"]):
+        against = [j for j, other in enumerate(batch["captions"]) if j == i or other != caption]
+        assert len(against) == (7 if i in (1, 6) else 8)
+        for ours, theirs in ((seen, read), (read, seen)):
+            logits = objective.unet.scale() * theirs[against] @ ours[i]
+            loss = loss - logits.log_softmax(0)[against.index(i)] / 16
+    loss.backward()
+    return {name: p.grad for name, p in objective.named_parameters()}, loss.item()
+
+
+def assert_gradients(found, expected):
+    """Equal at 1e-6, and each weight has one."""
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(found[name], gradient, atol=1e-6, rtol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4, 8])
+def test_a_clip_has_the_gradient_of_the_whole_batch_in_any_parts(micro):
+    expected, mean = clip_expected()
+    found, (sums, counts) = clip_joined(micro, train.Ranks())
+    assert_gradients(found, expected)
+    assert counts["loss"] == counts["scale"] == [8]
+    assert sums["loss"] == pytest.approx([8 * mean], rel=1e-5)
+    scale = clip_trainer(8, train.Ranks())[0].objective.unet.scale().item()
+    assert sums["scale"] == pytest.approx([8 * scale])
+
+
+def test_the_memory_of_a_joined_batch_is_that_of_a_part():
+    """The most numbers kept for a backward pass: of four parts at most 1.3 times those of one alone."""
+    def kept(micro, parts):
+        trainer, batch = clip_trainer(2, train.Ranks())
+        sizes, alive = [0], [0]
+
+        def pack(tensor):
+            alive[0] += tensor.numel()
+            sizes.append(alive[0])
+            return tensor
+
+        real = torch.Tensor.backward
+
+        def backward(tensor, *args, **kwargs):
+            real(tensor, *args, **kwargs)
+            alive[0] = 0
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with pytest.MonkeyPatch.context() as patch, hooks:
+            patch.setattr(torch.Tensor, "backward", backward)
+            trainer.backward(train.parts_of(batch, micro)[:parts], micro * parts)
+        return max(sizes)
+
+    assert kept(2, 4) < 1.3 * kept(2, 1) < kept(8, 1)
+
+
+def test_other_pictures_of_the_same_caption_are_not_wrong_ones():
+    trainer, _ = clip_trainer(8, train.Ranks())
+    seen = read = torch.eye(3)[[0, 1, 1]]
+    given = {"seen": seen, "read": read, "scale": torch.full((3,), 50.0)}
+    given["caption"] = torch.tensor([5.0, 7.0, 7.0])
+    assert trainer.objective.loss(given) == pytest.approx(0, abs=1e-6)
+    given["caption"] = torch.tensor([5.0, 7.0, 8.0])
+    assert trainer.objective.loss(given) == pytest.approx(2 * math.log(2), abs=1e-6)
+
+
+def test_a_clip_validates_keeps_its_best_and_resumes_exactly(tmp_path, capsys, monkeypatch):
+    changes = ("--objective clip", "--steps 6", "--val-every 2", "--val-images 12", "--log-every 3",
+               "--save-every 3", "--micro-batch 4")
+    whole = run(tmp_path / "whole", *changes)
+    shown = capsys.readouterr().out
+    assert re.search(r"^step 2  val_loss [\d.]+  text_at_1 \[[\d., ]+\]$", shown, re.MULTILINE)
+    lines = [line for line in metrics(whole) if "val_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    names = {f"{what}_at_{k}" for what in ("text", "picture") for k in (1, 5)}
+    for line in lines:
+        assert set(line) == {"step", "val_loss", *names}
+        assert all(len(line[name]) == len(train.TIMES) for name in names)
+        assert all(one <= five for one, five in zip(line["text_at_1"], line["text_at_5"]))
+    assert {"loss", "scale"} <= set(next(line for line in metrics(whole) if "loss" in line))
+    assert not (whole / "samples").exists()
+
+    best = min(lines, key=lambda line: line["val_loss"])
+    _, meta = model.load_tensors(whole / "checkpoints/best/ema.safetensors")
+    assert (meta["step"], float(meta["val_loss"])) == (str(best["step"]), best["val_loss"])
+    assert meta["images"] == str(8 * best["step"])
+
+    during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=5)
+    parts = run(tmp_path / "parts", *changes)
+    run(tmp_path / "parts", *changes)
+    assert digest(parts) == digest(whole)
+    kept = [model.load_tensors(out / "checkpoints/best/ema.safetensors")[0] for out in (whole, parts)]
+    assert model.checksum(kept[0], {}) == model.checksum(kept[1], {})
+
+
+@pytest.mark.slow
+def test_a_clip_is_the_same_on_two_ranks_in_parts(tmp_path):
+    """End to end, its best checkpoint, too; sums differ in their order, and AdamW's first steps by signs."""
+    changes = ("--objective clip", "--steps 2", "--val-every 1", "--val-images 12", "--optimizer adamw")
+    status, _, err = finish(start(tmp_path / "two", *changes, "--micro-batch 2", ranks=2))
+    assert status == 0, err
+    run(tmp_path / "one", *changes)
+    for left in ("checkpoints/000002", "checkpoints/best"):
+        paths = [tmp_path / name / left / "ema.safetensors" for name in ("one", "two")]
+        one, two = (torch.cat([value.flatten() for value in model.load_tensors(path)[0].values()])
+                    for path in paths)
+        assert (one - two).abs().quantile(0.99) < 1e-6
+    losses = [[line.get("val_loss", line.get("loss")) for line in metrics(tmp_path / name)]
+              for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_retrieval_counts_equal_captions_as_right():
+    """Towers that say the number of the picture: all are found, the twins by either; turned by one, none."""
+    trainer, _ = clip_trainer(8, train.Ranks())
+    net = trainer.objective
+    marks = torch.tensor([0, 1, 2, 3, 4, 5, 6, 6]).float()
+    eye = torch.eye(8)
+
+    def answers(seen):
+        class Fixed:
+            joins = True
+            inputs = staticmethod(lambda part, device: {"t": torch.zeros(len(part)), "rows": part})
+            loss, compared = net.loss, net.compared
+
+            def __call__(self, t, rows):
+                return {"seen": seen[rows], "read": eye[rows], "scale": torch.full((len(rows),), 9.0),
+                        "caption": marks[rows]}
+
+        class Pictures(list):
+            batch = staticmethod(lambda items: torch.tensor(items))
+        return train.retrieval(3, Fixed(), Pictures(range(8)), 100, trainer)
+
+    right = answers(eye[[0, 1, 2, 3, 4, 5, 7, 6]])                            # the twins see each other
+    assert right["text_at_1"] == right["picture_at_5"] == [1] * len(train.TIMES)
+    wrong = answers(eye[[1, 2, 3, 4, 5, 0, 6, 7]])
+    assert wrong["text_at_1"] == wrong["picture_at_1"] == [0.25] * len(train.TIMES)
 
 
 def test_a_step_moves_by_the_gradient_of_a_loss_that_joins_pictures(whole_batch):
@@ -484,6 +665,30 @@ def test_a_preset_moves_the_defaults_and_a_flag_moves_the_preset(size, name):
     assert cfg.lr == 0.5
     assert shape.channels == 96
     assert cfg.steps == train.PRESETS[size, name]["steps"]
+
+
+@pytest.mark.parametrize("size", [64, 256])
+def test_a_clip_has_the_noise_of_the_denoiser_of_its_size_and_nothing_that_is_for_drawing(size):
+    for name in ("tiny", "small"):
+        wanted, found = (
+            {key: value for config in train.parse(["--size", str(size), "--model", name, *extra])
+             for key, value in vars(config).items()}
+            for extra in ([], ["--objective", "clip"]))
+        changed = {key for key in wanted if wanted[key] != found[key]}
+        assert changed <= {*train.CLIP, "objective", "out"}
+        assert {key: found[key] for key in train.CLIP} == train.CLIP
+        assert found["out"] == f"runs/clip-{size}"
+
+
+def test_a_clip_starts_from_a_denoiser_and_goes_on_as_none(tmp_path, capsys):
+    run(tmp_path / "run", "--steps 1")
+    capsys.readouterr()
+    run(tmp_path / "clip", "--steps 1", "--objective clip", f"--init {tmp_path / 'run'}")
+    said = capsys.readouterr().out
+    new = re.search(r"new: (.*?), \d+ unused", said)[1].split()
+    assert all("_pool." in name or name == "unet.scale_logit" for name in new)
+    with pytest.raises(ValueError, match="the checkpoint has --objective denoise, not clip"):
+        run(tmp_path / "run", "--steps 2", "--objective clip")
 
 
 def test_a_preset_has_attention_where_its_sides_occur_and_a_flag_is_taken_at_its_word():
@@ -541,6 +746,11 @@ BAD_TRAIN = {
     "--size 4": "--size 4 is outside",
     "--size 64 --size 32": "--size is given twice",
     "--channels 33": "--channels 33",
+    "--objective clip --batch-size 1": "--batch-size 2 or more, not 1",
+    "--objective clip --sample-every 9": "--sample-every 9 is for what draws",
+    "--objective clip --lowres 32": "--lowres 32 is for what draws",
+    "--objective clip --loss-weight learned": "--loss-weight learned is for what draws",
+    "--objective clip --model sd15": "is for what draws",
     "--head-dim 7": "--head-dim 7",
     "--channel-mult 0": "--channel-mult",
     "--attn-resolutions 7": "--attn-resolutions 7",
