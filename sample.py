@@ -5,7 +5,9 @@ depends on its prompt, its seed and the settings, not on the others of its batch
 import argparse
 import ctypes
 import inspect
+import io
 import json
+import os
 import re
 import signal
 import sys
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import diffusion
@@ -490,6 +493,213 @@ def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch
     return torch.cat(scores).cpu()
 
 
+# -------------------------------------------------------------------------------------------------- scores
+DRAWN = "what was drawn"  # as a set of pictures, and below FEW the Frechet distance is mostly their number
+FEW = 2048
+# How a TorchScript wants its pictures: side, and what is taken off and divided by, of 0 to 255.
+INPUTS = {"inception": (299, 127.5, 127.5),
+          "imagenet": (224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))}
+
+
+class Drawn(data.Source):
+    """Pictures that were drawn, uint8 (N, 3, H, W), with their prompts, if they are known."""
+
+    def __init__(self, name: str, pictures: np.ndarray, prompts: list[str]):
+        self.name, self.pictures, self.prompts = name, pictures, prompts
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def sample(self, i):
+        return data.Sample(self.pictures[i], self.prompts[i:i + 1], {})
+
+
+def save_npz(path: str, pictures: Tensor, prompts: list[str]) -> None:
+    """Pictures, uint8 (N, 3 or 1, H, W), as the evaluation of Dhariwal and Nichol 2021 reads them: "arr_0",
+    uint8 (N, H, W, 3); and "captions". Whole or not at all."""
+    colour = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=colour.numpy(), captions=np.array(prompts))
+    data.write(Path(path), buffer.getbuffer())
+
+
+def read_npz(path: str, size: int) -> Drawn:
+    """The pictures of an .npz in their own size, see save_npz. ValueError where it has none."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            pictures = stored["arr_0"].transpose(0, 3, 1, 2)
+            prompts = stored["captions"].tolist() if "captions" in stored else []
+        if pictures.dtype != np.uint8 or pictures.shape[1] != 3 or not pictures.size:
+            raise ValueError(f"{pictures.dtype} {pictures.shape}")
+    except Exception as e:                                     # zip files raise nearly anything on garbage
+        raise ValueError(f"{path} has no arr_0 of uint8 (N, H, W, 3) ({e})") from e
+    return Drawn(path, pictures, prompts)
+
+
+def recipe_of(run: Path) -> tuple[data.DataConfig, int]:
+    """What a run was trained on, whole pictures, and their side."""
+    with model.reading(run / "config.json"):
+        stored = json.loads((run / "config.json").read_text("utf-8"))
+        whole = model.configured(data.DataConfig, stored["DataConfig"] | {"crop": 0})
+        size = stored["TrainConfig"]["size"]
+        model.check("size", size, int, "[8..4096]")
+    return whole, size
+
+
+def side_of(source: data.Source) -> int:
+    """The short side of the first picture that can be read [pixels]. ValueError where there is none."""
+    for i in range(len(source)):
+        try:
+            picture, *_ = source.sample(i)
+            if isinstance(picture, np.ndarray):
+                return min(picture.shape[1:])
+            return min(Image.open(io.BytesIO(picture)).size)
+        except Exception:                                      # decoders raise nearly anything on garbage
+            continue
+    raise ValueError(f"{source.name} has no picture that can be read")
+
+
+def picture_set(name: str) -> data.Pictures:
+    """The pictures that a run keeps for validation, those of an .npz, or all that --data reads."""
+    if Path(name, "config.json").is_file():
+        return data.Pictures(*recipe_of(Path(name)), 0, "val")
+    if name.endswith(".npz"):
+        data.SOURCES[name] = partial(read_npz, name)
+    pictures = data.Pictures(data.DataConfig([name], held_out=0), 8, 0, "val")
+    pictures.size = side_of(pictures.sources[0])
+    return pictures
+
+
+def feature_network(name: str, how: str, device: torch.device) -> Callable:
+    """What turns pictures, uint8 (B, 3, H, W), into features (B, F): a TorchScript, or a CLIP's folder.
+    how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError where
+    it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
+    if Path(name).is_dir():
+        tower = text_encoder.load_image_encoder(name, text_encoder.TextConfig([name], text_dtype="fp32"))
+        tower.to(device)
+        return lambda pictures: F.normalize(tower(pictures.to(device)))
+    try:
+        net = torch.jit.load(name, map_location=device).eval()
+        named = "return_features" in str(net.forward.schema)   # the published Inception
+    except (RuntimeError, ValueError, AttributeError) as e:
+        raise ValueError(f"--features {name} is no TorchScript, nor the folder of a CLIP ({e!s:.100})") from e
+    if how == "auto":
+        how = "bytes" if named else "inception"
+
+    def see(pictures: Tensor) -> Tensor:
+        x = pictures.to(device)
+        if how != "bytes":
+            side, *moments = INPUTS[how]
+            mean, deviation = (x.new_tensor(moment, dtype=torch.float32).view(-1, 1, 1) for moment in moments)
+            x = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+            x = (x - mean) / deviation
+        try:
+            return net(x, return_features=True) if named else net(x)
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[-1][:100]
+            raise ValueError(f"--features {name} fails at {how} {tuple(x.shape)} ({reason}). Try another "
+                             "--feature-input") from e
+    return see
+
+
+@torch.no_grad()
+def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> Tensor:
+    """What a network sees in the first --limit of a set: (N, F), float64."""
+    count = min(len(pictures), args.limit or len(pictures))
+    if count < 8:
+        raise ValueError(f"{pictures.summary}: scores need 8 or more")
+    workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    batches = data.loader(pictures, 0, count, args.batch_size, workers=workers)
+    rows, replaced = [], []
+    for batch in tqdm(batches, pictures.sources[0].name, -(-count // args.batch_size), disable=None):
+        seen = see(batch["picture"].expand(-1, 3, -1, -1))
+        rows.append(seen.flatten(1).float())
+        replaced += batch["replaced"]
+    for line in [*pictures.warnings, *replaced]:
+        warn(line)
+    features = torch.cat(rows)
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means and covariances of features (N, F), float64
+    (Heusel et al. 2017, arXiv:1706.08500). With C = R^T R the trace of the last root is the sum of the
+    singular values of R_a R_b^T: exact where a product of covariances would lose half of the digits."""
+    roots = []
+    for x in (a, b):
+        centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+        roots.append(torch.linalg.qr(centred, mode="r").R)
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    spread = roots[0].square().sum() + roots[1].square().sum()
+    common = torch.linalg.svdvals(roots[0] @ roots[1].mT).sum()
+    return float((shift + spread - 2 * common).clamp(min=0))
+
+
+def polynomial(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.mT / a.shape[-1] + 1) ** 3
+
+
+def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> float:
+    """Squared maximum mean discrepancy of features (N, F), float64, unbiased (Gretton et al. 2012, eq. 3);
+    with the usual kernel the KID of Binkowski et al. 2018, arXiv:1801.01401."""
+    means = []
+    for x, y in ((a, a), (b, b), (a, b)):
+        total = sum(kernel(part, y).sum() for part in x.split(1024))
+        pairs = len(x) * len(y)
+        if x is y:                                             # no picture is compared with itself
+            total = total - kernel(x[:, None], x[:, None]).sum()
+            pairs -= len(x)
+        means.append(float(total) / pairs)
+    return means[0] + means[1] - 2 * means[2]
+
+
+def share_near(a: Tensor, b: Tensor, neighbours: int = 3) -> float:
+    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is:
+    precision where b is real, recall where a is (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1, 2)."""
+    radii = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1024)]
+    radii = torch.cat(radii)
+    near = [(torch.cdist(part, b) <= radii).any(1) for part in a.split(1024)]
+    return float(torch.cat(near).double().mean())
+
+
+def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
+    """Scores of features (N, F), float64, against others. "kernel_deviation" is that over 20 random subsets,
+    of up to 1000 or half of them; below FEW "frechet_floor" is how far parts of the real ones are apart."""
+    few = min(len(drawn), len(real))
+    found = {"frechet": frechet_distance(drawn, real), "kernel": kernel_distance(drawn, real)}
+    values = []
+    for number in range(20):
+        rng = data.keyed(0, "subset", number)
+        some = [x[rng.permutation(len(x))[:min(1000, few // 2)]] for x in (drawn, real)]
+        values.append(kernel_distance(*some))
+    found["kernel_deviation"] = float(np.std(values))
+    found["precision"] = share_near(drawn, real)
+    found["recall"] = share_near(real, drawn)
+
+    if few < FEW:
+        part = min(len(drawn), len(real) // 2)
+        order = data.keyed(0, "floor", 0).permutation(len(real))
+        floor = frechet_distance(real[order[:part]], real[order[part:]])
+        warn(f"under {FEW} pictures the Frechet distance is too high: {part} of the real ones are "
+             f"{floor:.4g} away from the other {len(real) - part}. Compare it with that of as many only")
+        found["frechet_floor"] = floor
+    return found
+
+
+def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) -> None:
+    """Print the scores of some pictures against those of --against."""
+    see = feature_network(args.features, args.feature_input, device)
+    sets = [drawn, picture_set(args.against)]
+    side = args.score_size or min(pictures.size for pictures in sets)
+    seen, counts = [], []
+    for pictures, name in zip(sets, (args.score or DRAWN, args.against)):
+        pictures.size = side
+        seen.append(features_of(pictures, see, args))
+        counts.append(f"{len(seen[-1]):,} pictures of {name}")
+    print(f"{' against '.join(counts)}, {side} pixels, {seen[0].shape[1]} features of {args.features}")
+    print("  ".join(f"{name} {value:.5g}" for name, value in compared(*seen).items()))
+
+
 # ---------------------------------------------------------------------------------------- the command line
 def sampler_name(word: str) -> str:
     if word not in diffusion.SAMPLERS:
@@ -515,7 +725,7 @@ def parser() -> argparse.ArgumentParser:
     p.error = die
     add, switch = p.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("prompt", nargs="?", help="what to draw")
-    add("--prompts", metavar="FILE", help="a file of prompts, one a line")
+    add("--prompts", metavar="FILE", help="a file of prompts, one a line, or a run: its held-out captions")
     which = p.add_mutually_exclusive_group().add_argument
     which("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
     which("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [0..4096 pixels]")
@@ -530,6 +740,13 @@ def parser() -> argparse.ArgumentParser:
     add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
+
+    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
+    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
+    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
+    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
+    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
+    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
 
     helps = model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
@@ -549,6 +766,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", default=0, help="of the noise [0..9223372036854775807]")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", **switch, help="one sheet with captions")
+    add("--npz", default="", metavar="FILE", help="all pictures in this file, and PNG with --grid only")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [1..4096 images]")
     add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
     add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
@@ -575,7 +793,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. A mistake ends the program in one line."""
     p = parser()
     args = p.parse_args(argv)
-    if not args.export and (args.prompt is None) == (args.prompts is None):
+    for wanted, given in (("--against SET", args.score), ("--features FILE", args.against)):
+        if given and not getattr(args, wanted[2:].split()[0]):
+            die(f"a score of {given} needs {wanted}, too")
+    if not (args.export or args.score) and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     args.usual = set()                                         # what is given is still text
     for name in ("guidance_scale", "steps"):
@@ -597,8 +818,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.best > args.n or (args.best and not args.rank):
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     args.wanted = [args.prompt or ""]
+    if args.npz and args.keep_stages:
+        die("--npz is for the pictures of the last stage, without --keep-stages")
     if args.prompts is not None:
-        lines = read_lines(args.prompts)
+        if Path(args.prompts, "config.json").is_file():
+            held = picture_set(args.prompts)
+            lines = [held[i]["caption"] for i in range(min(len(held), args.limit or len(held)))]
+        else:
+            lines = read_lines(args.prompts)
         args.wanted = [line.strip() for line in lines if line.strip()]
         if not args.wanted:
             die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
@@ -703,6 +930,11 @@ def file_name(prompt: str) -> str:
 def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) -> None:
     """Pictures, n of a prompt, with their notes, or a sheet of them: into the folder or the file --out."""
     prompts = [one["prompt"] for one in made]
+    if args.npz:
+        save_npz(args.npz, pictures, prompts)
+        print(args.npz)
+        if not args.grid:
+            return
     file = Path(args.out) if Path(args.out).suffix.lower() == ".png" else None
     if args.grid:
         columns = n if n > 1 else round(len(made) ** 0.5)
@@ -716,17 +948,22 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
+def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace, device) -> list[int]:
+    """Which of the pictures are the best n of each prompt by CLIP score, which their notes get."""
+    prompts = [note["prompt"] for note in made]
+    scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
+    for note, value in zip(made, scores.tolist()):
+        note["clip_score"] = round(value, 4)
+    first = torch.arange(0, len(scores), args.n)[:, None]
+    return (scores.view(-1, args.n).topk(n).indices + first).flatten().tolist()
+
+
 def held_out(path: Path, count: int) -> dict:
     """Up to `count` pictures that a run keeps for validation, and their small versions."""
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
         die(f"--validate needs the config.json of the run of {path}, which says where its pictures are")
-    with model.reading(runs[0] / "config.json"):
-        stored = json.loads((runs[0] / "config.json").read_text("utf-8"))
-        whole = model.configured(data.DataConfig, stored["DataConfig"] | {"crop": 0})
-        size = stored["TrainConfig"]["size"]
-        model.check("size", size, int, "[8..4096]")
-    pictures = data.Pictures(whole, size, 0, "val")
+    pictures = data.Pictures(*recipe_of(runs[0]), 0, "val")
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
@@ -735,17 +972,33 @@ def held_out(path: Path, count: int) -> dict:
     return held
 
 
+def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
+    """Write the published U-Net of a run. ValueError where it has limn's own."""
+    stage = load_stage(path, device, args.ema, encoders=args.text_encoder, vae=args.vae)
+    if not isinstance(stage.unet, model.UNet2DConditionModel):
+        raise ValueError(f"--export is for published U-Nets, and {path} is of limn's own")
+    model.save_published(Path(args.export, "unet"), stage.unet)
+    print(Path(args.export, "unet"))
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     warnings.showwarning = lambda message, *where: warn(str(message))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
+    warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
     device, out = choose_device(args.device), Path(args.out)
+    if args.score:
+        return score(picture_set(args.score), args, device)
     folder = out.parent if out.suffix.lower() == ".png" else out
     if folder.exists() and not folder.is_dir():                # what is wrong comes before any work
         raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, Path(args.npz).parent):
+        needed.mkdir(parents=True, exist_ok=True)
     if args.rank:
         clip_scores(args.rank, torch.empty(0), [], device)
+    if args.against:
+        picture_set(args.against)
+        feature_network(args.features, args.feature_input, device)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name, (flag, _) in LISTS.items():
@@ -753,11 +1006,7 @@ def main(argv: list[str]) -> None:
         if given > len(paths):
             raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
     if args.export:
-        stage = load_stage(paths[-1], device, args.ema, encoders=args.text_encoder, vae=args.vae)
-        if not isinstance(stage.unet, model.UNet2DConditionModel):
-            raise ValueError(f"--export is for published U-Nets, and {paths[-1]} is of limn's own")
-        model.save_published(Path(args.export, "unet"), stage.unet)
-        return print(Path(args.export, "unet"))
+        return export(paths[-1], device, args)
     if not all(prompt.strip() for prompt in args.wanted):
         print("note: empty prompt, drawing without one")
     held = held_out(paths[-1], args.validate) if args.validate else {}
@@ -784,15 +1033,15 @@ def main(argv: list[str]) -> None:
             die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}", 130)
         if args.rank and last:
             n = args.best or n
-            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
-            first = torch.arange(0, len(scores), args.n)[:, None]
-            best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
-            pictures = pictures[best]
-            for note, score in zip(made, scores.tolist()):
-                note["clip_score"] = round(score, 4)
-            made = [made[k] for k in best.tolist()]
+            best = ranked(pictures, made, n, args, device)
+            pictures, made = pictures[best], [made[k] for k in best]
         if args.keep_stages or last:
             write(pictures, made, n, args)
+
+    if args.against:
+        drawn = pictures.expand(-1, 3, -1, -1).numpy()
+        data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
+        score(picture_set(DRAWN), args, device)
 
 
 if __name__ == "__main__":
