@@ -1488,7 +1488,7 @@ def test_what_is_drawn_is_scored_against_what_the_run_held_out(here, cli):
 @pytest.mark.parametrize(("argv", "words"), [
     (["--score", "a.npz"], "a score of a.npz needs --against SET, too"),
     (["a house", "--against", "a.npz"], "a score of a.npz needs --features FILE, too"),
-    (["--against", "b", "--features", "see.pt", "--score", "torn.npz"], "torn.npz has no arr_0 of uint8 (N, H"),
+    (["--against", "b", "--features", "see.pt", "--score", "torn.npz"], "torn.npz has no arr_0 of uint8 (N,"),
     (["--against", "b", "--features", "see.pt", "--score", "float.npz"], "float.npz has no arr_0 of uint8"),
     (["--against", "b", "--features", "see.pt", "--score", "pickle.npz"], "pickle.npz has no arr_0 of uint8"),
     (["--against", "b", "--features", "see.pt", "--score", "nowhere"], "nowhere is not on a local disk"),
