@@ -7,6 +7,7 @@ import ctypes
 import inspect
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -476,20 +477,24 @@ def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings
     return diffusion.threshold(denoise, percentile, stage.space.limit)
 
 
-@torch.no_grad()
-def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch.device,
-                batch_size: int = 16) -> Tensor:
-    """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
-    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of the CLIP."""
+def clip_tower(folder: str, device: torch.device) -> Callable:
+    """What a CLIP makes of pictures, uint8 (B, 3 or 1, H, W): (B, P) of length 1."""
     config = text_encoder.TextConfig([folder], text_dtype="fp32")
     tower = text_encoder.load_image_encoder(folder, config).to(device)
-    words = text_encoder.load_text_encoder(config).to(device)
+    return lambda pictures: F.normalize(tower(pictures.expand(-1, 3, -1, -1).to(device)))
+
+
+@torch.no_grad()
+def clip_scores(folder: str, seen: Tensor, prompts: list[str], device: torch.device,
+                batch_size: int = 16) -> Tensor:
+    """CLIP scores (N,) of pictures, as the tower sees them (N, P), with their prompts, 0 to 2.5: 2.5
+    max(cosine, 0) (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of it."""
+    words = text_encoder.load_text_encoder(text_encoder.TextConfig([folder], text_dtype="fp32")).to(device)
     scores = [torch.empty(0, device=device)]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         pooled = words.encode(prompts[part], device)["pooled"]                            # (B, P)
-        seen = tower(pictures[part].expand(-1, 3, -1, -1).to(device))                     # (B, P)
-        scores.append(2.5 * torch.cosine_similarity(seen, pooled).clamp(min=0))
+        scores.append(2.5 * torch.cosine_similarity(seen[part].to(pooled), pooled).clamp(min=0))
     return torch.cat(scores).cpu()
 
 
@@ -512,6 +517,9 @@ class Drawn(data.Source):
 
     def sample(self, i):
         return data.Sample(self.pictures[i], self.prompts[i:i + 1], {})
+
+    def fingerprint(self):
+        return self.pictures.tobytes()
 
 
 def save_npz(path: str, pictures: Tensor, prompts: list[str]) -> None:
@@ -575,9 +583,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
     how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError where
     it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
     if Path(name).is_dir():
-        tower = text_encoder.load_image_encoder(name, text_encoder.TextConfig([name], text_dtype="fp32"))
-        tower.to(device)
-        return lambda pictures: F.normalize(tower(pictures.to(device)))
+        return clip_tower(name, device)
     try:
         net = torch.jit.load(name, map_location=device).eval()
         named = "return_features" in str(net.forward.schema)   # the published Inception
@@ -603,22 +609,34 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
 
 
 @torch.no_grad()
-def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> Tensor:
-    """What a network sees in the first --limit of a set: (N, F), float64."""
+def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    """What a network sees in the first --limit of a set, (N, F), float64, and their captions; kept in the
+    folder --keep-features, and read from there."""
     count = min(len(pictures), args.limit or len(pictures))
     if count < 8:
         raise ValueError(f"{pictures.summary}: scores need 8 or more")
+    network = Path(args.features).absolute(), data.state(args.features), args.feature_input
+    mark = repr((pictures.fingerprint, pictures.config, pictures.size, count, network))
+    kept = Path(args.keep_features, f"{data.hash_of(mark.encode())}.safetensors")
+    if args.keep_features and kept.exists():
+        stored, notes = model.load_tensors(kept)
+        return stored["features"].double(), json.loads(notes["captions"])
+
     workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
     batches = data.loader(pictures, 0, count, args.batch_size, workers=workers)
-    rows, replaced = [], []
-    for batch in tqdm(batches, pictures.sources[0].name, -(-count // args.batch_size), disable=None):
-        seen = see(batch["picture"].expand(-1, 3, -1, -1))
-        rows.append(seen.flatten(1).float())
+    bar = tqdm(batches, pictures.sources[0].name, math.ceil(count / args.batch_size), disable=None)
+    rows, captions, replaced = [], [], []
+    for batch in bar:
+        rows.append(see(batch["picture"].expand(-1, 3, -1, -1)).flatten(1).float().cpu())
+        captions += batch["captions"]
         replaced += batch["replaced"]
     for line in [*pictures.warnings, *replaced]:
         warn(line)
     features = torch.cat(rows)
-    return (features.cpu() if features.device.type == "mps" else features).double()
+    if args.keep_features:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        model.save_tensors(kept, {"features": features}, {"captions": json.dumps(captions)})
+    return features.double(), captions
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -639,9 +657,14 @@ def polynomial(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.mT / a.shape[-1] + 1) ** 3
 
 
+def gaussian(a: Tensor, b: Tensor) -> Tensor:
+    return torch.exp(-torch.cdist(a, b).square() / 200)
+
+
 def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> float:
     """Squared maximum mean discrepancy of features (N, F), float64, unbiased (Gretton et al. 2012, eq. 3);
-    with the usual kernel the KID of Binkowski et al. 2018, arXiv:1801.01401."""
+    with the polynomial kernel the KID of Binkowski et al. 2018, arXiv:1801.01401; with the Gaussian one, of
+    CLIP's features and times 1000, the CMMD of Jayasumana et al. 2024, arXiv:2401.09603."""
     means = []
     for x, y in ((a, a), (b, b), (a, b)):
         total = sum(kernel(part, y).sum() for part in x.split(1024))
@@ -667,10 +690,10 @@ def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
     of up to 1000 or half of them; below FEW "frechet_floor" is how far parts of the real ones are apart."""
     few = min(len(drawn), len(real))
     found = {"frechet": frechet_distance(drawn, real), "kernel": kernel_distance(drawn, real)}
-    values = []
+    size, values = min(1000, few // 2), []
     for number in range(20):
         rng = data.keyed(0, "subset", number)
-        some = [x[rng.permutation(len(x))[:min(1000, few // 2)]] for x in (drawn, real)]
+        some = [x[rng.permutation(len(x))[:size]] for x in (drawn, real)]
         values.append(kernel_distance(*some))
     found["kernel_deviation"] = float(np.std(values))
     found["precision"] = share_near(drawn, real)
@@ -691,13 +714,21 @@ def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) 
     see = feature_network(args.features, args.feature_input, device)
     sets = [drawn, picture_set(args.against)]
     side = args.score_size or min(pictures.size for pictures in sets)
-    seen, counts = [], []
-    for pictures, name in zip(sets, (args.score or DRAWN, args.against)):
+    seen, captions = [], []
+    for pictures in sets:
         pictures.size = side
-        seen.append(features_of(pictures, see, args))
-        counts.append(f"{len(seen[-1]):,} pictures of {name}")
-    print(f"{' against '.join(counts)}, {side} pixels, {seen[0].shape[1]} features of {args.features}")
-    print("  ".join(f"{name} {value:.5g}" for name, value in compared(*seen).items()))
+        features, texts = features_of(pictures, see, args)
+        seen.append(features.to(device if device.type == "cuda" else "cpu"))
+        captions.append(texts)
+    print(f"{len(seen[0]):,} pictures of {args.score or DRAWN} against {len(seen[1]):,} of {args.against}, "
+          f"{side} pixels, {seen[0].shape[1]} features of {args.features}")
+
+    found = compared(*seen)
+    if Path(args.features).is_dir():
+        found["cmmd"] = 1000 * kernel_distance(*seen, gaussian)
+        if all(captions[0]):
+            found["clip_score"] = clip_scores(args.features, seen[0], captions[0], device).mean()
+    print("  ".join(f"{name} {value:.5g}" for name, value in found.items()))
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -716,6 +747,17 @@ def threshold_name(word: str) -> str:
 # Settings that take a value for each stage, 5,2: the flag and the type of a value.
 LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
          "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name)}
+
+
+def score_flags(add: Callable) -> None:
+    """The flags that pictures are scored by."""
+    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
+    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
+    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
+    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
+    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
+    add("--keep-features", default="", metavar="DIR", help="keep them there, for the next score")
+    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -740,13 +782,7 @@ def parser() -> argparse.ArgumentParser:
     add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
     add("--rank", default="", metavar="DIR", help="folder of a CLIP, whose score is noted in the PNG")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
-
-    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
-    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
-    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
-    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
-    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
-    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
+    score_flags(add)
 
     helps = model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
@@ -793,9 +829,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. A mistake ends the program in one line."""
     p = parser()
     args = p.parse_args(argv)
-    for wanted, given in (("--against SET", args.score), ("--features FILE", args.against)):
-        if given and not getattr(args, wanted[2:].split()[0]):
-            die(f"a score of {given} needs {wanted}, too")
+    if (args.score or args.against) and not (args.against and args.features):
+        die(f"a score of {args.score or DRAWN} needs --against SET and --features FILE")
     if not (args.export or args.score) and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     args.usual = set()                                         # what is given is still text
@@ -950,8 +985,10 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
 
 def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace, device) -> list[int]:
     """Which of the pictures are the best n of each prompt by CLIP score, which their notes get."""
-    prompts = [note["prompt"] for note in made]
-    scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size)
+    see = clip_tower(args.rank, device)
+    with torch.no_grad():
+        seen = torch.cat([see(part) for part in pictures.split(args.batch_size)])
+    scores = clip_scores(args.rank, seen, [note["prompt"] for note in made], device, args.batch_size)
     for note, value in zip(made, scores.tolist()):
         note["clip_score"] = round(value, 4)
     first = torch.arange(0, len(scores), args.n)[:, None]
@@ -981,24 +1018,31 @@ def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
     print(Path(args.export, "unet"))
 
 
+def check_places(args: argparse.Namespace, device: torch.device) -> None:
+    """ValueError where what is drawn cannot be written or judged, before any work."""
+    out = Path(args.out)
+    folder = out.parent if out.suffix.lower() == ".png" else out
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
+    for needed in (folder, Path(args.npz).parent):
+        needed.mkdir(parents=True, exist_ok=True)
+    if args.rank:
+        clip_tower(args.rank, device)
+        clip_scores(args.rank, torch.empty(0), [], device)
+    if args.against:
+        picture_set(args.against)
+        feature_network(args.features, args.feature_input, device)
+
+
 def main(argv: list[str]) -> None:
     args = arguments(argv)
     warnings.showwarning = lambda message, *where: warn(str(message))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
-    device, out = choose_device(args.device), Path(args.out)
+    device = choose_device(args.device)
     if args.score:
         return score(picture_set(args.score), args, device)
-    folder = out.parent if out.suffix.lower() == ".png" else out
-    if folder.exists() and not folder.is_dir():                # what is wrong comes before any work
-        raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
-    for needed in (folder, Path(args.npz).parent):
-        needed.mkdir(parents=True, exist_ok=True)
-    if args.rank:
-        clip_scores(args.rank, torch.empty(0), [], device)
-    if args.against:
-        picture_set(args.against)
-        feature_network(args.features, args.feature_input, device)
+    check_places(args, device)
     paths = [Path(path) for path in args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
     for name, (flag, _) in LISTS.items():

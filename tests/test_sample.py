@@ -1361,7 +1361,7 @@ def test_an_npz_holds_the_pictures_and_captions_in_the_fields_format(here, cli):
 def test_two_sets_are_scored_by_the_features_of_a_torchscript(sets, cli):
     status, out, err = cli("--score", "a.npz", "--against", "b", "--features", "see.pt", steps=0)
     assert status == 0, err
-    assert out.startswith("40 pictures of a.npz against 40 pictures of b, 24 pixels, 27 features of see.pt\n")
+    assert out.startswith("40 pictures of a.npz against 40 of b, 24 pixels, 27 features of see.pt\n")
     found = scores_of(out)
     assert "under 2048 pictures the Frechet distance is too high: 20 of the real ones are" in err
 
@@ -1466,7 +1466,7 @@ def test_sets_are_brought_to_the_smaller_side_and_cut_by_limit_and_what_is_torn_
     for path in Path("b").iterdir():
         Image.open(path).resize((48, 48), Image.Resampling.NEAREST).save(path)
     status, out, err = cli(*SCORE, "see.pt", "--limit", "9", steps=0)
-    assert out.startswith("9 pictures of b against 9 pictures of a.npz, 24 pixels"), err
+    assert out.startswith("9 pictures of b against 9 of a.npz, 24 pixels"), err
     Path("b/00.png").write_bytes(b"torn")
     status, out, err = cli(*SCORE, "see.pt", steps=0)
     assert (status, "00: not a whole picture of" in err) == (0, True), err
@@ -1477,7 +1477,7 @@ def test_what_is_drawn_is_scored_against_what_the_run_held_out(here, cli):
     held_out = ["--limit", "8", "--against", "runs/16", "--features", "see.pt"]
     status, out, err = cli("--prompts", "runs/16", *held_out, "--npz", "s.npz")
     assert status == 0, err
-    assert "8 pictures of what was drawn against 8 pictures of runs/16, 16 pixels" in out
+    assert "8 pictures of what was drawn against 8 of runs/16, 16 pixels" in out
     held = sample.picture_set("runs/16")
     assert np.load("s.npz")["captions"].tolist() == [held[i]["caption"] for i in range(8)]
     assert len({*np.load("s.npz")["captions"].tolist()}) > 4
@@ -1486,8 +1486,8 @@ def test_what_is_drawn_is_scored_against_what_the_run_held_out(here, cli):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--score", "a.npz"], "a score of a.npz needs --against SET, too"),
-    (["a house", "--against", "a.npz"], "a score of a.npz needs --features FILE, too"),
+    (["--score", "a.npz"], "a score of a.npz needs --against SET and --features FILE"),
+    (["a house", "--against", "a.npz"], "a score of what was drawn needs --against SET and --fe"),
     (["--against", "b", "--features", "see.pt", "--score", "torn.npz"], "torn.npz has no arr_0 of uint8 (N,"),
     (["--against", "b", "--features", "see.pt", "--score", "float.npz"], "float.npz has no arr_0 of uint8"),
     (["--against", "b", "--features", "see.pt", "--score", "pickle.npz"], "pickle.npz has no arr_0 of uint8"),
@@ -1505,3 +1505,51 @@ def test_a_set_that_cannot_be_scored_is_one_line(sets, cli, argv, words):
     status, out, err = cli(*argv, steps=0)
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
     assert words in err
+
+
+def test_features_that_are_kept_are_read_again(sets, cli):
+    status, out, err = cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)
+    files = sorted(Path("kept").iterdir())
+    before = [path.read_bytes() for path in files]
+    assert (status, len(files)) == (0, 2)
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[1] == out
+    assert [path.read_bytes() for path in sorted(Path("kept").iterdir())] == before
+    for path, content in zip(files, before):
+        path.write_bytes(content[:-1] + b"!")
+    assert "is damaged: checksum mismatch" in cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[2]
+
+    # Of other pictures, another size, number or network, others are made.
+    Image.new("RGB", (24, 24)).save("b/00.png")
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[0] == 2    # a.npz is the same
+    for path in files:
+        path.unlink()
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[1] != out
+    for more in (["--score-size", "12"], ["--limit", "20"], ["--feature-input", "imagenet"]):
+        count = len(list(Path("kept").iterdir()))
+        assert cli(*SCORE, "see.pt", "--keep-features", "kept", *more, steps=0)[0] == 0
+        assert len(list(Path("kept").iterdir())) == count + 2, more
+
+
+@torch.no_grad()
+def test_by_a_clip_the_cmmd_and_the_mean_clip_score_are_told(here, clip, cli):
+    held_out = ["--limit", "10", "--against", "runs/16", "--features", "clip"]
+    status, out, err = cli("--prompts", "runs/16", *held_out, "--npz", "s.npz")
+    assert status == 0, err
+    assert "10 of runs/16, 16 pixels, 16 features of clip" in out
+    found = scores_of(out)
+    real = sample.picture_set("runs/16")
+    features = []
+    for pictures in (np.load("s.npz")["arr_0"].transpose(0, 3, 1, 2), data.collect(real, 0, 10)["picture"]):
+        seen = clip.get_image_features(text_encoder.clip_pixels(torch.from_numpy(pictures), 32))
+        seen = getattr(seen, "pooler_output", seen)
+        features.append((seen / seen.norm(dim=1, keepdim=True)).double())
+    x, y = features
+    similar = [torch.exp(-torch.cdist(a, b).square() / 200) for a, b in ((x, x), (y, y), (x, y))]
+    within = [(one.sum() - 10) / 90 for one in similar[:2]]
+    assert found["cmmd"] == pytest.approx(1000 * (sum(within) - 2 * similar[2].mean()).item(), rel=1e-3)
+
+    words = text_encoder.load_text_encoder(text_encoder.TextConfig(["clip"], text_dtype="fp32"))
+    captions = np.load("s.npz")["captions"].tolist()
+    pooled = torch.nn.functional.normalize(words.encode(captions, torch.device("cpu"))["pooled"])
+    expected = 2.5 * (x * pooled).sum(1).clamp(min=0).mean()
+    assert found["clip_score"] == pytest.approx(expected.item(), rel=1e-3)
