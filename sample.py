@@ -612,7 +612,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
 def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """What a network sees in the first --limit of a set, (N, F), float64, and their captions; kept in the
     folder --keep-features, and read from there."""
-    count = min(len(pictures), args.limit or len(pictures))
+    count = len(range(len(pictures))[:args.limit or None])
     if count < 8:
         raise ValueError(f"{pictures.summary}: scores need 8 or more")
     network = Path(args.features).absolute(), data.state(args.features), args.feature_input
@@ -627,7 +627,8 @@ def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace
     bar = tqdm(batches, pictures.sources[0].name, math.ceil(count / args.batch_size), disable=None)
     rows, captions, replaced = [], [], []
     for batch in bar:
-        rows.append(see(batch["picture"].expand(-1, 3, -1, -1)).flatten(1).float().cpu())
+        seen = see(batch["picture"].expand(-1, 3, -1, -1))
+        rows.append(seen.flatten(1).float().cpu())
         captions += batch["captions"]
         replaced += batch["replaced"]
     for line in [*pictures.warnings, *replaced]:
@@ -858,7 +859,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.prompts is not None:
         if Path(args.prompts, "config.json").is_file():
             held = picture_set(args.prompts)
-            lines = [held[i]["caption"] for i in range(min(len(held), args.limit or len(held)))]
+            lines = [held[i]["caption"] for i in range(len(held))[:args.limit or None]]
         else:
             lines = read_lines(args.prompts)
         args.wanted = [line.strip() for line in lines if line.strip()]
