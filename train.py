@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -44,7 +44,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -87,6 +87,8 @@ class TrainConfig:
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
     workers: int = -1             # processes that load pictures, a rank; -1 = 8 with a GPU, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
+    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # these, too
+    plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
     val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
     val_images: int = 256         # pictures of the fixed validation set [2..1e6 images]
@@ -152,7 +154,7 @@ PUBLISHED = dict(
     BASE, shift_base=0, schedule="scaled_linear", prediction="eps", cooldown=0, size_shift="uniform")
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
-           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
+           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
 SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
          "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
@@ -274,7 +276,7 @@ def flag_options(kind: type) -> dict:
     if get_origin(kind) is Literal:
         return {"choices": members}
     if get_origin(kind) in (list, tuple):
-        return {"type": members[0], "nargs": "*"}
+        return flag_options(members[0]) | {"nargs": "*"}
     return {"type": kind}
 
 
@@ -1349,6 +1351,130 @@ class Meter:
         return dict(zip(names, values[::2])), dict(zip(names, values[1::2]))
 
 
+def flat(line: dict) -> dict[str, float]:
+    """A line of metrics.jsonl with its lists as NAME/0, NAME/1, ..."""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{i}": one for i, one in enumerate(value)}
+        else:
+            found[name] = value
+    return found
+
+
+def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(out / "tensorboard"))
+    writer.add_text("config", json.dumps(recipe, indent=1))
+
+    def log(step: int, numbers: dict, pictures: dict) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    return log, writer.close
+
+
+def to_wandb(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    import wandb
+    board = wandb.init(project="limn", name=out.name, dir=str(out), config=recipe)
+
+    def log(step: int, numbers: dict, pictures: dict) -> None:
+        images = {name: wandb.Image(picture) for name, picture in pictures.items()}
+        board.log(numbers | images, step=step)
+    return log, board.finish
+
+
+BOARDS = {"tensorboard": to_tensorboard, "wandb": to_wandb}    # what --log-to names: (log, close)
+
+
+class Journal:
+    """What a run tells beside its checkpoints: metrics.jsonl and pictures, and the same to --log-to. Nothing
+    where `out` is None, on other ranks."""
+
+    def __init__(self, out: Path | None, names: list[str], recipe: dict):
+        self.out, self.boards = out, []
+        for name in names if out else []:
+            try:
+                self.boards.append(BOARDS[name](out, recipe))
+            except ImportError as e:
+                say(f"note: --log-to {name} is not installed ({e}); metrics.jsonl has every number")
+
+    def put(self, step: int, name: str, content: dict | Image.Image) -> None:
+        """Write a line or a picture, by its name in the run."""
+        if not self.out:
+            return
+        data.put(self.out / name, content, say)
+        for log, _ in self.boards:
+            if isinstance(content, dict):
+                log(step, flat(content), {})
+            else:
+                log(step, {}, {name.split("/")[0]: content})
+
+    def close(self) -> None:
+        for _, close in self.boards:
+            close()
+
+
+PANELS = ["raw_loss", "val_loss", "buckets", "val_buckets", "val_gap", "grad_norm", "pictures/s", "lr"]
+INKS = "royalblue", "crimson", "seagreen", "darkorange", "purple", "sienna"   # of the runs
+
+
+def curves_of(run: str) -> dict[str, dict[int, float]]:
+    """By name, what metrics.jsonl of a run says at each step, the last time it does."""
+    path = Path(run, "metrics.jsonl")
+    if not path.is_file():
+        raise ValueError(f"--plot {run}: {path} is not there. Name a run that has been trained")
+    curves = {}
+    for text in path.read_text("utf-8").splitlines():
+        if not text.endswith("}"):                             # it is being written
+            continue
+        line = flat(json.loads(text))
+        for name, value in line.items():
+            curves.setdefault(name, {})[line["step"]] = value
+    return curves
+
+
+def draw_panel(pen: ImageDraw.ImageDraw, left: int, top: int, name: str, runs: list[dict]) -> None:
+    """A name's curves in 480 x 200 pixels, by their logarithm where all are above 0: an ink for each run, and
+    at their ends the numbers of noise levels."""
+    lines = []
+    for ink, curves in zip(itertools.cycle(INKS), runs):
+        for key, curve in curves.items():
+            level = key.removeprefix(name)
+            if re.fullmatch(r"(/\d+)?", level):
+                lines.append((ink, level, np.array(sorted(curve.items()))))
+    if not lines:
+        return
+
+    steps, values = np.concatenate([line for *_, line in lines]).T
+    scale = np.log10 if values.min() > 0 else np.positive
+    ends = scale([values.min(), values.max()])
+    for ink, level, line in lines:
+        x = np.interp(line[:, 0], (0, steps.max()), (left, left + 480))
+        y = np.interp(scale(line[:, 1]), ends, (top + 192, top + 28))
+        pen.line([*zip(x, y), (x[-1], y[-1])], ink, 2)
+        pen.text((x[-1] + 2, y[-1] - 6), level[1:], ink)
+    pen.rectangle((left, top + 20, left + 480, top + 200), outline="grey")
+    title = f"{name}: {values.min():.4g} to {values.max():.4g}, {steps.max():.0f} steps"
+    pen.text((left, top + 4), title, "black")
+
+
+def plot(names: list[str]) -> None:
+    """Draw what metrics.jsonl of some runs says into the first one's folder."""
+    runs = [curves_of(name) for name in names]
+    high = 20 + 15 * len(names)
+    sheet = Image.new("RGB", (1020, high + 210 * len(PANELS) // 2), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, ink) in enumerate(zip(names, itertools.cycle(INKS))):
+        pen.text((20, 10 + 15 * i), name, ink)
+    for i, name in enumerate(PANELS):
+        draw_panel(pen, 20 + i % 2 * 500, high + i // 2 * 210, name, runs)
+    path = Path(names[0], "curves.png")
+    sheet.save(path)
+    say(str(path))
+
+
 @torch.no_grad()
 def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
@@ -1429,6 +1555,10 @@ class Trainer:
         self.run = compiled(self.parallel, device, cfg.compile)
         self.meter = Meter()
         self.queries = [p for name, p in objective.named_parameters() if re.search(r"to_[qk]\.weight", name)]
+        self.parts = {}                                        # of the network, two names deep
+        for name, p in objective.named_parameters():
+            part = ".".join(name.split(".")[:2])
+            self.parts.setdefault(part, []).append(p)
         self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
@@ -1450,14 +1580,20 @@ class Trainer:
         self.peak = matmul_peak(self.device, self.dtype)
         self.since = clock(self.device)
 
-    def step(self, batch: dict, lr: float) -> None:
-        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average."""
+    def step(self, batch: dict, lr: float, norms: bool = False) -> None:
+        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average. norms:
+        of weights and gradients by parts of the network, for the next line."""
         self.tell(batch)
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
+        scale = self.state.scaler.scale(torch.ones((), device=self.device))   # of fp16's gradients, else 1
+        for part, weights in self.parts.items() if norms else ():
+            gradients = [p.grad for p in weights if p.grad is not None]
+            length = nn.utils.get_total_norm(gradients) / scale
+            self.meter.add(**{f"gradients/{part}": length.nan_to_num(0, 0, 0)})
+            self.meter.add(**{f"weights/{part}": nn.utils.get_total_norm(weights).detach()})
         if self.queries:                                       # in a network that learns nothing it goes to 0
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
-            scale = self.state.scaler.scale(torch.ones_like(sums[0]))          # of fp16's gradients, else 1
             self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
@@ -1613,6 +1749,8 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
+    if cfg.plot:
+        return plot(cfg.plot)
     out, ranks = Path(cfg.out), Ranks()
     writes = ranks.rank == 0 and not cfg.dry_run
     with starting(cfg, ranks) as signals:
@@ -1646,6 +1784,7 @@ def main(argv: list[str]) -> None:
         train_set.reader = val_set.reader = shown_set.reader = text.reader
         shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
         meta = describe(configs, train_set, objective, out if writes else None)
+        journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
         batches = trainer.batches(train_set, first, images)
@@ -1653,10 +1792,6 @@ def main(argv: list[str]) -> None:
 
     def due(every: int) -> bool:
         return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
-
-    def put(name: str, content) -> None:
-        if writes:
-            data.put(out / name, content, say)
 
     bar = progress(ranks, total=cfg.steps, initial=first, unit="step")
     try:
@@ -1668,7 +1803,7 @@ def main(argv: list[str]) -> None:
 
             if step > first and (last or due(cfg.log_every)):
                 line = trainer.line(step, images)
-                put("metrics.jsonl", line)
+                journal.put(step, "metrics.jsonl", line)
                 tell(line, bar)
                 if state.skipped >= 20:
                     die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}, not "
@@ -1691,11 +1826,12 @@ def main(argv: list[str]) -> None:
                 with trainer.autocast:
                     line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
-                put("metrics.jsonl", line)
+                journal.put(step, "metrics.jsonl", line)
             if due(cfg.sample_every):
                 if writes:
                     with trainer.autocast:
-                        put(f"samples/{step:06d}.png", sample_grid(state.ema, shown, trainer.micro, device))
+                        grid = sample_grid(state.ema, shown, trainer.micro, device)
+                        journal.put(step, f"samples/{step:06d}.png", grid)
                 ranks.wait()
             if looking:
                 trainer.since += clock(device) - began
@@ -1705,8 +1841,9 @@ def main(argv: list[str]) -> None:
             batch = next(batches)
             if step == 0 and writes:
                 part = parts_of(batch, trainer.micro)[0]
-                put("first_batch.png", first_batch(objective, objective.inputs(part, device), part))
-            trainer.step(batch, rate(step, cfg))
+                seen = first_batch(objective, objective.inputs(part, device), part)
+                journal.put(step, "first_batch.png", seen)
+            trainer.step(batch, rate(step, cfg), norms=(step + 1) % (cfg.log_every or math.inf) == 0)
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:
@@ -1716,6 +1853,7 @@ def main(argv: list[str]) -> None:
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)
     finally:
         bar.close()
+        journal.close()
         batches.close()
         ranks.leave()
 
