@@ -90,9 +90,11 @@ class TrainConfig:
     log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # these, too
     plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
+    prompts: str = ""             # a file of its prompts, one a line, drawn at step 0 too; else held-out ones
     val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
     val_images: int = 256         # pictures of the fixed validation set [2..1e6 images]
-    save_every: int = 500         # a checkpoint, 0 = only at the end [steps]
+    save_every: int = 500         # a checkpoint, 0 = only at the end; now: touch OUT/save [steps]
+    save_minutes: float = 0       # one when the last is so old, 0 = never [0..1e6 minutes]
     keep: int = 2                 # checkpoints kept [1..99]
     timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
@@ -155,6 +157,7 @@ PUBLISHED = dict(
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
+           "prompts", "save_minutes",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
 SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
          "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
@@ -385,6 +388,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
         raise ValueError(f"--vae {model_cfg.vae} is for pictures in colour, and without --lowres")
+    if cfg.prompts and data_cfg.lowres:
+        raise ValueError(f"--prompts {cfg.prompts} is for a stage that draws, and this one enlarges pictures")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     if not cfg.out.isprintable():
@@ -1018,7 +1023,8 @@ def without_folders(config: str) -> str:
     """A configuration, JSON, for the file that is shared: without where things lie on this machine."""
     recipe = json.loads(config)
     for group in recipe.values():
-        for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache"):
+        for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache",
+                     "prompts"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1039,6 +1045,17 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+
+
+def save(journal, step: int, state: State, meta: dict, keep: int, last: bool, ranks: Ranks) -> None:
+    """Publish a checkpoint of what is the same on every rank; else the run ends."""
+    if not ranks.equal(state.size()):
+        die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
+            "The same command goes on from the last checkpoint", status=1)
+    if journal.out:
+        publish(journal.out, step, state, meta, keep, last)
+        journal.saved = time.monotonic()
+        (journal.out / "save").unlink(missing_ok=True)
 
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
@@ -1119,6 +1136,14 @@ def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: b
 
 def embedding_inside(fingerprint: str, caption: str, beside: bytes) -> tuple:
     return data.Cache("its .t5.safetensors", fingerprint, beside)[caption]
+
+
+def prompts_of(cfg: TrainConfig) -> list[str]:
+    """The prompts of grids, if they are given."""
+    content = Path(cfg.prompts).read_bytes() if cfg.prompts else b""
+    text, _ = data.read_text(content)
+    lines = [data.clean(line) for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 def embedding_of(cache: data.Cache, caption: str, beside: bytes) -> tuple:
@@ -1213,7 +1238,7 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
 
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         empty = [] if encoder.reader.pad is None else [""]
-        captions = itertools.chain(empty, *(pictures.captions() for pictures in sets))
+        captions = itertools.chain(empty, prompts_of(cfg), *(pictures.captions() for pictures in sets))
         cache = filled(cache, captions, encode, 1024, signals, ranks, "captions")
         counts = encoder.reader.counts
         if counts["cut"]:
@@ -1363,6 +1388,7 @@ def flat(line: dict) -> dict[str, float]:
 
 
 def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    """Functions that log (step, numbers, pictures by name), and that end it. ImportError without it."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(out / "tensorboard"))
     writer.add_text("config", json.dumps(recipe, indent=1))
@@ -1376,6 +1402,7 @@ def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
 
 
 def to_wandb(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    """The same of Weights and Biases."""
     import wandb
     board = wandb.init(project="limn", name=out.name, dir=str(out), config=recipe)
 
@@ -1393,7 +1420,7 @@ class Journal:
     where `out` is None, on other ranks."""
 
     def __init__(self, out: Path | None, names: list[str], recipe: dict):
-        self.out, self.boards = out, []
+        self.out, self.boards, self.saved = out, [], time.monotonic()
         for name in names if out else []:
             try:
                 self.boards.append(BOARDS[name](out, recipe))
@@ -1410,6 +1437,11 @@ class Journal:
                 log(step, flat(content), {})
             else:
                 log(step, {}, {name.split("/")[0]: content})
+
+    def wants_save(self, minutes: float) -> bool:
+        """Whether somebody touched OUT/save, or the last checkpoint is so old, 0 = any age will do."""
+        late = minutes and time.monotonic() > self.saved + 60 * minutes
+        return bool(self.out and (late or (self.out / "save").exists()))
 
     def close(self) -> None:
         for _, close in self.boards:
@@ -1431,7 +1463,8 @@ def curves_of(run: str) -> dict[str, dict[int, float]]:
             continue
         line = flat(json.loads(text))
         for name, value in line.items():
-            curves.setdefault(name, {})[line["step"]] = value
+            if value:                                          # of a noise level without a picture it is 0
+                curves.setdefault(name, {})[line["step"]] = value
     return curves
 
 
@@ -1502,6 +1535,31 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
+def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
+    """What grids are drawn of: held-out pictures, with their own captions or with prompts."""
+    count = max(2, 1024 // size) if pictures.config.lowres else len(prompts) or 16
+    items = [pictures[position] for position in range(count)]
+    for item, prompt in zip(items, prompts):
+        item |= {"caption": prompt, "words": pictures.reader.read(prompt, b"")}
+    return pictures.batch(items)
+
+
+def described(pictures: Tensor) -> str:
+    """Mean and deviation of pictures, uint8 (N, C, H, W), and how many are all white, black or grey, or are
+    noise: pixels that differ from the next one as from any other."""
+    pictures = pictures.float()
+    kinds = []
+    for picture in pictures:
+        mean, deviation = picture.mean(), picture.std()
+        if deviation < 5:
+            kinds.append("white" if mean > 250 else "black" if mean < 5 else "grey")
+        elif picture.diff().square().mean() > 1.6 * deviation.square():
+            kinds.append("noise")
+    named = [f"{kinds.count(kind)} of {len(pictures)} {kind}" for kind in dict.fromkeys(kinds)]
+    numbers = f"mean {pictures.mean():.1f}, deviation {pictures.std():.1f}"
+    return ", ".join([numbers, *named])
+
+
 @torch.no_grad()
 def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) -> Image.Image:
     """Pictures of fixed prompts with fixed noise, `most` at once; beside an enlarged one what it was, and the
@@ -1525,11 +1583,14 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         if enlarges:
             views = [net.space.decode(condition["lowres"]), *views, torch.as_tensor(part["picture"])]
         rows.append(data.side_by_side(*(view.cpu() for view in views)))
-    return data.contact_sheet(torch.cat(rows), shown["captions"])
+    pictures = torch.cat(rows)
+    say(f"samples: {described(pictures)}")
+    return data.contact_sheet(pictures, shown["captions"])
 
 
-def first_batch(net: Denoising, inputs: model.Tensors, part: dict) -> Image.Image:
+def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image:
     """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
+    inputs = net.inputs(part, device)
     x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], net.schedule)
     views = [inputs[name] for name in ("lowres", "x0") if name in inputs]
     views = [net.space.decode(view[:16]).cpu() for view in (*views, x_t)]
@@ -1782,7 +1843,7 @@ def main(argv: list[str]) -> None:
         val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
         shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
         train_set.reader = val_set.reader = shown_set.reader = text.reader
-        shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
+        shown = shown_batch(shown_set, cfg.size, prompts_of(cfg))
         meta = describe(configs, train_set, objective, out if writes else None)
         journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
         trainer = Trainer(cfg, objective, state, device, ranks)
@@ -1798,7 +1859,8 @@ def main(argv: list[str]) -> None:
         if cfg.dry_run:
             return dry_run(trainer, batches, configs)
         for step in range(first, cfg.steps + 1):
-            leaving = ranks.agreed(signals.arrived) > 0
+            wish = ranks.agreed(2 * signals.arrived or journal.wants_save(cfg.save_minutes))
+            leaving = wish == 2
             last = leaving or step == cfg.steps
 
             if step > first and (last or due(cfg.log_every)):
@@ -1809,15 +1871,12 @@ def main(argv: list[str]) -> None:
                     die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}, not "
                         "saved. Try a lower --lr or --dtype fp32; the last checkpoint, if any, is good", 1)
 
-            # Save what is the same on every rank. Time from here on is not that of training.
-            looking = last or due(cfg.save_every) or due(cfg.val_every) or due(cfg.sample_every)
+            # Time from here on is not that of training.
+            drawing = due(cfg.sample_every) or (step == 0 and cfg.prompts and cfg.sample_every)
+            looking = last or wish or drawing or due(cfg.save_every) or due(cfg.val_every)
             began = clock(device) if looking else 0.0
-            if step > first and (last or due(cfg.save_every)):
-                if not ranks.equal(state.size()):
-                    die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
-                        "The same command goes on from the last checkpoint", status=1)
-                if writes:
-                    publish(out, step, state, meta | {"images": str(images)}, cfg.keep, last)
+            if step > first and (last or wish or due(cfg.save_every)):
+                save(journal, step, state, meta | {"images": str(images)}, cfg.keep, last, ranks)
             if leaving:
                 return say(f"stopping at step {step}; run the same command to continue")
 
@@ -1827,11 +1886,11 @@ def main(argv: list[str]) -> None:
                     line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 journal.put(step, "metrics.jsonl", line)
-            if due(cfg.sample_every):
+            if drawing:
                 if writes:
                     with trainer.autocast:
-                        grid = sample_grid(state.ema, shown, trainer.micro, device)
-                        journal.put(step, f"samples/{step:06d}.png", grid)
+                        sheet = sample_grid(state.ema, shown, trainer.micro, device)
+                    journal.put(step, f"samples/{step:06d}.png", sheet)
                 ranks.wait()
             if looking:
                 trainer.since += clock(device) - began
@@ -1840,10 +1899,10 @@ def main(argv: list[str]) -> None:
 
             batch = next(batches)
             if step == 0 and writes:
-                part = parts_of(batch, trainer.micro)[0]
-                seen = first_batch(objective, objective.inputs(part, device), part)
-                journal.put(step, "first_batch.png", seen)
-            trainer.step(batch, rate(step, cfg), norms=(step + 1) % (cfg.log_every or math.inf) == 0)
+                sheet = first_batch(objective, parts_of(batch, trainer.micro)[0], device)
+                journal.put(step, "first_batch.png", sheet)
+            norms = cfg.log_every > 0 and (step + 1) % cfg.log_every == 0
+            trainer.step(batch, rate(step, cfg), norms)
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:

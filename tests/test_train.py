@@ -2515,3 +2515,44 @@ def test_a_log_that_cannot_be_is_one_line(command, words, capsys, tmp_path, monk
     with pytest.raises((SystemExit, ValueError)) as e:
         train.main([*command, "--device", "cpu"])
     assert words in f"{e.value} {capsys.readouterr().err}"
+
+
+def test_grids_are_drawn_of_a_file_of_prompts_at_step_0_too(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red house\n\n  a  blue car \na cat\n")
+    seen = []
+    real = train.sample_grid
+
+    def noted(net, shown, *rest):
+        seen.append(shown)
+        return real(net, shown, *rest)
+    monkeypatch.setattr(train, "sample_grid", noted)
+    out = run(tmp_path / "run", "--steps 2", "--sample-every 2", f"--prompts {tmp_path / 'prompts.txt'}")
+    assert sorted(path.name for path in out.glob("samples/*")) == ["000000.png", "000002.png"]
+    for shown in seen:
+        assert shown["captions"] == ["a red house", "a blue car", "a cat"]
+        assert shown["picture"].shape[0] == 3
+    reader = text_encoder.load_text_encoder(train.parse(flags(out))[4]).reader
+    assert np.array_equal(shown["ids"][0][:5], reader.read("a red house", b"")["ids"][:5])
+    _, meta = model.load_tensors(out / "checkpoints/000002/ema.safetensors")
+    assert "prompts.txt" not in meta["config"]
+
+
+def test_a_file_named_save_and_minutes_save_now(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    during(monkeypatch, lambda state: (out / "save").touch(), at=2)
+    run(out, "--steps 4", "--save-every 0", "--keep 9", "--save-minutes 1000")
+    assert [path.name for path in model.checkpoint_folders(out)] == ["000002", "000004"]
+    assert not (out / "save").exists()
+    out = run(tmp_path / "fast", "--steps 2", "--save-every 0", "--save-minutes 1e-9")
+    assert [path.name for path in model.checkpoint_folders(out)] == ["000001", "000002"]
+
+
+def test_pictures_that_show_nothing_are_named():
+    rng = np.random.default_rng(0)
+    plain = [torch.full((3, 16, 16), value, dtype=torch.uint8) for value in (255, 0, 127)]
+    noise = torch.from_numpy(rng.integers(0, 256, (3, 16, 16), np.uint8))
+    picture = torch.arange(0, 256, 16, dtype=torch.uint8).expand(3, 16, 16)
+    assert train.described(torch.stack([*plain, noise, noise, picture])).split(", ")[2:] == [
+        "1 of 6 white", "1 of 6 black", "1 of 6 grey", "2 of 6 noise"]
+    drawn = train.described(torch.stack([torch.from_numpy(data.draw(data.scene(i), 64)) for i in range(32)]))
+    assert re.fullmatch(r"mean \d+\.\d, deviation \d+\.\d", drawn)
