@@ -320,6 +320,7 @@ class Settings:
     init: str = ""  # a picture to start from
     strength: float = 1.0  # how far it is noised [0.001..1]
     mask: str = ""  # a picture: black where --init stays, white where it is drawn anew, grey between
+    trajectory: int = 0  # beside the picture, the x0 of every so many calls of the network [0..1000]
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree [1..1000]
 
 
@@ -449,12 +450,22 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
-            x = run(denoise, x, times, noise, stage.schedule)
+            guesses = []
+            x = run(noted(denoise, guesses), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
-        drawn.append(space.decode(x).cpu())
+        views = [*guesses[::s.trajectory], x] if s.trajectory else [x]
+        drawn.append(data.side_by_side(*map(space.decode, views)))
     return torch.cat(drawn)
+
+
+def noted(denoise: Callable, guesses: list[Tensor]) -> Callable:
+    """The denoiser, which keeps what it says."""
+    def denoise_and_note(x_t: Tensor, t: Tensor) -> Tensor:
+        guesses.append(denoise(x_t, t))
+        return guesses[-1]
+    return denoise_and_note
 
 
 def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings, prompts: list[str],

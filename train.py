@@ -96,6 +96,7 @@ class TrainConfig:
     save_every: int = 500         # a checkpoint, 0 = only at the end; now: touch OUT/save [steps]
     save_minutes: float = 0       # one when the last is so old, 0 = never [0..1e6 minutes]
     keep: int = 2                 # checkpoints kept [1..99]
+    keep_best: Literal["", "val_loss", "val_gap"] = ""  # and in OUT/best the one that was best by this
     timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
@@ -157,7 +158,7 @@ PUBLISHED = dict(
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
-           "prompts", "save_minutes",
+           "prompts", "save_minutes", "keep_best",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
 SHAPE = {"size", "model", "pretrained", "optimizer", "profiles", "ModelConfig", "TextConfig", "schedule",
          "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
@@ -1468,6 +1469,18 @@ def curves_of(run: str) -> dict[str, dict[int, float]]:
     return curves
 
 
+def keep_best(out: Path, line: dict, name: str, state: State, meta: dict) -> None:
+    """Keep the averaged weights in OUT/best, as a run has them, where no validation before was better."""
+    best = max if name == "val_gap" else min
+    try:
+        before = curves_of(out).get(name, {})
+        if line[name] == best(before.values(), default=None):
+            meta = meta | {"step": str(line["step"]), "config": without_folders(meta["config"])}
+            save_checkpoint(out / "best", line["step"], {"ema": state.ema.state_dict()}, meta, keep=1)
+    except (OSError, ValueError) as e:
+        say(f"warning: {out}/best not written ({e}); training continues")
+
+
 def draw_panel(pen: ImageDraw.ImageDraw, left: int, top: int, name: str, runs: list[dict]) -> None:
     """A name's curves in 480 x 200 pixels, by their logarithm where all are above 0: an ink for each run, and
     at their ends the numbers of noise levels."""
@@ -1886,6 +1899,8 @@ def main(argv: list[str]) -> None:
                     line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(f"step {step}  val_loss {line['val_loss']}  val_gap {line['val_gap']}")
                 journal.put(step, "metrics.jsonl", line)
+                if writes and cfg.keep_best:
+                    keep_best(out, line, cfg.keep_best, state, meta)
             if drawing:
                 if writes:
                     with trainer.autocast:

@@ -2556,3 +2556,23 @@ def test_pictures_that_show_nothing_are_named():
         "1 of 6 white", "1 of 6 black", "1 of 6 grey", "2 of 6 noise"]
     drawn = train.described(torch.stack([torch.from_numpy(data.draw(data.scene(i), 64)) for i in range(32)]))
     assert re.fullmatch(r"mean \d+\.\d, deviation \d+\.\d", drawn)
+
+
+@pytest.mark.parametrize(("name", "values", "best"), [
+    ("val_loss", [0.5, 0.3, 0.4], "000002"), ("val_gap", [0.1, 0.2, 0.3], "000003")])
+def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values, best):
+    """Through a restart, too."""
+    real, ema = train.validate, {}
+
+    def validate(step, net, *rest):
+        ema[step] = {name: p.clone() for name, p in net.state_dict().items()}
+        return real(step, net, *rest) | {name: values[step - 1]}
+    monkeypatch.setattr(train, "validate", validate)
+    flag = f"--keep-best {name}"
+    for steps in (2, 3):
+        out = run(tmp_path / "run", f"--steps {steps}", "--val-every 1", "--val-images 2", flag)
+    assert [path.name for path in model.checkpoint_folders(out / "best")] == [best]
+    _, tensors, meta = model.read(out / "best")
+    assert meta["step"] == str(int(best))
+    assert all(torch.equal(p, tensors[name]) for name, p in ema[int(best)].items())
+    assert sample.load_stage(out / "best", torch.device("cpu")).step == int(best)
