@@ -3,9 +3,12 @@
 A checkpoint is all it needs: network, schedule and text encoder are rebuilt from its metadata. A picture
 depends on its prompt, its seed and the settings, not on the others of its batch."""
 import argparse
+import base64
 import ctypes
+import html
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -13,9 +16,9 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -451,21 +454,24 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
             guesses = []
-            x = run(noted(denoise, guesses), x, times, noise, stage.schedule)
+            x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
-        views = [*guesses[::s.trajectory], x] if s.trajectory else [x]
-        drawn.append(data.side_by_side(*map(space.decode, views)))
+        drawn.append(data.side_by_side(*map(space.decode, [*guesses, x])))
     return torch.cat(drawn)
 
 
-def noted(denoise: Callable, guesses: list[Tensor]) -> Callable:
-    """The denoiser, which keeps what it says."""
+def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
+    """The denoiser, which keeps what it says each so many calls, 0 = never."""
+    calls = itertools.count()
+
     def denoise_and_note(x_t: Tensor, t: Tensor) -> Tensor:
-        guesses.append(denoise(x_t, t))
-        return guesses[-1]
-    return denoise_and_note
+        x0 = denoise(x_t, t)
+        if next(calls) % every == 0:
+            guesses.append(x0)
+        return x0
+    return denoise_and_note if every else denoise
 
 
 def denoiser_of(stage: Stage, network: Callable, weak: Stage | None, s: Settings, prompts: list[str],
@@ -779,6 +785,7 @@ def parser() -> argparse.ArgumentParser:
     p.error = die
     add, switch = p.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("prompt", nargs="?", help="what to draw")
+    add("-i", "--interactive", **switch, help="ask for prompts, and draw each")
     add("--prompts", metavar="FILE", help="a file of prompts, one a line, or a run: its held-out captions")
     which = p.add_mutually_exclusive_group().add_argument
     which("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
@@ -787,6 +794,9 @@ def parser() -> argparse.ArgumentParser:
     add("--keep-stages", **switch, help="write those below, too")
     add("--validate", type=int, default=0, metavar="N", help="first compare N held-out pictures, made small, "
         "with what the last stage makes of them, over levels of --aug [0..10000 images]")
+    add("--nll", type=int, default=0, metavar="N", help="print the bits per dimension of N held-out "
+        "pictures, over --sample-steps [0..1000000 images]")
+    add("--compare", nargs="*", default=[], metavar="RUN", help="draw from each, side by side: compare.html")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
@@ -843,7 +853,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args = p.parse_args(argv)
     if (args.score or args.against) and not (args.against and args.features):
         die(f"a score of {args.score or DRAWN} needs --against SET and --features FILE")
-    if not (args.export or args.score) and (args.prompt is None) == (args.prompts is None):
+    promptless = args.export or args.score or args.interactive or args.nll
+    if not promptless and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     args.usual = set()                                         # what is given is still text
     for name in ("guidance_scale", "steps"):
@@ -914,7 +925,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     mode = "grey" if "grey" in (stage.data.picture_mode, stage.data.lowres_mode) else "colour"
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
     for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
-        again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1)
+        again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1, trajectory=0)
         enlarged = again(held["captions"], range(len(truth)), lowres=small)
         rows.append((f"--aug {aug}", enlarged, truth))
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
@@ -1007,18 +1018,96 @@ def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace,
     return (scores.view(-1, args.n).topk(n).indices + first).flatten().tolist()
 
 
-def held_out(path: Path, count: int) -> dict:
-    """Up to `count` pictures that a run keeps for validation, and their small versions."""
+def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
+    """Up to `count` pictures that a run keeps for validation, and their small versions, if it enlarges."""
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
-        die(f"--validate needs the config.json of the run of {path}, which says where its pictures are")
+        die(f"--validate or --nll needs the config.json of the run of {path}, which names its pictures")
     pictures = data.Pictures(*recipe_of(runs[0]), 0, "val")
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
-    if "lowres" not in held:
+    if enlarges and "lowres" not in held:
         die(f"--validate checks a stage that enlarges, and {path} is a base")
     return held
+
+
+@torch.no_grad()
+def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
+    """Print an upper bound of the bits per dimension of held-out pictures, with their captions, see
+    diffusion.nll. ValueError for latents."""
+    if stage.space.fingerprint:
+        raise ValueError("--nll is for runs that draw pixels; bits of latents are not those of pictures")
+    settings = settings_of(args, 0, stage)
+    times = diffusion.sampling_times(stage.schedule, settings["steps"], settings["grid_times"])
+    network, bits = diffusion.LearnedVariance(stage.network()), []
+    for start in range(0, len(held["captions"]), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        keys = torch.tensor([noise_key(position) for position in held["positions"][part]])
+        x0 = stage.space.encode(torch.from_numpy(held["picture"][part]).to(stage.device))
+        small, variance = {}, 0.0
+        if "lowres" in held:
+            small = small_condition(stage, torch.from_numpy(held["lowres"][part]), keys, settings["aug"])
+        if stage.config.learn_sigma:
+            variance = partial(variance_of, network, len(x0))
+        plain = Settings(guidance_scale=1.0)
+        denoise = denoiser_of(stage, network, None, plain, held["captions"][part], small)
+        noise = diffusion.noise_source(keys, x0.shape[1:], stage.device)
+        bits.append(diffusion.nll(denoise, x0, times, noise, stage.schedule, variance))
+    bits = torch.cat(bits)
+    error = bits.std() / len(bits) ** 0.5
+    print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension at most, of {len(bits)} held-out pictures "
+          f"in {settings['steps']} steps")
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>limn</title>
+<style>body {font: 14px sans-serif} td {padding: 4px; max-width: 256px} th {text-align: left}
+img {width: 256px; image-rendering: pixelated}</style><table>"""
+
+
+def cell(content: str | Tensor) -> str:
+    """Text, or a picture, uint8 (3 or 1, H, W), in a page that needs no other file."""
+    if isinstance(content, str):
+        return f"<td>{html.escape(content)}</td>"
+    buffer = io.BytesIO()
+    to_image(content).save(buffer, "PNG")
+    return f'<td><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></td>'
+
+
+def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts: list[str]) -> None:
+    """Draw the same prompts and seeds from several runs: compare.png, and compare.html with what differs in
+    their configurations."""
+    columns, recipes = [], []
+    for path in paths:
+        pictures, notes = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
+        columns.append(pictures)
+        *_, meta = model.read(path)
+        recipe = {"step": notes[0]["step"]}
+        for group in json.loads(meta["config"]).values():
+            recipe |= group
+        recipes.append(recipe)
+    names = list(map(str, paths))
+    sheet = data.contact_sheet(data.side_by_side(*columns), prompts, 2)
+    print(data.save_png(sheet, Path(args.out, "compare.png"), {"runs": names}, warn, replace=True))
+
+    rows = [["", *names], *zip(prompts, *columns)]
+    for name in dict.fromkeys(itertools.chain(*recipes)):
+        values = [str(recipe.get(name, "")) for recipe in recipes]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    lines = ["<tr>" + "".join(map(cell, row)) for row in rows]
+    page = Path(args.out, "compare.html")
+    data.write(page, "\n".join([PAGE, *lines, "</table>"]).encode())
+    print(page)
+
+
+def typed() -> Iterator[str]:
+    """The lines of a terminal, up to its end."""
+    while True:
+        try:
+            yield input("prompt: ")
+        except EOFError:
+            return
 
 
 def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
@@ -1046,35 +1135,8 @@ def check_places(args: argparse.Namespace, device: torch.device) -> None:
         feature_network(args.features, args.feature_input, device)
 
 
-def main(argv: list[str]) -> None:
-    args = arguments(argv)
-    warnings.showwarning = lambda message, *where: warn(str(message))
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
-    warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
-    device = choose_device(args.device)
-    if args.score:
-        return score(picture_set(args.score), args, device)
-    check_places(args, device)
-    paths = [Path(path) for path in args.ckpt.split(",") if path]
-    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    for name, (flag, _) in LISTS.items():
-        given = len(getattr(args, name))
-        if given > len(paths):
-            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
-    if args.export:
-        return export(paths[-1], device, args)
-    if not all(prompt.strip() for prompt in args.wanted):
-        print("note: empty prompt, drawing without one")
-    held = held_out(paths[-1], args.validate) if args.validate else {}
-
-    # Frozen text encoders read everything first.
-    prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
-    words = [*prompts, *held.get("captions", ()), args.negative]
-    load = partial(load_stage, device=device, cached=reader(words, device), encoders=args.text_encoder,
-                   vae=args.vae)
-    if args.autoguide:
-        load(Path(args.autoguide))
-
+def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], held: dict) -> None:
+    """Draw through all stages, write, and score where that is wanted."""
     pictures = None
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
@@ -1098,6 +1160,47 @@ def main(argv: list[str]) -> None:
         drawn = pictures.expand(-1, 3, -1, -1).numpy()
         data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
         score(picture_set(DRAWN), args, device)
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    warnings.showwarning = lambda message, *where: warn(str(message))
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
+    warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
+    device = choose_device(args.device)
+    if args.score:
+        return score(picture_set(args.score), args, device)
+    check_places(args, device)
+    paths = [Path(path) for path in args.compare or args.ckpt.split(",") if path]
+    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
+    for name, (flag, _) in LISTS.items():
+        given = len(getattr(args, name))
+        if given > len(paths):
+            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
+    if args.export:
+        return export(paths[-1], device, args)
+    plain = partial(load_stage, device=device, encoders=args.text_encoder, vae=args.vae)
+    if args.interactive:
+        plain = cache(plain)
+    if args.nll:
+        return print_bits(plain(paths[-1], ema=args.ema), held_out(paths[-1], args.nll, False), args)
+    if args.interactive:
+        for prompt in typed():
+            draw(paths, plain, args, device, [prompt] * args.n, {})
+        return None
+    if not all(prompt.strip() for prompt in args.wanted):
+        print("note: empty prompt, drawing without one")
+    held = held_out(paths[-1], args.validate) if args.validate else {}
+
+    # Frozen text encoders read everything first.
+    prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
+    words = [*prompts, *held.get("captions", ()), args.negative]
+    load = partial(plain, cached=reader(words, device))
+    if args.autoguide:
+        load(Path(args.autoguide))
+    if args.compare:
+        return compare(paths, load, args, prompts)
+    draw(paths, load, args, device, prompts, held)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
+import base64
 import contextlib
 import dataclasses
 import io
@@ -319,7 +320,7 @@ def test_every_setting_changes_the_picture(stage, trained, pictures):
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
     assert {name for change in changes for name in change} == {
-        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug"}
+        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug", "trajectory"}
 
 
 def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictures):
@@ -1553,3 +1554,70 @@ def test_by_a_clip_the_cmmd_and_the_mean_clip_score_are_told(here, clip, cli):
     pooled = torch.nn.functional.normalize(words.encode(captions, torch.device("cpu"))["pooled"])
     expected = 2.5 * (x * pooled).sum(1).clamp(min=0).mean()
     assert found["clip_score"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------- trajectories, bits, comparison
+
+
+def test_a_trajectory_shows_what_the_network_said_and_ends_in_the_picture(stage):
+    alone = draw(stage, ["a star", "a car"], steps=5, sampler="ddim")
+    rows = draw(stage, ["a star", "a car"], steps=5, sampler="ddim", trajectory=2)
+    assert rows.shape == (2, 3, 16, 4 * 16)                                   # calls 0, 2, 4 and the picture
+    assert torch.equal(rows[..., 48:], alone)
+    assert torch.equal(rows[..., 32:48], alone)                               # the last step leaves no noise
+    assert not torch.equal(rows[..., :16], rows[..., 16:32])
+
+
+def test_bits_per_dimension_of_held_out_pictures_are_those_of_diffusion(here, cli):
+    status, out, err = cli("--nll", "6", "--batch-size", "4", "--ckpt", "runs/16", "--sample-steps", "9")
+    assert status == 0, err
+    told = re.fullmatch(r"([\d.]+) \+- ([\d.]+) bits per dimension at most, of 6 held-out .* in 9 steps\n", out)
+    stage = sample.load_stage(here / "runs/16", torch.device("cpu"))
+    real = sample.picture_set("runs/16")
+    bits = []
+    for position in range(6):                                                 # one by one
+        batch = data.collect(real, position, position + 1)
+        keys = torch.tensor([sample.noise_key(position)])
+        noise = diffusion.noise_source(keys, (3, 16, 16))
+        x0 = torch.from_numpy(batch["picture"]) / 127.5 - 1
+        plain = diffusion.denoiser(stage.unet, stage.schedule, stage.config, said_by(stage, batch["captions"]))
+        denoise = diffusion.threshold(plain)
+        times = diffusion.sampling_times(stage.schedule, 9)
+        with torch.no_grad():
+            bits.append(diffusion.nll(denoise, x0, times, noise, stage.schedule).item())
+    assert float(told[1]) == pytest.approx(np.mean(bits), abs=1e-3)
+    assert float(told[2]) == pytest.approx(np.std(bits, ddof=1) / 6**0.5, abs=1e-3)
+
+
+def test_runs_are_compared_on_one_page_that_needs_nothing_beside_it(here, cli, capsys):
+    shutil.copytree("runs/16", "runs/other <b>")
+    shutil.rmtree(model.checkpoint_folders(Path("runs/other <b>"))[-1])       # step 1 is left
+    Path("two.txt").write_text("a house\na <red> car & more\n")
+    both = ["--compare", "runs/16", "runs/other <b>"]
+    status, out, err = cli("--prompts", "two.txt", *both, "--out", "page")
+    assert (status, out) == (0, "page/compare.png\npage/compare.html\n"), err
+    assert len(notes_of(Path("page/compare.png"))["runs"]) == 2
+    page = Path("page/compare.html").read_text()
+    assert "<b>" not in page
+    assert "src=\"http" not in page
+    rows = page.split("<tr>")[1:]
+    assert [re.findall(r"<td>([^<]*)</td>", row) for row in rows] == [
+        ["", "runs/16", "runs/other &lt;b&gt;"], ["a house"], ["a &lt;red&gt; car &amp; more"], ["step", "2", "1"]]
+    for row, prompt in zip(rows[1:3], ("a house", "a <red> car & more")):
+        for code, run in zip(re.findall(r'base64,([^"]*)', row), both[1:], strict=True):
+            drawn = Image.open(io.BytesIO(base64.b64decode(code)))
+            assert cli(prompt, "--ckpt", run, "--out", "one.png")[0] == 0
+            assert np.array_equal(drawn, np.asarray(Image.open("one.png")))
+
+
+def test_prompts_are_asked_for(here, cli, monkeypatch):
+    loaded = []
+    real = model.read
+    monkeypatch.setattr(model, "read", lambda *rest: loaded.append(rest) or real(*rest))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a house\na car\n"))
+    status, out, err = cli("-i", "--n", "2")
+    names = out.replace("prompt: ", "").splitlines()
+    assert (status, names) == (0, ["a-house.png", "a-house-2.png", "a-car.png", "a-car-2.png"]), err
+    assert len(loaded) == 1
+    assert cli("a house", "--out", "alone")[0] == 0
+    assert Path("alone/a-house.png").read_bytes() == Path("a-house.png").read_bytes()
