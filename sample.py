@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
@@ -44,8 +45,14 @@ def die(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+def place() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many they are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def warn(message: str) -> None:
-    print(f"sample.py: warning: {message}", file=sys.stderr)
+    if place()[0] == 0:
+        print(f"sample.py: warning: {message}", file=sys.stderr)
 
 
 def choose_device(name: str) -> torch.device:
@@ -61,6 +68,8 @@ def choose_device(name: str) -> torch.device:
     if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
         for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, limit)
+    if kind == "cuda":                                         # one for each process of torchrun
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(kind)
 
 
@@ -439,7 +448,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         part = slice(start, start + batch_size)
         x = diffusion.gaussian(keys[part], shape, stage.device)
         noise = diffusion.noise_source(keys[part], shape, stage.device)
-        small, run = {}, sampler
+        small, guesses, run = {}, [], sampler
         if learned:
             run = partial(sampler, variance=partial(variance_of, network, len(x)))
         if small_side:
@@ -453,7 +462,6 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, weak, s, prompts[part], small)
-            guesses = []
             x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
@@ -946,6 +954,21 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     print(f"best of {len(truth)} pictures: {best[1]}")
 
 
+def shared(draw: Callable, prompts: list[str], seeds: list[int], lowres: Tensor | None, kept) -> Tensor:
+    """What `draw` makes of all prompts, of which each process of torchrun draws as many: where they do not
+    divide, the last one some of the first again."""
+    rank, world = place()
+    if world == 1:
+        return draw(prompts, seeds, lowres=lowres, kept=kept)
+    share = math.ceil(len(prompts) / world)
+    own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
+    below = None if lowres is None else lowres[own]
+    drawn = draw([prompts[i] for i in own], [seeds[i] for i in own], lowres=below).contiguous()
+    parts = [torch.empty_like(drawn) for _ in range(world)]
+    dist.all_gather(parts, drawn)
+    return torch.cat(parts)[:len(prompts)]
+
+
 def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str], below, held: dict):
     """The pictures of the i-th stage and the notes of each; `below`: the pictures of the stage before."""
     settings = settings_of(args, i, stage)
@@ -962,7 +985,7 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
     kept = []
     try:
-        pictures = draw(prompts, seeds, lowres=below, kept=kept)
+        pictures = shared(draw, prompts, seeds, below, kept)
     except KeyboardInterrupt:                                  # what is drawn is kept, see main
         if not kept:
             raise
@@ -1153,10 +1176,10 @@ def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], he
             n = args.best or n
             best = ranked(pictures, made, n, args, device)
             pictures, made = pictures[best], [made[k] for k in best]
-        if args.keep_stages or last:
+        if (args.keep_stages or last) and place()[0] == 0:
             write(pictures, made, n, args)
 
-    if args.against:
+    if args.against and place()[0] == 0:
         drawn = pictures.expand(-1, 3, -1, -1).numpy()
         data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
         score(picture_set(DRAWN), args, device)
@@ -1168,6 +1191,10 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
     device = choose_device(args.device)
+    if place()[1] > 1:
+        dist.init_process_group("gloo")
+        if place()[0] > 0:                                     # one tells it all
+            sys.stdout = io.StringIO()
     if args.score:
         return score(picture_set(args.score), args, device)
     check_places(args, device)
@@ -1183,7 +1210,8 @@ def main(argv: list[str]) -> None:
     if args.interactive:
         plain = cache(plain)
     if args.nll:
-        return print_bits(plain(paths[-1], ema=args.ema), held_out(paths[-1], args.nll, False), args)
+        held = held_out(paths[-1], args.nll, False)
+        return print_bits(plain(paths[-1], ema=args.ema), held, args)
     if args.interactive:
         for prompt in typed():
             draw(paths, plain, args, device, [prompt] * args.n, {})

@@ -1654,14 +1654,15 @@ class Trainer:
         self.peak = matmul_peak(self.device, self.dtype)
         self.since = clock(self.device)
 
-    def step(self, batch: dict, lr: float, norms: bool = False) -> None:
-        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average. norms:
-        of weights and gradients by parts of the network, for the next line."""
+    def step(self, batch: dict, lr: float, number: int = 0) -> None:
+        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average. Of the
+        last before a line, by its number, the norms of weights and gradients by parts of the network, too."""
         self.tell(batch)
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
         scale = self.state.scaler.scale(torch.ones((), device=self.device))   # of fp16's gradients, else 1
-        for part, weights in self.parts.items() if norms else ():
+        watched = self.cfg.log_every and number and number % self.cfg.log_every == 0
+        for part, weights in self.parts.items() if watched else ():
             gradients = [p.grad for p in weights if p.grad is not None]
             length = nn.utils.get_total_norm(gradients) / scale
             self.meter.add(**{f"gradients/{part}": length.nan_to_num(0, 0, 0)})
@@ -1916,8 +1917,7 @@ def main(argv: list[str]) -> None:
             if step == 0 and writes:
                 sheet = first_batch(objective, parts_of(batch, trainer.micro)[0], device)
                 journal.put(step, "first_batch.png", sheet)
-            norms = cfg.log_every > 0 and (step + 1) % cfg.log_every == 0
-            trainer.step(batch, rate(step, cfg), norms)
+            trainer.step(batch, rate(step, cfg), step + 1)
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:
