@@ -3,16 +3,22 @@
 A checkpoint is all it needs: network, schedule and text encoder are rebuilt from its metadata. A picture
 depends on its prompt, its seed and the settings, not on the others of its batch."""
 import argparse
+import base64
 import ctypes
+import html
 import inspect
+import io
+import itertools
 import json
+import math
+import os
 import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,9 +27,11 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import data
 import diffusion
@@ -37,8 +45,14 @@ def die(message: object, status: int = 2) -> NoReturn:
     raise SystemExit(status)
 
 
+def place() -> tuple[int, int]:
+    """The number of this process among those that torchrun started, and how many they are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def warn(message: str) -> None:
-    print(f"sample.py: warning: {message}", file=sys.stderr)
+    if place()[0] == 0:
+        print(f"sample.py: warning: {message}", file=sys.stderr)
 
 
 def choose_device(name: str) -> torch.device:
@@ -54,6 +68,8 @@ def choose_device(name: str) -> torch.device:
     if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
         for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, limit)
+    if kind == "cuda":                                         # one for each process of torchrun
+        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device(kind)
 
 
@@ -330,6 +346,7 @@ class Settings:
     init: str = ""  # a picture to start from
     strength: float = 1.0  # how far it is noised [0.001..1]
     mask: str = ""  # a picture: black where --init stays, white where it is drawn anew, grey between
+    trajectory: int = 0  # beside the picture, the x0 of every so many calls of the network [0..1000]
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree [1..1000]
 
 
@@ -456,7 +473,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         part = slice(start, start + batch_size)
         x = diffusion.gaussian(keys[part], shape, stage.device)
         noise = diffusion.noise_source(keys[part], shape, stage.device)
-        small, run = {}, sampler
+        small, guesses, run = {}, [], sampler
         if learned:
             run = partial(sampler, variance=partial(variance_of, network, len(x)))
         if small_side:
@@ -470,12 +487,24 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, beside, s, prompts[part], small)
-            x = run(denoise, x, times, noise, stage.schedule)
+            x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
-        drawn.append(space.decode(x).cpu())
+        drawn.append(data.side_by_side(*map(space.decode, [*guesses, x])))
     return torch.cat(drawn)
+
+
+def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
+    """The denoiser, which keeps what it says each so many calls, 0 = never."""
+    calls = itertools.count()
+
+    def denoise_and_note(x_t: Tensor, t: Tensor) -> Tensor:
+        x0 = denoise(x_t, t)
+        if next(calls) % every == 0:
+            guesses.append(x0)
+        return x0
+    return denoise_and_note if every else denoise
 
 
 def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: Settings, prompts: list[str],
@@ -508,39 +537,287 @@ def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: 
     return diffusion.threshold(denoise, percentile, stage.space.limit)
 
 
-@torch.no_grad()
-def clip_scores(folder: str, pictures: Tensor, prompts: list[str], device: torch.device,
-                batch_size: int = 16, encoders: Iterable[str] = ()) -> Tensor:
-    """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts, 0 to 2.5: 2.5 max(cosine, 0)
-    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts"). folder: of a published CLIP, or a
-    run, at the clean end of its time; encoders: as of load_stage."""
-    path = Path(folder)
+def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -> tuple[Callable, Callable]:
+    """What a CLIP, a published folder or a run at the clean end of its time, makes of pictures, uint8 (B, 3 or
+    1, H, W), and of captions: (B, P) of length 1. encoders: as of load_stage."""
+    path = Path(name)
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
         clip = load_stage(path, device, encoders=encoders, clip=True)
 
-        def see(part: Tensor) -> Tensor:
-            small = resized(part, clip.data.picture_mode, clip.size).to(device)
+        def see(pictures: Tensor) -> Tensor:
+            small = resized(pictures, clip.data.picture_mode, clip.size).to(device)
             return clip.unet(clip.space.encode(small), torch.zeros(len(small), device=device))
 
-        def read(part: list[str]) -> Tensor:
-            return clip.unet.read(**clip.text.encode(part, device))
-    else:
-        config = text_encoder.TextConfig([folder], text_dtype="fp32")
-        tower = text_encoder.load_image_encoder(folder, config).to(device)
-        words = text_encoder.load_text_encoder(config).to(device)
+        def read(captions: list[str]) -> Tensor:
+            return clip.unet.read(**clip.text.encode(captions, device))
+        return see, read
 
-        def see(part: Tensor) -> Tensor:
-            return tower(part.expand(-1, 3, -1, -1).to(device))                           # (B, P)
+    config = text_encoder.TextConfig([name], text_dtype="fp32")
+    tower = text_encoder.load_image_encoder(name, config).to(device)
+    words = text_encoder.load_text_encoder(config).to(device)
 
-        def read(part: list[str]) -> Tensor:
-            return words.encode(part, device)["pooled"]                                   # (B, P)
+    def see(pictures: Tensor) -> Tensor:
+        return F.normalize(tower(pictures.expand(-1, 3, -1, -1).to(device)))
 
-    scores = [torch.empty(0, device=device)]
+    def read(captions: list[str]) -> Tensor:
+        return F.normalize(words.encode(captions, device)["pooled"])
+    return see, read
+
+
+def clip_score(seen: Tensor, said: Tensor) -> Tensor:
+    """CLIP scores (N,) of pictures and their captions by their features (N, P), 0 to 2.5: 2.5 max(cosine, 0)
+    (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts")."""
+    return 2.5 * (seen * said.to(seen)).sum(1).clamp(min=0).cpu()
+
+
+@torch.no_grad()
+def clip_scores(name: str, pictures: Tensor, prompts: list[str], device: torch.device, batch_size: int = 16,
+                encoders: Iterable[str] = ()) -> Tensor:
+    """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts; for the rest see
+    clip_towers."""
+    see, read = clip_towers(name, device, encoders)
+    scores = [torch.empty(0)]
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        cosine = torch.cosine_similarity(see(pictures[part]), read(prompts[part]))
-        scores.append(2.5 * cosine.clamp(min=0))
-    return torch.cat(scores).cpu()
+        scores.append(clip_score(see(pictures[part]), read(prompts[part])))
+    return torch.cat(scores)
+
+
+# -------------------------------------------------------------------------------------------------- scores
+DRAWN = "what was drawn"  # as a set of pictures, and below FEW the Frechet distance is mostly their number
+FEW = 2048
+# How a TorchScript wants its pictures: side, and what is taken off and divided by, of 0 to 255.
+INPUTS = {"inception": (299, 127.5, 127.5),
+          "imagenet": (224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))}
+
+
+class Drawn(data.Source):
+    """Pictures that were drawn, uint8 (N, 3, H, W), with their prompts, if they are known."""
+
+    def __init__(self, name: str, pictures: np.ndarray, prompts: list[str]):
+        self.name, self.pictures, self.prompts = name, pictures, prompts
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def sample(self, i):
+        return data.Sample(self.pictures[i], self.prompts[i:i + 1], {})
+
+    def fingerprint(self):
+        return self.pictures.tobytes()
+
+
+def save_npz(path: str, pictures: Tensor, prompts: list[str]) -> None:
+    """Pictures, uint8 (N, 3 or 1, H, W), as the evaluation of Dhariwal and Nichol 2021 reads them: "arr_0",
+    uint8 (N, H, W, 3); and "captions". Whole or not at all."""
+    colour = pictures.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=colour.numpy(), captions=np.array(prompts))
+    data.write(Path(path), buffer.getbuffer())
+
+
+def read_npz(path: str, size: int) -> Drawn:
+    """The pictures of an .npz in their own size, see save_npz. ValueError where it has none."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            pictures = stored["arr_0"].transpose(0, 3, 1, 2)
+            prompts = stored["captions"].tolist() if "captions" in stored else []
+        if pictures.dtype != np.uint8 or pictures.shape[1] != 3 or not pictures.size:
+            raise ValueError(f"{pictures.dtype} {pictures.shape}")
+    except Exception as e:                                     # zip files raise nearly anything on garbage
+        raise ValueError(f"{path} has no arr_0 of uint8 (N, H, W, 3) ({e})") from e
+    return Drawn(path, pictures, prompts)
+
+
+def recipe_of(run: Path) -> tuple[data.DataConfig, int]:
+    """What a run was trained on, whole pictures, and their side."""
+    with model.reading(run / "config.json"):
+        stored = json.loads((run / "config.json").read_text("utf-8"))
+        whole = model.configured(data.DataConfig, stored["DataConfig"] | {"crop": 0})
+        size = stored["TrainConfig"]["size"]
+        model.check("size", size, int, "[8..4096]")
+    return whole, size
+
+
+def side_of(source: data.Source) -> int:
+    """The short side of the first picture that can be read [pixels]. ValueError where there is none."""
+    for i in range(len(source)):
+        try:
+            picture, *_ = source.sample(i)
+            if isinstance(picture, np.ndarray):
+                return min(picture.shape[1:])
+            return min(Image.open(io.BytesIO(picture)).size)
+        except Exception:                                      # decoders raise nearly anything on garbage
+            continue
+    raise ValueError(f"{source.name} has no picture that can be read")
+
+
+def picture_set(name: str) -> data.Pictures:
+    """The pictures that a run keeps for validation, those of an .npz, or all that --data reads."""
+    if Path(name, "config.json").is_file():
+        return data.Pictures(*recipe_of(Path(name)), 0, "val")
+    if name.endswith(".npz"):
+        data.SOURCES[name] = partial(read_npz, name)
+    pictures = data.Pictures(data.DataConfig([name], held_out=0), 8, 0, "val")
+    pictures.size = side_of(pictures.sources[0])
+    return pictures
+
+
+def feature_network(name: str, how: str, device: torch.device) -> Callable:
+    """What turns pictures, uint8 (B, 3, H, W), into features (B, F): a TorchScript, or a CLIP's folder or run.
+    how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError where
+    it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
+    if Path(name).is_dir():
+        return clip_towers(name, device)[0]
+    try:
+        net = torch.jit.load(name, map_location=device).eval()
+        named = "return_features" in str(net.forward.schema)   # the published Inception
+    except (RuntimeError, ValueError, AttributeError) as e:
+        raise ValueError(f"--features {name} is no TorchScript, nor the folder of a CLIP ({e!s:.100})") from e
+    if how == "auto":
+        how = "bytes" if named else "inception"
+
+    def see(pictures: Tensor) -> Tensor:
+        x = pictures.to(device)
+        if how != "bytes":
+            side, *moments = INPUTS[how]
+            mean, deviation = (x.new_tensor(moment, dtype=torch.float32).view(-1, 1, 1) for moment in moments)
+            x = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+            x = (x - mean) / deviation
+        try:
+            return net(x, return_features=True) if named else net(x)
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[-1][:100]
+            raise ValueError(f"--features {name} fails at {how} {tuple(x.shape)} ({reason}). Try another "
+                             "--feature-input") from e
+    return see
+
+
+@torch.no_grad()
+def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
+    """What a network sees in the first --limit of a set, (N, F), float64, and their captions; kept in the
+    folder --keep-features, and read from there."""
+    count = len(range(len(pictures))[:args.limit or None])
+    if count < 8:
+        raise ValueError(f"{pictures.summary}: scores need 8 or more")
+    network = Path(args.features).absolute(), data.state(args.features), args.feature_input
+    mark = repr((pictures.fingerprint, pictures.config, pictures.size, count, network))
+    kept = Path(args.keep_features, f"{data.hash_of(mark.encode())}.safetensors")
+    if args.keep_features and kept.exists():
+        stored, notes = model.load_tensors(kept)
+        return stored["features"].double(), json.loads(notes["captions"])
+
+    workers = min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 0
+    batches = data.loader(pictures, 0, count, args.batch_size, workers=workers)
+    bar = tqdm(batches, pictures.sources[0].name, math.ceil(count / args.batch_size), disable=None)
+    rows, captions, replaced = [], [], []
+    for batch in bar:
+        seen = see(batch["picture"].expand(-1, 3, -1, -1))
+        rows.append(seen.flatten(1).float().cpu())
+        captions += batch["captions"]
+        replaced += batch["replaced"]
+    for line in [*pictures.warnings, *replaced]:
+        warn(line)
+    features = torch.cat(rows)
+    if args.keep_features:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        model.save_tensors(kept, {"features": features}, {"captions": json.dumps(captions)})
+    return features.double(), captions
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), of means and covariances of features (N, F), float64
+    (Heusel et al. 2017, arXiv:1706.08500). With C = R^T R the trace of the last root is the sum of the
+    singular values of R_a R_b^T: exact where a product of covariances would lose half of the digits."""
+    roots = []
+    for x in (a, b):
+        centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
+        roots.append(torch.linalg.qr(centred, mode="r").R)
+    shift = (a.mean(0) - b.mean(0)).square().sum()
+    spread = roots[0].square().sum() + roots[1].square().sum()
+    common = torch.linalg.svdvals(roots[0] @ roots[1].mT).sum()
+    return float((shift + spread - 2 * common).clamp(min=0))
+
+
+def polynomial(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.mT / a.shape[-1] + 1) ** 3
+
+
+def gaussian(a: Tensor, b: Tensor) -> Tensor:
+    return torch.exp(-torch.cdist(a, b).square() / 200)
+
+
+def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> float:
+    """Squared maximum mean discrepancy of features (N, F), float64, unbiased (Gretton et al. 2012, eq. 3);
+    with the polynomial kernel the KID of Binkowski et al. 2018, arXiv:1801.01401; with the Gaussian one, of
+    CLIP's features and times 1000, the CMMD of Jayasumana et al. 2024, arXiv:2401.09603."""
+    means = []
+    for x, y in ((a, a), (b, b), (a, b)):
+        total = sum(kernel(part, y).sum() for part in x.split(1024))
+        pairs = len(x) * len(y)
+        if x is y:                                             # no picture is compared with itself
+            total = total - kernel(x[:, None], x[:, None]).sum()
+            pairs -= len(x)
+        means.append(float(total) / pairs)
+    return means[0] + means[1] - 2 * means[2]
+
+
+def share_near(a: Tensor, b: Tensor, neighbours: int = 3) -> float:
+    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is:
+    precision where b is real, recall where a is (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1, 2)."""
+    radii = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1024)]
+    radii = torch.cat(radii)
+    near = [(torch.cdist(part, b) <= radii).any(1) for part in a.split(1024)]
+    return float(torch.cat(near).double().mean())
+
+
+def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
+    """Scores of features (N, F), float64, against others. "kernel_deviation" is that over 20 random subsets,
+    of up to 1000 or half of them; below FEW "frechet_floor" is how far parts of the real ones are apart."""
+    few = min(len(drawn), len(real))
+    found = {"frechet": frechet_distance(drawn, real), "kernel": kernel_distance(drawn, real)}
+    size, values = min(1000, few // 2), []
+    for number in range(20):
+        rng = data.keyed(0, "subset", number)
+        some = [x[rng.permutation(len(x))[:size]] for x in (drawn, real)]
+        values.append(kernel_distance(*some))
+    found["kernel_deviation"] = float(np.std(values))
+    found["precision"] = share_near(drawn, real)
+    found["recall"] = share_near(real, drawn)
+
+    if few < FEW:
+        part = min(len(drawn), len(real) // 2)
+        order = data.keyed(0, "floor", 0).permutation(len(real))
+        floor = frechet_distance(real[order[:part]], real[order[part:]])
+        warn(f"under {FEW} pictures the Frechet distance is too high: {part} of the real ones are "
+             f"{floor:.4g} away from the other {len(real) - part}. Compare it with that of as many only")
+        found["frechet_floor"] = floor
+    return found
+
+
+@torch.no_grad()
+def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) -> None:
+    """Print the scores of some pictures against those of --against."""
+    see = feature_network(args.features, args.feature_input, device)
+    sets = [drawn, picture_set(args.against)]
+    side = args.score_size or min(pictures.size for pictures in sets)
+    seen, captions = [], []
+    for pictures in sets:
+        pictures.size = side
+        features, texts = features_of(pictures, see, args)
+        seen.append(features.to(device if device.type == "cuda" else "cpu"))
+        captions.append(texts)
+    print(f"{len(seen[0]):,} pictures of {args.score or DRAWN} against {len(seen[1]):,} of {args.against}, "
+          f"{side} pixels, {seen[0].shape[1]} features of {args.features}")
+
+    found = compared(*seen)
+    if Path(args.features).is_dir():
+        found["cmmd"] = 1000 * kernel_distance(*seen, gaussian)
+        if all(captions[0]):
+            _, read = clip_towers(args.features, device)
+            said = [read(captions[0][i:i + 16]) for i in range(0, len(captions[0]), 16)]
+            found["clip_score"] = clip_score(seen[0], torch.cat(said)).mean()
+    print("  ".join(f"{name} {value:.5g}" for name, value in found.items()))
 
 
 # ---------------------------------------------------------------------------------------- the command line
@@ -562,6 +839,17 @@ LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", in
          "clip": ("--clip", str), "clip_scale": ("--clip-scale", float)}
 
 
+def score_flags(add: Callable) -> None:
+    """The flags that pictures are scored by."""
+    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
+    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
+    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
+    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
+    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
+    add("--keep-features", default="", metavar="DIR", help="keep them there, for the next score")
+    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
+
+
 def parser() -> argparse.ArgumentParser:
     """The flags: those of the program, and each field of Settings. [1..9] in a help are limits."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -569,7 +857,8 @@ def parser() -> argparse.ArgumentParser:
     p.error = die
     add, switch = p.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
     add("prompt", nargs="?", help="what to draw")
-    add("--prompts", metavar="FILE", help="a file of prompts, one a line")
+    add("-i", "--interactive", **switch, help="ask for prompts, and draw each")
+    add("--prompts", metavar="FILE", help="a file of prompts, one a line, or a run: its held-out captions")
     which = p.add_mutually_exclusive_group().add_argument
     which("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
     which("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [0..4096 pixels]")
@@ -577,6 +866,9 @@ def parser() -> argparse.ArgumentParser:
     add("--keep-stages", **switch, help="write those below, too")
     add("--validate", type=int, default=0, metavar="N", help="first compare N held-out pictures, made small, "
         "with what the last stage makes of them, over levels of --aug [0..10000 images]")
+    add("--nll", type=int, default=0, metavar="N", help="print the bits per dimension of N held-out "
+        "pictures, over --sample-steps [0..1000000 images]")
+    add("--compare", nargs="*", default=[], metavar="RUN", help="draw from each, side by side: compare.html")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
     add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
@@ -584,6 +876,7 @@ def parser() -> argparse.ArgumentParser:
     add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
     add("--rank", default="", metavar="DIR", help="a CLIP, published or a run, whose score is noted")
     add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
+    score_flags(add)
 
     helps = model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
@@ -603,6 +896,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", default=0, help="of the noise [0..9223372036854775807]")
     add("--out", default=".", help="a folder, or the name of a .png")
     add("--grid", **switch, help="one sheet with captions")
+    add("--npz", default="", metavar="FILE", help="all pictures in this file, and PNG with --grid only")
     add("--batch-size", type=int, default=16, help="pictures drawn at once [1..4096 images]")
     add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
     add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
@@ -629,7 +923,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     """The command line, checked. A mistake ends the program in one line."""
     p = parser()
     args = p.parse_args(argv)
-    if not args.export and (args.prompt is None) == (args.prompts is None):
+    if (args.score or args.against) and not (args.against and args.features):
+        die(f"a score of {args.score or DRAWN} needs --against SET and --features FILE")
+    promptless = args.export or args.score or args.interactive or args.nll
+    if not promptless and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
     args.usual = set()                                         # what is given is still text
     for name in ("guidance_scale", "steps"):
@@ -653,8 +950,14 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
         die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
     args.wanted = [args.prompt or ""]
+    if args.npz and args.keep_stages:
+        die("--npz is for the pictures of the last stage, without --keep-stages")
     if args.prompts is not None:
-        lines = read_lines(args.prompts)
+        if Path(args.prompts, "config.json").is_file():
+            held = picture_set(args.prompts)
+            lines = [held[i]["caption"] for i in range(len(held))[:args.limit or None]]
+        else:
+            lines = read_lines(args.prompts)
         args.wanted = [line.strip() for line in lines if line.strip()]
         if not args.wanted:
             die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
@@ -698,7 +1001,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     mode = "grey" if "grey" in (stage.data.picture_mode, stage.data.lowres_mode) else "colour"
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
     for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
-        again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1)
+        again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1, trajectory=0)
         enlarged = again(held["captions"], range(len(truth)), lowres=small)
         rows.append((f"--aug {aug}", enlarged, truth))
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
@@ -719,6 +1022,21 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     print(f"best of {len(truth)} pictures: {best[1]}")
 
 
+def shared(draw: Callable, prompts: list[str], seeds: list[int], lowres: Tensor | None, kept) -> Tensor:
+    """What `draw` makes of all prompts, of which each process of torchrun draws as many: where they do not
+    divide, the last one some of the first again."""
+    rank, world = place()
+    if world == 1:
+        return draw(prompts, seeds, lowres=lowres, kept=kept)
+    share = math.ceil(len(prompts) / world)
+    own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
+    below = None if lowres is None else lowres[own]
+    drawn = draw([prompts[i] for i in own], [seeds[i] for i in own], lowres=below).contiguous()
+    parts = [torch.empty_like(drawn) for _ in range(world)]
+    dist.all_gather(parts, drawn)
+    return torch.cat(parts)[:len(prompts)]
+
+
 def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str], below, held: dict):
     """The pictures of the i-th stage and the notes of each; `below`: the pictures of the stage before."""
     settings = settings_of(args, i, stage)
@@ -735,7 +1053,7 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
     kept = []
     try:
-        pictures = draw(prompts, seeds, lowres=below, kept=kept)
+        pictures = shared(draw, prompts, seeds, below, kept)
     except KeyboardInterrupt:                                  # what is drawn is kept, see main
         if not kept:
             raise
@@ -761,6 +1079,11 @@ def file_name(prompt: str) -> str:
 def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) -> None:
     """Pictures, n of a prompt, with their notes, or a sheet of them: into the folder or the file --out."""
     prompts = [one["prompt"] for one in made]
+    if args.npz:
+        save_npz(args.npz, pictures, prompts)
+        print(args.npz)
+        if not args.grid:
+            return
     file = Path(args.out) if Path(args.out).suffix.lower() == ".png" else None
     if args.grid:
         columns = n if n > 1 else round(len(made) ** 0.5)
@@ -774,62 +1097,134 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
-def held_out(path: Path, count: int) -> dict:
-    """Up to `count` pictures that a run keeps for validation, and their small versions."""
+def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace, device) -> list[int]:
+    """Which of the pictures are the best n of each prompt by CLIP score, which their notes get."""
+    prompts = [note["prompt"] for note in made]
+    scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, args.text_encoder)
+    for note, value in zip(made, scores.tolist()):
+        note["clip_score"] = round(value, 4)
+    first = torch.arange(0, len(scores), args.n)[:, None]
+    return (scores.view(-1, args.n).topk(n).indices + first).flatten().tolist()
+
+
+def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
+    """Up to `count` pictures that a run keeps for validation, and their small versions, if it enlarges."""
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
-        die(f"--validate needs the config.json of the run of {path}, which says where its pictures are")
-    with model.reading(runs[0] / "config.json"):
-        stored = json.loads((runs[0] / "config.json").read_text("utf-8"))
-        whole = model.configured(data.DataConfig, stored["DataConfig"] | {"crop": 0})
-        size = stored["TrainConfig"]["size"]
-        model.check("size", size, int, "[8..4096]")
-    pictures = data.Pictures(whole, size, 0, "val")
+        die(f"--validate or --nll needs the config.json of the run of {path}, which names its pictures")
+    pictures = data.Pictures(*recipe_of(runs[0]), 0, "val")
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
-    if "lowres" not in held:
+    if enlarges and "lowres" not in held:
         die(f"--validate checks a stage that enlarges, and {path} is a base")
     return held
 
 
-def main(argv: list[str]) -> None:
-    args = arguments(argv)
-    warnings.showwarning = lambda message, *where: warn(str(message))
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
-    device, out = choose_device(args.device), Path(args.out)
+@torch.no_grad()
+def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
+    """Print an upper bound of the bits per dimension of held-out pictures, with their captions, see
+    diffusion.nll. ValueError for latents."""
+    if stage.space.fingerprint:
+        raise ValueError("--nll is for runs that draw pixels; bits of latents are not those of pictures")
+    settings = settings_of(args, 0, stage)
+    times = diffusion.sampling_times(stage.schedule, settings["steps"], settings["grid_times"])
+    network, bits = diffusion.LearnedVariance(stage.network()), []
+    for start in range(0, len(held["captions"]), args.batch_size):
+        part = slice(start, start + args.batch_size)
+        keys = torch.tensor([noise_key(position) for position in held["positions"][part]])
+        x0 = stage.space.encode(torch.from_numpy(held["picture"][part]).to(stage.device))
+        small, variance = {}, 0.0
+        if "lowres" in held:
+            small = small_condition(stage, torch.from_numpy(held["lowres"][part]), keys, settings["aug"])
+        if stage.config.learn_sigma:
+            variance = partial(variance_of, network, len(x0))
+        plain = Settings(guidance_scale=1.0)
+        denoise = denoiser_of(stage, network, None, plain, held["captions"][part], small)
+        noise = diffusion.noise_source(keys, x0.shape[1:], stage.device)
+        bits.append(diffusion.nll(denoise, x0, times, noise, stage.schedule, variance))
+    bits = torch.cat(bits)
+    error = bits.std() / len(bits) ** 0.5
+    print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension at most, of {len(bits)} held-out pictures "
+          f"in {settings['steps']} steps")
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>limn</title>
+<style>body {font: 14px sans-serif} td {padding: 4px; max-width: 256px} th {text-align: left}
+img {width: 256px; image-rendering: pixelated}</style><table>"""
+
+
+def cell(content: str | Tensor) -> str:
+    """Text, or a picture, uint8 (3 or 1, H, W), in a page that needs no other file."""
+    if isinstance(content, str):
+        return f"<td>{html.escape(content)}</td>"
+    buffer = io.BytesIO()
+    to_image(content).save(buffer, "PNG")
+    return f'<td><img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"></td>'
+
+
+def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts: list[str]) -> None:
+    """Draw the same prompts and seeds from several runs: compare.png, and compare.html with what differs in
+    their configurations."""
+    columns, recipes = [], []
+    for path in paths:
+        pictures, notes = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
+        columns.append(pictures)
+        *_, meta = model.read(path)
+        recipe = {"step": notes[0]["step"]}
+        for group in json.loads(meta["config"]).values():
+            recipe |= group
+        recipes.append(recipe)
+    names = list(map(str, paths))
+    sheet = data.contact_sheet(data.side_by_side(*columns), prompts, 2)
+    print(data.save_png(sheet, Path(args.out, "compare.png"), {"runs": names}, warn, replace=True))
+
+    rows = [["", *names], *zip(prompts, *columns)]
+    for name in dict.fromkeys(itertools.chain(*recipes)):
+        values = [str(recipe.get(name, "")) for recipe in recipes]
+        if len(set(values)) > 1:
+            rows.append([name, *values])
+    lines = ["<tr>" + "".join(map(cell, row)) for row in rows]
+    page = Path(args.out, "compare.html")
+    data.write(page, "\n".join([PAGE, *lines, "</table>"]).encode())
+    print(page)
+
+
+def typed() -> Iterator[str]:
+    """The lines of a terminal, up to its end."""
+    while True:
+        try:
+            yield input("prompt: ")
+        except EOFError:
+            return
+
+
+def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
+    """Write the published U-Net of a run. ValueError where it has limn's own."""
+    stage = load_stage(path, device, args.ema, encoders=args.text_encoder, vae=args.vae)
+    if not isinstance(stage.unet, model.UNet2DConditionModel):
+        raise ValueError(f"--export is for published U-Nets, and {path} is of limn's own")
+    model.save_published(Path(args.export, "unet"), stage.unet)
+    print(Path(args.export, "unet"))
+
+
+def check_places(args: argparse.Namespace, device: torch.device) -> None:
+    """ValueError where what is drawn cannot be written or judged, before any work."""
+    out = Path(args.out)
     folder = out.parent if out.suffix.lower() == ".png" else out
-    if folder.exists() and not folder.is_dir():                # what is wrong comes before any work
+    if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out {out}: {folder} is a file. Name a folder, or a .png in one")
-    folder.mkdir(parents=True, exist_ok=True)
+    for needed in (folder, Path(args.npz).parent):
+        needed.mkdir(parents=True, exist_ok=True)
     if args.rank:
-        clip_scores(args.rank, torch.empty(0), [], device, encoders=args.text_encoder)
-    paths = [Path(path) for path in args.ckpt.split(",") if path]
-    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    for name, (flag, _) in LISTS.items():
-        given = len(getattr(args, name))
-        if given > len(paths):
-            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
-    if args.export:
-        stage = load_stage(paths[-1], device, args.ema, encoders=args.text_encoder, vae=args.vae)
-        if not isinstance(stage.unet, model.UNet2DConditionModel):
-            raise ValueError(f"--export is for published U-Nets, and {paths[-1]} is of limn's own")
-        model.save_published(Path(args.export, "unet"), stage.unet)
-        return print(Path(args.export, "unet"))
-    if not all(prompt.strip() for prompt in args.wanted):
-        print("note: empty prompt, drawing without one")
-    held = held_out(paths[-1], args.validate) if args.validate else {}
+        clip_towers(args.rank, device, args.text_encoder)
+    if args.against:
+        picture_set(args.against)
+        feature_network(args.features, args.feature_input, device)
 
-    # Frozen text encoders read everything first.
-    prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
-    words = [*prompts, *held.get("captions", ()), args.negative]
-    load = partial(load_stage, device=device, cached=reader(words, device), encoders=args.text_encoder,
-                   vae=args.vae)
-    if args.autoguide:
-        load(Path(args.autoguide))
-    for name in filter(None, args.clip):
-        load(Path(name), clip=True)
 
+def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], held: dict) -> None:
+    """Draw through all stages, write, and score where that is wanted."""
     pictures = None
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
@@ -844,15 +1239,63 @@ def main(argv: list[str]) -> None:
             die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}", 130)
         if args.rank and last:
             n = args.best or n
-            scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, args.text_encoder)
-            first = torch.arange(0, len(scores), args.n)[:, None]
-            best = (scores.view(-1, args.n).topk(n).indices + first).flatten()
-            pictures = pictures[best]
-            for note, score in zip(made, scores.tolist()):
-                note["clip_score"] = round(score, 4)
-            made = [made[k] for k in best.tolist()]
-        if args.keep_stages or last:
+            best = ranked(pictures, made, n, args, device)
+            pictures, made = pictures[best], [made[k] for k in best]
+        if (args.keep_stages or last) and place()[0] == 0:
             write(pictures, made, n, args)
+
+    if args.against and place()[0] == 0:
+        drawn = pictures.expand(-1, 3, -1, -1).numpy()
+        data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
+        score(picture_set(DRAWN), args, device)
+
+
+def main(argv: list[str]) -> None:
+    args = arguments(argv)
+    warnings.showwarning = lambda message, *where: warn(str(message))
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
+    warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
+    device = choose_device(args.device)
+    if place()[1] > 1:
+        dist.init_process_group("gloo")
+        if place()[0] > 0:                                     # one tells it all
+            sys.stdout = io.StringIO()
+    if args.score:
+        return score(picture_set(args.score), args, device)
+    check_places(args, device)
+    paths = [Path(path) for path in args.compare or args.ckpt.split(",") if path]
+    paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
+    for name, (flag, _) in LISTS.items():
+        given = len(getattr(args, name))
+        if given > len(paths):
+            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
+    if args.export:
+        return export(paths[-1], device, args)
+    plain = partial(load_stage, device=device, encoders=args.text_encoder, vae=args.vae)
+    if args.interactive:
+        plain = cache(plain)
+    if args.nll:
+        held = held_out(paths[-1], args.nll, False)
+        return print_bits(plain(paths[-1], ema=args.ema), held, args)
+    if args.interactive:
+        for prompt in typed():
+            draw(paths, plain, args, device, [prompt] * args.n, {})
+        return None
+    if not all(prompt.strip() for prompt in args.wanted):
+        print("note: empty prompt, drawing without one")
+    held = held_out(paths[-1], args.validate) if args.validate else {}
+
+    # Frozen text encoders read everything first.
+    prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
+    words = [*prompts, *held.get("captions", ()), args.negative]
+    load = partial(plain, cached=reader(words, device))
+    if args.autoguide:
+        load(Path(args.autoguide))
+    for name in filter(None, args.clip):
+        load(Path(name), clip=True)
+    if args.compare:
+        return compare(paths, load, args, prompts)
+    draw(paths, load, args, device, prompts, held)
 
 
 if __name__ == "__main__":

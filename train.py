@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -44,7 +44,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -89,11 +89,16 @@ class TrainConfig:
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
     workers: int = -1             # processes that load pictures, a rank; -1 = 8 with a GPU, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
+    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # these, too
+    plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
+    prompts: str = ""             # a file of its prompts, one a line, drawn at step 0 too; else held-out ones
     val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
     val_images: int = 256         # pictures of the fixed validation set [2..1e6 images]
-    save_every: int = 500         # a checkpoint, 0 = only at the end [steps]
+    save_every: int = 500         # a checkpoint, 0 = only at the end; now: touch OUT/save [steps]
+    save_minutes: float = 0       # one when the last is so old, 0 = never [0..1e6 minutes]
     keep: int = 2                 # checkpoints kept [1..99]
+    keep_best: Literal["", "val_loss", "val_gap"] = ""  # and as checkpoints/best the best one by this
     timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
@@ -158,7 +163,8 @@ CLIP = dict(
     t_density="uniform", uncond_prob=0.0, sample_every=0)
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
-           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad",
+           "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
+           "prompts", "save_minutes", "keep_best",
            "text_cache", "text_shards", "latent_cache", "allow_bin"}
 SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
@@ -280,7 +286,7 @@ def flag_options(kind: type) -> dict:
     if get_origin(kind) is Literal:
         return {"choices": members}
     if get_origin(kind) in (list, tuple):
-        return {"type": members[0], "nargs": "*"}
+        return flag_options(members[0]) | {"nargs": "*"}
     return {"type": kind}
 
 
@@ -297,7 +303,9 @@ def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, obj
     del row["weights"], row["flops"]
     if latents:                                                # they say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    return row | CLIP if objective == "clip" else row
+    if objective == "clip":                                    # which overfits
+        row |= CLIP | {"keep_best": "val_loss"}
+    return row
 
 
 def is_published(cfg: TrainConfig) -> bool:
@@ -399,6 +407,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
         raise ValueError(f"--vae {model_cfg.vae} is for pictures in colour, and without --lowres")
+    if cfg.prompts and data_cfg.lowres:
+        raise ValueError(f"--prompts {cfg.prompts} is for a stage that draws, and this one enlarges pictures")
     if Path(cfg.out).exists() and not Path(cfg.out).is_dir():
         raise ValueError(f"--out {cfg.out} is a file. Name a directory")
     if not cfg.out.isprintable():
@@ -1071,7 +1081,8 @@ def without_folders(config: str) -> str:
     """A configuration, JSON, for the file that is shared: without where things lie on this machine."""
     recipe = json.loads(config)
     for group in recipe.values():
-        for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache"):
+        for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache",
+                     "prompts"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1094,18 +1105,30 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
 
 
-def keep_best(out: Path, state: State, meta: dict, line: dict) -> None:
-    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if the val_loss of `line` is the
-    lowest so far. Training survives a disk that is full, and an old file that is damaged."""
+def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> None:
+    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name`, val_loss or val_gap, is
+    the best so far in a line of validation. Training survives a disk that is full, and a damaged old file."""
     path = out / "checkpoints" / "best" / "ema.safetensors"
-    own = {name: str(line[name]) for name in ("step", "val_loss")}
-    own["config"] = without_folders(meta["config"])
+    own = {"step": str(line["step"]), name: str(line[name]), "config": without_folders(meta["config"])}
+    sign = -1 if name == "val_gap" else 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists() or line["val_loss"] < float(model.load_tensors(path)[1]["val_loss"]):
+        before = model.load_tensors(path)[1].get(name, "nan") if path.exists() else "nan"
+        if not sign * float(before) <= sign * line[name]:
             model.save_tensors(path, state.ema.state_dict(), meta | own)
     except (OSError, ValueError) as e:
         say(f"warning: {path} not written ({e}); training continues")
+
+
+def save(journal, step: int, state: State, meta: dict, keep: int, last: bool, ranks: Ranks) -> None:
+    """Publish a checkpoint of what is the same on every rank; else the run ends."""
+    if not ranks.equal(state.size()):
+        die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
+            "The same command goes on from the last checkpoint", status=1)
+    if journal.out:
+        publish(journal.out, step, state, meta, keep, last)
+        journal.saved = time.monotonic()
+        (journal.out / "save").unlink(missing_ok=True)
 
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
@@ -1186,6 +1209,14 @@ def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: b
 
 def embedding_inside(fingerprint: str, caption: str, beside: bytes) -> tuple:
     return data.Cache("its .t5.safetensors", fingerprint, beside)[caption]
+
+
+def prompts_of(cfg: TrainConfig) -> list[str]:
+    """The prompts of grids, if they are given."""
+    content = Path(cfg.prompts).read_bytes() if cfg.prompts else b""
+    text, _ = data.read_text(content)
+    lines = [data.clean(line) for line in text.splitlines()]
+    return [line for line in lines if line]
 
 
 def embedding_of(cache: data.Cache, caption: str, beside: bytes) -> tuple:
@@ -1280,7 +1311,7 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
 
         cache = data.Cache(Path(text_cfg.text_cache, str(number)), encoder.fingerprint)
         empty = [""] if encoder.reader.empty else []
-        captions = itertools.chain(empty, *(pictures.captions() for pictures in sets))
+        captions = itertools.chain(empty, prompts_of(cfg), *(pictures.captions() for pictures in sets))
         cache = filled(cache, captions, encode, 1024, signals, ranks, "captions")
         counts = encoder.reader.counts
         if counts["cut"]:
@@ -1421,6 +1452,138 @@ class Meter:
         return dict(zip(names, values[::2])), dict(zip(names, values[1::2]))
 
 
+def flat(line: dict) -> dict[str, float]:
+    """A line of metrics.jsonl with its lists as NAME/0, NAME/1, ..."""
+    found = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            found |= {f"{name}/{i}": one for i, one in enumerate(value)}
+        else:
+            found[name] = value
+    return found
+
+
+def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    """Functions that log (step, numbers, pictures by name), and that end it. ImportError without it."""
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(out / "tensorboard"))
+    writer.add_text("config", json.dumps(recipe, indent=1))
+
+    def log(step: int, numbers: dict, pictures: dict) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+        for name, picture in pictures.items():
+            writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    return log, writer.close
+
+
+def to_wandb(out: Path, recipe: dict) -> tuple[Callable, Callable]:
+    """The same of Weights and Biases."""
+    import wandb
+    board = wandb.init(project="limn", name=out.name, dir=str(out), config=recipe)
+
+    def log(step: int, numbers: dict, pictures: dict) -> None:
+        images = {name: wandb.Image(picture) for name, picture in pictures.items()}
+        board.log(numbers | images, step=step)
+    return log, board.finish
+
+
+BOARDS = {"tensorboard": to_tensorboard, "wandb": to_wandb}    # what --log-to names: (log, close)
+
+
+class Journal:
+    """What a run tells beside its checkpoints: metrics.jsonl and pictures, and the same to --log-to. Nothing
+    where `out` is None, on other ranks."""
+
+    def __init__(self, out: Path | None, names: list[str], recipe: dict):
+        self.out, self.boards, self.saved = out, [], time.monotonic()
+        for name in names if out else []:
+            try:
+                self.boards.append(BOARDS[name](out, recipe))
+            except ImportError as e:
+                say(f"note: --log-to {name} is not installed ({e}); metrics.jsonl has every number")
+
+    def put(self, step: int, name: str, content: dict | Image.Image) -> None:
+        """Write a line or a picture, by its name in the run."""
+        if not self.out:
+            return
+        data.put(self.out / name, content, say)
+        for log, _ in self.boards:
+            if isinstance(content, dict):
+                log(step, flat(content), {})
+            else:
+                log(step, {}, {name.split("/")[0]: content})
+
+    def wants_save(self, minutes: float) -> bool:
+        """Whether somebody touched OUT/save, or the last checkpoint is so old, 0 = any age will do."""
+        late = minutes and time.monotonic() > self.saved + 60 * minutes
+        return bool(self.out and (late or (self.out / "save").exists()))
+
+    def close(self) -> None:
+        for _, close in self.boards:
+            close()
+
+
+PANELS = ["raw_loss", "val_loss", "buckets", "val_buckets", "val_gap", "grad_norm", "pictures/s", "lr"]
+INKS = "royalblue", "crimson", "seagreen", "darkorange", "purple", "sienna"   # of the runs
+
+
+def curves_of(run: str) -> dict[str, dict[int, float]]:
+    """By name, what metrics.jsonl of a run says at each step, the last time it does."""
+    path = Path(run, "metrics.jsonl")
+    if not path.is_file():
+        raise ValueError(f"--plot {run}: {path} is not there. Name a run that has been trained")
+    curves = {}
+    for text in path.read_text("utf-8").splitlines():
+        if not text.endswith("}"):                             # it is being written
+            continue
+        line = flat(json.loads(text))
+        for name, value in line.items():
+            if value:                                          # of a noise level without a picture it is 0
+                curves.setdefault(name, {})[line["step"]] = value
+    return curves
+
+
+def draw_panel(pen: ImageDraw.ImageDraw, left: int, top: int, name: str, runs: list[dict]) -> None:
+    """A name's curves in 480 x 200 pixels, by their logarithm where all are above 0: an ink for each run, and
+    at their ends the numbers of noise levels."""
+    lines = []
+    for ink, curves in zip(itertools.cycle(INKS), runs):
+        for key, curve in curves.items():
+            level = key.removeprefix(name)
+            if re.fullmatch(r"(/\d+)?", level):
+                lines.append((ink, level, np.array(sorted(curve.items()))))
+    if not lines:
+        return
+
+    steps, values = np.concatenate([line for *_, line in lines]).T
+    scale = np.log10 if values.min() > 0 else np.positive
+    ends = scale([values.min(), values.max()])
+    for ink, level, line in lines:
+        x = np.interp(line[:, 0], (0, steps.max()), (left, left + 480))
+        y = np.interp(scale(line[:, 1]), ends, (top + 192, top + 28))
+        pen.line([*zip(x, y), (x[-1], y[-1])], ink, 2)
+        pen.text((x[-1] + 2, y[-1] - 6), level[1:], ink)
+    pen.rectangle((left, top + 20, left + 480, top + 200), outline="grey")
+    title = f"{name}: {values.min():.4g} to {values.max():.4g}, {steps.max():.0f} steps"
+    pen.text((left, top + 4), title, "black")
+
+
+def plot(names: list[str]) -> None:
+    """Draw what metrics.jsonl of some runs says into the first one's folder."""
+    runs = [curves_of(name) for name in names]
+    high = 20 + 15 * len(names)
+    sheet = Image.new("RGB", (1020, high + 210 * len(PANELS) // 2), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (name, ink) in enumerate(zip(names, itertools.cycle(INKS))):
+        pen.text((20, 10 + 15 * i), name, ink)
+    for i, name in enumerate(PANELS):
+        draw_panel(pen, 20 + i % 2 * 500, high + i // 2 * 210, name, runs)
+    path = Path(names[0], "curves.png")
+    sheet.save(path)
+    say(str(path))
+
+
 @torch.no_grad()
 def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
@@ -1477,6 +1640,31 @@ def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer
     return line | {"val_loss": number(line["val_loss"])}
 
 
+def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
+    """What grids are drawn of: held-out pictures, with their own captions or with prompts."""
+    count = max(2, 1024 // size) if pictures.config.lowres else len(prompts) or 16
+    items = [pictures[position] for position in range(count)]
+    for item, prompt in zip(items, prompts):
+        item |= {"caption": prompt, "words": pictures.reader.read(prompt, b"")}
+    return pictures.batch(items)
+
+
+def described(pictures: Tensor) -> str:
+    """Mean and deviation of pictures, uint8 (N, C, H, W), and how many are all white, black or grey, or are
+    noise: pixels that differ from the next one as from any other."""
+    pictures = pictures.float()
+    kinds = []
+    for picture in pictures:
+        mean, deviation = picture.mean(), picture.std()
+        if deviation < 5:
+            kinds.append("white" if mean > 250 else "black" if mean < 5 else "grey")
+        elif picture.diff().square().mean() > 1.6 * deviation.square():
+            kinds.append("noise")
+    named = [f"{kinds.count(kind)} of {len(pictures)} {kind}" for kind in dict.fromkeys(kinds)]
+    numbers = f"mean {pictures.mean():.1f}, deviation {pictures.std():.1f}"
+    return ", ".join([numbers, *named])
+
+
 @torch.no_grad()
 def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) -> Image.Image:
     """Pictures of fixed prompts with fixed noise, `most` at once; beside an enlarged one what it was, and the
@@ -1500,11 +1688,14 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         if enlarges:
             views = [net.space.decode(condition["lowres"]), *views, torch.as_tensor(part["picture"])]
         rows.append(data.side_by_side(*(view.cpu() for view in views)))
-    return data.contact_sheet(torch.cat(rows), shown["captions"])
+    pictures = torch.cat(rows)
+    say(f"samples: {described(pictures)}")
+    return data.contact_sheet(pictures, shown["captions"])
 
 
-def first_batch(net: Denoising, inputs: model.Tensors, part: dict) -> Image.Image:
+def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image:
     """Exactly what the network sees: small picture, if any, picture, noisy version; below, t and caption."""
+    inputs = net.inputs(part, device)
     x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], net.schedule)
     views = [inputs[name] for name in ("lowres", "x0") if name in inputs]
     views = [net.space.decode(view[:16]).cpu() for view in (*views, x_t)]
@@ -1530,6 +1721,10 @@ class Trainer:
         self.run = compiled(self.parallel, device, cfg.compile)
         self.meter = Meter()
         self.queries = [p for name, p in objective.named_parameters() if re.search(r"to_[qk]\.weight", name)]
+        self.parts = {}                                        # of the network, two names deep
+        for name, p in objective.named_parameters():
+            part = ".".join(name.split(".")[:2])
+            self.parts.setdefault(part, []).append(p)
         self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
@@ -1551,14 +1746,21 @@ class Trainer:
         self.peak = matmul_peak(self.device, self.dtype)
         self.since = clock(self.device)
 
-    def step(self, batch: dict, lr: float) -> None:
-        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average."""
+    def step(self, batch: dict, lr: float, number: int = 0) -> None:
+        """One update: micro-batches, their exact mean over the ranks, the finite gate, the average. Of the
+        last before a line, by its number, the norms of weights and gradients by parts of the network, too."""
         self.tell(batch)
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
+        scale = self.state.scaler.scale(torch.ones((), device=self.device))   # of fp16's gradients, else 1
+        watched = self.cfg.log_every and number and number % self.cfg.log_every == 0
+        for part, weights in self.parts.items() if watched else ():
+            gradients = [p.grad for p in weights if p.grad is not None]
+            length = nn.utils.get_total_norm(gradients) / scale
+            self.meter.add(**{f"gradients/{part}": length.nan_to_num(0, 0, 0)})
+            self.meter.add(**{f"weights/{part}": nn.utils.get_total_norm(weights).detach()})
         if self.queries:                                       # in a network that learns nothing it goes to 0
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
-            scale = self.state.scaler.scale(torch.ones_like(sums[0]))          # of fp16's gradients, else 1
             self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
@@ -1729,6 +1931,8 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
 
 def main(argv: list[str]) -> None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
+    if cfg.plot:
+        return plot(cfg.plot)
     out, ranks = Path(cfg.out), Ranks()
     writes = ranks.rank == 0 and not cfg.dry_run
     with starting(cfg, ranks) as signals:
@@ -1760,8 +1964,9 @@ def main(argv: list[str]) -> None:
         val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
         shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
         train_set.reader = val_set.reader = shown_set.reader = text.reader
-        shown = data.collect(shown_set, 0, max(2, 1024 // cfg.size) if data_cfg.lowres else 16)
+        shown = shown_batch(shown_set, cfg.size, prompts_of(cfg))
         meta = describe(configs, train_set, objective, out if writes else None)
+        journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
         look = retrieval if objective.joins else validate
@@ -1771,35 +1976,29 @@ def main(argv: list[str]) -> None:
     def due(every: int) -> bool:
         return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
 
-    def put(name: str, content) -> None:
-        if writes:
-            data.put(out / name, content, say)
-
     bar = progress(ranks, total=cfg.steps, initial=first, unit="step")
     try:
         if cfg.dry_run:
             return dry_run(trainer, batches, configs)
         for step in range(first, cfg.steps + 1):
-            leaving = ranks.agreed(signals.arrived) > 0
+            wish = ranks.agreed(2 * signals.arrived or journal.wants_save(cfg.save_minutes))
+            leaving = wish == 2
             last = leaving or step == cfg.steps
 
             if step > first and (last or due(cfg.log_every)):
                 line = trainer.line(step, images)
-                put("metrics.jsonl", line)
+                journal.put(step, "metrics.jsonl", line)
                 tell(line, bar)
                 if state.skipped >= 20:
                     die(f"{state.skipped:.0f} updates in a row were not finite, stopped at step {step}, not "
                         "saved. Try a lower --lr or --dtype fp32; the last checkpoint, if any, is good", 1)
 
-            # Save what is the same on every rank. Time from here on is not that of training.
-            looking = last or due(cfg.save_every) or due(cfg.val_every) or due(cfg.sample_every)
+            # Time from here on is not that of training.
+            drawing = due(cfg.sample_every) or (step == 0 and cfg.prompts and cfg.sample_every)
+            looking = last or wish or drawing or due(cfg.save_every) or due(cfg.val_every)
             began = clock(device) if looking else 0.0
-            if step > first and (last or due(cfg.save_every)):
-                if not ranks.equal(state.size()):
-                    die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
-                        "The same command goes on from the last checkpoint", status=1)
-                if writes:
-                    publish(out, step, state, meta | {"images": str(images)}, cfg.keep, last)
+            if step > first and (last or wish or due(cfg.save_every)):
+                save(journal, step, state, meta | {"images": str(images)}, cfg.keep, last, ranks)
             if leaving:
                 return say(f"stopping at step {step}; run the same command to continue")
 
@@ -1808,13 +2007,14 @@ def main(argv: list[str]) -> None:
                 with trainer.autocast:
                     line = look(step, state.ema, val_set, cfg.val_images, trainer)
                 say(gist(line))
-                put("metrics.jsonl", line)
-                if writes and objective.joins:
-                    keep_best(out, state, meta | {"images": str(images)}, line)
-            if due(cfg.sample_every):
+                journal.put(step, "metrics.jsonl", line)
+                if writes and cfg.keep_best:
+                    keep_best(out, state, meta | {"images": str(images)}, line, cfg.keep_best)
+            if drawing:
                 if writes:
                     with trainer.autocast:
-                        put(f"samples/{step:06d}.png", sample_grid(state.ema, shown, trainer.micro, device))
+                        sheet = sample_grid(state.ema, shown, trainer.micro, device)
+                    journal.put(step, f"samples/{step:06d}.png", sheet)
                 ranks.wait()
             if looking:
                 trainer.since += clock(device) - began
@@ -1823,9 +2023,9 @@ def main(argv: list[str]) -> None:
 
             batch = next(batches)
             if step == 0 and writes:
-                part = parts_of(batch, trainer.micro)[0]
-                put("first_batch.png", first_batch(objective, objective.inputs(part, device), part))
-            trainer.step(batch, rate(step, cfg))
+                sheet = first_batch(objective, parts_of(batch, trainer.micro)[0], device)
+                journal.put(step, "first_batch.png", sheet)
+            trainer.step(batch, rate(step, cfg), step + 1)
             images += cfg.batch_size
             bar.update()
     except (MemoryError, RuntimeError) as e:
@@ -1835,6 +2035,7 @@ def main(argv: list[str]) -> None:
         die(e, status=2 if isinstance(e, ValueError) else 1, everywhere=True)
     finally:
         bar.close()
+        journal.close()
         batches.close()
         ranks.leave()
 

@@ -1,4 +1,5 @@
 """sample.py, end to end: a tiny run is trained here, then drawn from by the command line."""
+import base64
 import contextlib
 import dataclasses
 import io
@@ -329,7 +330,7 @@ def test_every_setting_changes_the_picture(stage, trained, pictures, clip_run):
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
     assert {name for change in changes for name in change} == {
-        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug"}
+        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug", "trajectory"}
 
 
 def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictures):
@@ -1468,3 +1469,338 @@ def test_a_pipeline_that_is_not_read_is_one_line(tmp_path, cli, monkeypatch, cha
     assert status == 2
     assert len(error.splitlines()) == 1
     assert words in error
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+class See(nn.Module):
+    """Features (B, 27, 1, 1): the mean colours of nine fields."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(x, [3, 3]).flatten(1)[:, :, None, None]
+
+
+class Published(nn.Module):
+    """As the published Inception: bytes of any size, and a keyword."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert return_features
+        assert img.dtype == torch.uint8
+        return nn.functional.adaptive_avg_pool2d(img.float(), [3, 3]).flatten(1) / 127.5 - 1
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch) -> Path:
+    """Two sets of 40 random pictures of 24 pixels, a.npz and the folder b, and a network: see.pt."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    flat = rng.integers(60, 200, (80, 3, 3, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    pictures = (flat + rng.integers(-20, 20, flat.shape)).astype(np.uint8)
+    sample.save_npz("a.npz", torch.from_numpy(pictures[:40]).permute(0, 3, 1, 2), ["a house"] * 40)
+    Path("b").mkdir()
+    for i, picture in enumerate(pictures[40:]):
+        Image.fromarray(picture).save(f"b/{i:02d}.png")
+    torch.jit.script(See()).save("see.pt")
+    return tmp_path
+
+
+SCORE = ["--score", "b", "--against", "a.npz", "--features"]
+
+
+def scores_of(out: str) -> dict[str, float]:
+    """The numbers of the last line."""
+    words = out.splitlines()[-1].split()
+    return dict(zip(words[::2], map(float, words[1::2])))
+
+
+def test_an_npz_holds_the_pictures_and_captions_in_the_fields_format(here, cli):
+    Path("two.txt").write_text("a house\na red car\n")
+    assert cli("--prompts", "two.txt", "--n", "2", "--out", "png")[0] == 0
+    status, out, err = cli("--prompts", "two.txt", "--n", "2", "--npz", "new/s.npz", "--grid")
+    assert (status, out, err) == (0, "new/s.npz\ngrid.png\n", "")
+    stored = np.load("new/s.npz", allow_pickle=False)
+    assert (stored["arr_0"].dtype, stored["arr_0"].shape) == (np.uint8, (4, 16, 16, 3))
+    assert stored["captions"].tolist() == ["a house"] * 2 + ["a red car"] * 2
+    names = ["a-house", "a-house-2", "a-red-car", "a-red-car-2"]
+    assert np.array_equal(stored["arr_0"], [np.asarray(Image.open(f"png/{name}.png")) for name in names])
+    status, out, err = cli("a house", "--npz", "new/s.npz")
+    assert (status, out, err, len(np.load("new/s.npz")["arr_0"])) == (0, "new/s.npz\n", "", 1)
+    assert "without --keep-stages" in cli("a house", "--npz", "s.npz", "--keep-stages")[2]
+
+
+def test_two_sets_are_scored_by_the_features_of_a_torchscript(sets, cli):
+    status, out, err = cli("--score", "a.npz", "--against", "b", "--features", "see.pt", steps=0)
+    assert status == 0, err
+    assert out.startswith("40 pictures of a.npz against 40 of b, 24 pixels, 27 features of see.pt\n")
+    found = scores_of(out)
+    assert "under 2048 pictures the Frechet distance is too high: 20 of the real ones are" in err
+
+    # The same by hand, from what is in the files.
+    features = []
+    drawn = np.load("a.npz")["arr_0"]
+    real = np.stack([np.asarray(Image.open(f"b/{i:02d}.png")) for i in range(40)])
+    for pictures in (drawn, real):
+        x = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+        x = nn.functional.interpolate(x, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
+        features.append(See()(x).flatten(1).double().numpy())
+    expected = {"frechet": frechet_by_definition(*features), "kernel": kid_by_definition(*features)}
+    expected["precision"], expected["recall"] = precision_recall_by_definition(*features)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert 0 < found["kernel_deviation"] < 1
+    assert found["frechet_floor"] > 0
+
+
+def frechet_by_definition(a: np.ndarray, b: np.ndarray) -> float:
+    """The published formula, the root by eigenvalues: those of a product of covariances are not negative."""
+    c, d = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = np.sqrt(np.linalg.eigvals(c @ d).astype(complex)).real.sum()
+    return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(c) + np.trace(d) - 2 * root
+
+
+def kid_by_definition(a: np.ndarray, b: np.ndarray) -> float:
+    def mean(x, y):
+        values = []
+        for i, one in enumerate(x):
+            for j, other in enumerate(y):
+                if x is not y or i != j:
+                    values.append((one @ other / len(one) + 1) ** 3)
+        return np.mean(values)
+    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
+
+
+def precision_recall_by_definition(a: np.ndarray, b: np.ndarray) -> list[float]:
+    shares = []
+    for points, others in ((a, b), (b, a)):
+        inside = 0
+        for point in points:
+            for other in others:
+                third = sorted(np.linalg.norm(others - other, axis=1))[3]
+                if np.linalg.norm(point - other) <= third:
+                    inside += 1
+                    break
+        shares.append(inside / len(points))
+    return shares
+
+
+def test_the_frechet_distance_of_gaussians_is_the_closed_form():
+    """Features whose mean and covariance are exactly those wanted; covariances that do not commute."""
+    torch.manual_seed(0)
+    sets, moments = [], []
+    for size in (400, 300):
+        raw = torch.randn(size, 12, dtype=torch.float64)
+        white = torch.linalg.qr(raw - raw.mean(0)).Q * (size - 1) ** 0.5       # covariance 1, mean 0
+        mix, mean = torch.randn(2, 12, 12, dtype=torch.float64)
+        sets.append(white @ mix + mean[0])
+        moments.append((mean[0], mix.T @ mix))
+    (m, c), (n, d) = moments
+    w, v = torch.linalg.eigh(c)
+    half = v * w.sqrt() @ v.T
+    root = torch.linalg.eigvalsh(half @ d @ half).sqrt().sum()
+    expected = (m - n).square().sum() + c.trace() + d.trace() - 2 * root
+    assert sample.frechet_distance(*sets) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [30, 300])
+def test_identical_sets_have_a_frechet_distance_of_0(count):
+    """Of fewer pictures than features, too, whose covariance has no full rank."""
+    x = 3 * torch.randn(count, 128, dtype=torch.float64) + 1
+    assert sample.frechet_distance(x, x.clone()) < 1e-6
+    assert sample.frechet_distance(x, x.flip(0)) < 1e-6
+    assert (sample.share_near(x, x), sample.kernel_distance(x, x.flip(0)) <= 0) == (1, True)
+
+
+def test_the_kernel_distance_has_no_bias_and_its_deviation_is_that_of_subsets():
+    """The mean over many draws from one distribution is 0 within its error, and the deviation is theirs."""
+    torch.manual_seed(0)
+    values = [sample.kernel_distance(*torch.randn(2, 20, 8, dtype=torch.float64)) for _ in range(300)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / 300**0.5
+    found = sample.compared(*torch.randn(2, 40, 8, dtype=torch.float64))       # subsets of 20
+    assert 0.3 < found["kernel_deviation"] / np.std(values) < 2
+
+
+def test_the_published_inception_gets_bytes_of_their_own_size(sets, cli):
+    torch.jit.script(Published()).save("published.pt")
+    status, out, err = cli(*SCORE, "published.pt", steps=0)
+    assert (status, "24 pixels, 27 features" in out) == (0, True), err
+    x = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
+    cpu = torch.device("cpu")
+    assert sample.feature_network("published.pt", "auto", cpu)(x).eq(1).all()
+    torch.jit.script(nn.Flatten()).save("flat.pt")
+    white = sample.feature_network("flat.pt", "imagenet", cpu)(x).view(2, 3, 224, 224)[0, :, 0, 0]
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    assert torch.allclose(white, (1 - mean) / deviation)
+
+
+def test_sets_are_brought_to_the_smaller_side_and_cut_by_limit_and_what_is_torn_is_named(sets, cli):
+    for path in Path("b").iterdir():
+        Image.open(path).resize((48, 48), Image.Resampling.NEAREST).save(path)
+    status, out, err = cli(*SCORE, "see.pt", "--limit", "9", steps=0)
+    assert out.startswith("9 pictures of b against 9 of a.npz, 24 pixels"), err
+    Path("b/00.png").write_bytes(b"torn")
+    status, out, err = cli(*SCORE, "see.pt", steps=0)
+    assert (status, "00: not a whole picture of" in err) == (0, True), err
+
+
+def test_what_is_drawn_is_scored_against_what_the_run_held_out(here, cli):
+    torch.jit.script(See()).save("see.pt")
+    held_out = ["--limit", "8", "--against", "runs/16", "--features", "see.pt"]
+    status, out, err = cli("--prompts", "runs/16", *held_out, "--npz", "s.npz")
+    assert status == 0, err
+    assert "8 pictures of what was drawn against 8 of runs/16, 16 pixels" in out
+    held = sample.picture_set("runs/16")
+    assert np.load("s.npz")["captions"].tolist() == [held[i]["caption"] for i in range(8)]
+    assert len({*np.load("s.npz")["captions"].tolist()}) > 4
+    status, again, err = cli("--score", "s.npz", *held_out, steps=0)
+    assert again.splitlines()[-1] == out.splitlines()[-1], err
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["--score", "a.npz"], "a score of a.npz needs --against SET and --features FILE"),
+    (["a house", "--against", "a.npz"], "a score of what was drawn needs --against SET and --fe"),
+    (["--against", "b", "--features", "see.pt", "--score", "torn.npz"], "torn.npz has no arr_0 of uint8 (N,"),
+    (["--against", "b", "--features", "see.pt", "--score", "float.npz"], "float.npz has no arr_0 of uint8"),
+    (["--against", "b", "--features", "see.pt", "--score", "pickle.npz"], "pickle.npz has no arr_0 of uint8"),
+    (["--against", "b", "--features", "see.pt", "--score", "nowhere"], "nowhere is not on a local disk"),
+    ([*SCORE, "a.npz"], "a.npz is no TorchScript, nor the folder of a CLIP"),
+    ([*SCORE, "none.pt"], "none.pt is no TorchScript, nor the folder of a CLIP"),
+    ([*SCORE, "flat.pt"], "flat.pt fails at inception (16, 3, 299, 299)"),
+    ([*SCORE, "see.pt", "--limit", "3"], "scores need 8 or more"),
+])
+def test_a_set_that_cannot_be_scored_is_one_line(sets, cli, argv, words):
+    Path("torn.npz").write_bytes(Path("a.npz").read_bytes()[:5000])
+    np.savez("float.npz", arr_0=np.zeros((9, 8, 8, 3)))
+    np.savez("pickle.npz", arr_0=np.array([None] * 9))
+    torch.jit.script(nn.Linear(7, 7)).save("flat.pt")
+    status, out, err = cli(*argv, steps=0)
+    assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert words in err
+
+
+def test_features_that_are_kept_are_read_again(sets, cli):
+    status, out, err = cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)
+    files = sorted(Path("kept").iterdir())
+    before = [path.read_bytes() for path in files]
+    assert (status, len(files)) == (0, 2)
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[1] == out
+    assert [path.read_bytes() for path in sorted(Path("kept").iterdir())] == before
+    for path, content in zip(files, before):
+        path.write_bytes(content[:-1] + b"!")
+    assert "is damaged: checksum mismatch" in cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[2]
+
+    # Of other pictures, another size, number or network, others are made.
+    Image.new("RGB", (24, 24)).save("b/00.png")
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[0] == 2    # a.npz is the same
+    for path in files:
+        path.unlink()
+    assert cli(*SCORE, "see.pt", "--keep-features", "kept", steps=0)[1] != out
+    for more in (["--score-size", "12"], ["--limit", "20"], ["--feature-input", "imagenet"]):
+        count = len(list(Path("kept").iterdir()))
+        assert cli(*SCORE, "see.pt", "--keep-features", "kept", *more, steps=0)[0] == 0
+        assert len(list(Path("kept").iterdir())) == count + 2, more
+
+
+@torch.no_grad()
+def test_by_a_clip_the_cmmd_and_the_mean_clip_score_are_told(here, clip, cli):
+    held_out = ["--limit", "10", "--against", "runs/16", "--features", "clip"]
+    status, out, err = cli("--prompts", "runs/16", *held_out, "--npz", "s.npz")
+    assert status == 0, err
+    assert "10 of runs/16, 16 pixels, 16 features of clip" in out
+    found = scores_of(out)
+    real = sample.picture_set("runs/16")
+    features = []
+    for pictures in (np.load("s.npz")["arr_0"].transpose(0, 3, 1, 2), data.collect(real, 0, 10)["picture"]):
+        seen = clip.get_image_features(text_encoder.clip_pixels(torch.from_numpy(pictures), 32))
+        seen = getattr(seen, "pooler_output", seen)
+        features.append((seen / seen.norm(dim=1, keepdim=True)).double())
+    x, y = features
+    similar = [torch.exp(-torch.cdist(a, b).square() / 200) for a, b in ((x, x), (y, y), (x, y))]
+    within = [(one.sum() - 10) / 90 for one in similar[:2]]
+    assert found["cmmd"] == pytest.approx(1000 * (sum(within) - 2 * similar[2].mean()).item(), rel=1e-3)
+
+    words = text_encoder.load_text_encoder(text_encoder.TextConfig(["clip"], text_dtype="fp32"))
+    captions = np.load("s.npz")["captions"].tolist()
+    pooled = torch.nn.functional.normalize(words.encode(captions, torch.device("cpu"))["pooled"])
+    expected = 2.5 * (x * pooled).sum(1).clamp(min=0).mean()
+    assert found["clip_score"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+# ------------------------------------------------------------------ trajectories, bits, comparison, processes
+
+
+def test_a_trajectory_shows_what_the_network_said_and_ends_in_the_picture(stage):
+    alone = draw(stage, ["a star", "a car"], steps=5, sampler="ddim")
+    rows = draw(stage, ["a star", "a car"], steps=5, sampler="ddim", trajectory=2)
+    assert rows.shape == (2, 3, 16, 4 * 16)                                   # calls 0, 2, 4 and the picture
+    assert torch.equal(rows[..., 48:], alone)
+    assert torch.equal(rows[..., 32:48], alone)                               # the last step leaves no noise
+    assert not torch.equal(rows[..., :16], rows[..., 16:32])
+
+
+def test_bits_per_dimension_of_held_out_pictures_are_those_of_diffusion(here, cli):
+    status, out, err = cli("--nll", "6", "--batch-size", "4", "--ckpt", "runs/16", "--sample-steps", "9")
+    assert status == 0, err
+    told = re.fullmatch(r"([\d.]+) \+- ([\d.]+) bits per dimension at most, of 6 .* in 9 steps\n", out)
+    stage = sample.load_stage(here / "runs/16", torch.device("cpu"))
+    real = sample.picture_set("runs/16")
+    bits = []
+    for position in range(6):                                                 # one by one
+        batch = data.collect(real, position, position + 1)
+        keys = torch.tensor([sample.noise_key(position)])
+        noise = diffusion.noise_source(keys, (3, 16, 16))
+        x0 = torch.from_numpy(batch["picture"]) / 127.5 - 1
+        said = said_by(stage, batch["captions"])
+        denoise = diffusion.threshold(diffusion.denoiser(stage.unet, stage.schedule, stage.config, said))
+        times = diffusion.sampling_times(stage.schedule, 9)
+        with torch.no_grad():
+            bits.append(diffusion.nll(denoise, x0, times, noise, stage.schedule).item())
+    assert float(told[1]) == pytest.approx(np.mean(bits), abs=1e-3)
+    assert float(told[2]) == pytest.approx(np.std(bits, ddof=1) / 6**0.5, abs=1e-3)
+
+
+def test_runs_are_compared_on_one_page_that_needs_nothing_beside_it(here, cli, capsys):
+    shutil.copytree("runs/16", "runs/other <b>")
+    shutil.rmtree(model.checkpoint_folders(Path("runs/other <b>"))[-1])       # step 1 is left
+    Path("two.txt").write_text("a house\na <red> car & more\n")
+    both = ["--compare", "runs/16", "runs/other <b>"]
+    status, out, err = cli("--prompts", "two.txt", *both, "--out", "page")
+    assert (status, out) == (0, "page/compare.png\npage/compare.html\n"), err
+    assert len(notes_of(Path("page/compare.png"))["runs"]) == 2
+    page = Path("page/compare.html").read_text()
+    assert "<b>" not in page
+    assert "src=\"http" not in page
+    rows = page.split("<tr>")[1:]
+    assert [re.findall(r"<td>([^<]*)</td>", row) for row in rows] == [
+        ["", "runs/16", "runs/other &lt;b&gt;"], ["a house"], ["a &lt;red&gt; car &amp; more"],
+        ["step", "2", "1"]]
+    for row, prompt in zip(rows[1:3], ("a house", "a <red> car & more")):
+        for code, run in zip(re.findall(r'base64,([^"]*)', row), both[1:], strict=True):
+            drawn = Image.open(io.BytesIO(base64.b64decode(code)))
+            assert cli(prompt, "--ckpt", run, "--out", "one.png")[0] == 0
+            assert np.array_equal(drawn, np.asarray(Image.open("one.png")))
+
+
+def test_prompts_are_asked_for(here, cli, monkeypatch):
+    loaded = []
+    real = model.read
+    monkeypatch.setattr(model, "read", lambda *rest: loaded.append(rest) or real(*rest))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a house\na car\n"))
+    status, out, err = cli("-i", "--n", "2")
+    names = out.replace("prompt: ", "").splitlines()
+    assert (status, names) == (0, ["a-house.png", "a-house-2.png", "a-car.png", "a-car-2.png"]), err
+    assert len(loaded) == 1
+    assert cli("a house", "--out", "alone")[0] == 0
+    assert Path("alone/a-house.png").read_bytes() == Path("a-house.png").read_bytes()
+
+
+def test_several_processes_draw_a_share_each_and_give_the_same_file(here, cli):
+    """Three pictures by two processes: one is drawn twice, and left out."""
+    Path("three.txt").write_text("a house\na car\na star\n")
+    assert cli("--prompts", "three.txt", "--npz", "one.npz")[0] == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
+    done = subprocess.run(
+        [*torchrun, "--prompts", "three.txt", "--npz", "two.npz", "--sample-steps", "2", "--device", "cpu"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "two.npz\n"), done.stderr
+    assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()

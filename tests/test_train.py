@@ -1162,8 +1162,9 @@ def test_a_run_leaves_what_the_design_promises(tmp_path, capsys):
     assert (meta["step"], meta["images"]) == ("4", "32")
     logs, validations = metrics(out)[::2], metrics(out)[1::2]
     assert [line["step"] for line in metrics(out)] == [2, 2, 4, 4]
-    assert set(logs[0]) == {"step", "images", "loss", "raw_loss", "grad_norm", "clipped", "pictures/s", "lr",
-                            "skipped", "replaced", "uncaptioned", "recoded", "buckets", "share_of_peak"}
+    named = {name for name in logs[0] if not name.startswith(("weights/", "gradients/"))}
+    assert named == {"step", "images", "loss", "raw_loss", "grad_norm", "clipped", "pictures/s", "lr",
+                     "skipped", "replaced", "uncaptioned", "recoded", "buckets", "share_of_peak"}
     assert set(validations[0]) == {"step", "val_loss", "val_gap", "val_buckets"}
     assert all(len(line["buckets"]) == 8 and all(map(math.isfinite, line["buckets"])) for line in logs)
     assert logs[0]["images"] == 16
@@ -2658,3 +2659,197 @@ def test_only_published_unets_are_exported(tmp_path):
     run(tmp_path / "run", "--steps 1")
     with pytest.raises(ValueError, match="--export is for published U-Nets"):
         sample.main(["--export", str(tmp_path), "--ckpt", str(tmp_path / "run"), "--device", "cpu"])
+
+
+# ----------------------------------------------------------------------------------------- logs and curves
+
+
+@pytest.fixture
+def boards(monkeypatch):
+    """What is logged, by stand-ins for both packages: {"tensorboard", "wandb"}: (name, value, step), ..."""
+    logged = {"tensorboard": [], "wandb": []}
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            logged["folder"] = folder
+
+        def add_text(self, name, text):
+            logged["config"] = json.loads(text)
+
+        def add_scalar(self, name, value, step):
+            logged["tensorboard"].append((name, value, step))
+
+        def add_image(self, name, picture, step, dataformats):
+            assert (picture.dtype, picture.shape[2], dataformats) == (np.uint8, 3, "HWC")
+            logged["tensorboard"].append((name, picture.shape, step))
+
+        def close(self):
+            logged["closed"] = logged.get("closed", 0) + 1
+
+    class Board:
+        def log(self, values, step):
+            logged["wandb"] += [(name, value, step) for name, value in values.items()]
+
+        def finish(self):
+            logged["finished"] = True
+
+    def init(**options):
+        logged["options"] = options
+        return Board()
+
+    wandb = types.SimpleNamespace(init=init, Image=lambda picture: np.asarray(picture).shape)
+    tensorboard = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return logged
+
+
+def test_every_number_and_grid_goes_to_the_boards_under_plain_names(tmp_path, boards):
+    out = run(tmp_path / "run", "--steps 4", "--log-every 2", "--val-every 4", "--val-images 4",
+              "--sample-every 4", "--log-to tensorboard wandb")
+    lines = metrics(out)
+    expected = [(name, value, line["step"]) for line in lines for name, value in train.flat(line).items()]
+    names = {name for name, *_ in expected}
+    assert {"val_buckets/7", "val_gap", "pictures/s", "weights/unet.down", "lr"} <= names
+    for name in ("tensorboard", "wandb"):
+        numbers = [one for one in boards[name] if not isinstance(one[1], tuple)]
+        assert numbers == expected
+        pictures = [(name, step) for name, shape, step in boards[name] if isinstance(shape, tuple)]
+        assert pictures == [("first_batch.png", 0), ("samples", 4)]
+    assert boards["folder"] == str(out / "tensorboard")
+    assert boards["config"]["TrainConfig"]["steps"] == 4
+    assert boards["options"]["config"] == boards["config"]
+    assert (boards["closed"], boards["finished"]) == (1, True)
+
+
+def test_a_board_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    out = run(tmp_path / "run", "--steps 1", "--log-to wandb")
+    said = [line for line in capsys.readouterr().out.splitlines() if "--log-to" in line]
+    assert len(said) == 1
+    assert said[0].startswith("note: --log-to wandb is not installed (")
+    assert metrics(out)
+
+
+def test_norms_of_weights_and_gradients_are_told_by_parts(tmp_path, monkeypatch):
+    """The weights' are those of the step before; all parts together have the norm of the whole gradient."""
+    weights = {}
+
+    def note(state):
+        weights["up"] = train.nn.utils.get_total_norm(list(state.net.unet.up.parameters())).item()
+    during(monkeypatch, note, at=2)
+    out = run(tmp_path / "run", "--steps 3", "--log-every 2", "--clip 0")
+    first, last = (line for line in metrics(out) if "loss" in line)
+    parts = {name: value for name, value in first.items() if name.startswith("gradients/")}
+    assert {name.replace("gradients", "weights") for name in parts} <= set(first)
+    assert first["weights/unet.up"] == pytest.approx(weights["up"], rel=1e-4)
+    assert not any("/unet" in name for name in last)                          # of a step that nobody watched
+    whole = math.hypot(*parts.values())
+    assert whole > 0
+    assert {"gradients/unet.down", "gradients/text_encoder.tower"} <= set(parts)
+
+
+def test_parts_have_the_gradient_norm_of_the_whole(tmp_path):
+    out = run(tmp_path / "run", "--steps 1", "--log-every 1")
+    line = next(line for line in metrics(out) if "loss" in line)
+    parts = [value for name, value in line.items() if name.startswith("gradients/")]
+    assert math.hypot(*parts) == pytest.approx(line["grad_norm"], rel=1e-4)
+
+
+def test_curves_of_runs_are_drawn_into_the_first(tmp_path, capsys, monkeypatch):
+    for name, factor in (("a", 1), ("b", 3)):
+        (tmp_path / name).mkdir()
+        lines = [{"step": step, "raw_loss": factor / step, "buckets": [0.1 / step, 1.0], "pictures/s": 9.0,
+                  "lr": 0.0} for step in range(1, 50)]
+        lines += [{"step": 50, "val_loss": 0.1, "val_gap": -factor}, {"step": 49, "raw_loss": factor}]
+        text = "\n".join(map(json.dumps, lines))
+        (tmp_path / name / "metrics.jsonl").write_text(text + '\n{"step": 9')
+    assert train.curves_of(tmp_path / "a")["raw_loss"][49] == 1               # what was said last counts
+    train.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "a" / "curves.png")
+    sheet = np.asarray(Image.open(tmp_path / "a" / "curves.png"))
+    for ink in ((65, 105, 225), (220, 20, 60)):
+        assert (sheet == ink).all(2).sum() > 500
+    assert not (tmp_path / "b" / "curves.png").exists()
+
+
+def test_a_curve_falls_where_its_values_do():
+    pen = types.SimpleNamespace(rectangle=lambda *a, **k: None, text=lambda *a: None, line=None)
+    lines = []
+    pen.line = lambda points, *_: lines.append(points)
+    train.draw_panel(pen, 0, 0, "raw_loss", [{"raw_loss": {1: 1.0, 2: 0.1, 4: 0.01}, "raw_loss/s": {1: 1}}])
+    (x, y), = ([*zip(*points)] for points in lines)
+    assert x[:3] == (120, 240, 480)
+    assert y[1] - y[0] == pytest.approx(y[2] - y[1])                          # by its logarithm
+    assert y[1] > y[0]
+
+
+@pytest.mark.parametrize(("command", "words"), [
+    (["--plot", "nowhere"], "--plot nowhere: nowhere/metrics.jsonl is not there"),
+    (["--log-to", "paper"], "--log-to: invalid choice: 'paper'"),
+])
+def test_a_log_that_cannot_be_is_one_line(command, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((SystemExit, ValueError)) as e:
+        train.main([*command, "--device", "cpu"])
+    assert words in f"{e.value} {capsys.readouterr().err}"
+
+
+def test_grids_are_drawn_of_a_file_of_prompts_at_step_0_too(tmp_path, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("a red house\n\n  a  blue car \na cat\n")
+    seen = []
+    real = train.sample_grid
+
+    def noted(net, shown, *rest):
+        seen.append(shown)
+        return real(net, shown, *rest)
+    monkeypatch.setattr(train, "sample_grid", noted)
+    out = run(tmp_path / "run", "--steps 2", "--sample-every 2", f"--prompts {tmp_path / 'prompts.txt'}")
+    assert sorted(path.name for path in out.glob("samples/*")) == ["000000.png", "000002.png"]
+    for shown in seen:
+        assert shown["captions"] == ["a red house", "a blue car", "a cat"]
+        assert shown["picture"].shape[0] == 3
+    reader = text_encoder.load_text_encoder(train.parse(flags(out))[4]).reader
+    assert np.array_equal(shown["ids"][0][:5], reader.read("a red house", b"")["ids"][:5])
+    _, meta = model.load_tensors(out / "checkpoints/000002/ema.safetensors")
+    assert "prompts.txt" not in meta["config"]
+
+
+def test_a_file_named_save_and_minutes_save_now(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    during(monkeypatch, lambda state: (out / "save").touch(), at=2)
+    run(out, "--steps 4", "--save-every 0", "--keep 9", "--save-minutes 1000")
+    assert [path.name for path in model.checkpoint_folders(out)] == ["000002", "000004"]
+    assert not (out / "save").exists()
+    out = run(tmp_path / "fast", "--steps 2", "--save-every 0", "--save-minutes 1e-9")
+    assert [path.name for path in model.checkpoint_folders(out)] == ["000001", "000002"]
+
+
+def test_pictures_that_show_nothing_are_named():
+    rng = np.random.default_rng(0)
+    plain = [torch.full((3, 16, 16), value, dtype=torch.uint8) for value in (255, 0, 127)]
+    noise = torch.from_numpy(rng.integers(0, 256, (3, 16, 16), np.uint8))
+    picture = torch.arange(0, 256, 16, dtype=torch.uint8).expand(3, 16, 16)
+    assert train.described(torch.stack([*plain, noise, noise, picture])).split(", ")[2:] == [
+        "1 of 6 white", "1 of 6 black", "1 of 6 grey", "2 of 6 noise"]
+    drawn = train.described(torch.stack([torch.from_numpy(data.draw(data.scene(i), 64)) for i in range(32)]))
+    assert re.fullmatch(r"mean \d+\.\d, deviation \d+\.\d", drawn)
+
+
+@pytest.mark.parametrize(("name", "values", "best"), [
+    ("val_loss", [0.5, 0.3, 0.4], 2), ("val_gap", [0.1, 0.2, 0.3], 3)])
+def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values, best):
+    """Through a restart, too."""
+    real, ema = train.validate, {}
+
+    def validate(step, net, *rest):
+        ema[step] = {name: p.clone() for name, p in net.state_dict().items()}
+        return real(step, net, *rest) | {name: values[step - 1]}
+    monkeypatch.setattr(train, "validate", validate)
+    flag = f"--keep-best {name}"
+    for steps in (2, 3):
+        out = run(tmp_path / "run", f"--steps {steps}", "--val-every 1", "--val-images 2", flag)
+    _, tensors, meta = model.read(out / "checkpoints/best")
+    assert meta["step"] == str(best)
+    assert all(torch.equal(p, tensors[name]) for name, p in ema[best].items())
+    assert sample.load_stage(out / "checkpoints/best", torch.device("cpu")).step == best
