@@ -3,7 +3,8 @@
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state:
 position p shows the same picture, crop and caption for any number of ranks and workers, and to
 resume is to start at p. Letters: H W pixels, B pictures in a batch, N pictures in a source.
-Pictures are uint8 (3, H, W), RGB."""
+Pictures are uint8 (3, H, W), RGB. `python data.py --check PATH ...` tells what is wrong with one's own."""
+import argparse
 import atexit
 import glob
 import hashlib
@@ -1879,3 +1880,87 @@ class BuiltIn(Source):
 SOURCES = {
     "built-in": BuiltIn,
 }
+
+
+# ---------------------------------------------------------------------------------------- the check
+def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
+    """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
+    stored, texts, meta = source.sample(row)
+    square = decode(stored, 64, least=least)
+    width, height = Image.open(io.BytesIO(stored)).size
+    found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
+    found["near-black"] = square.mean() < 8
+    found["of one colour"] = np.ptp(square) < 8
+    found["without embeddings"] = not meta.pop("embeddings")
+    found["not UTF-8"] = meta.pop(RECODED, False)
+    for text in texts:
+        found["characters"] = max(len(text), found.get("characters", 0))
+    for name, value in meta.items():
+        found[f"metadata {printable(name)}"] = number_of(value)
+    return found, square, texts
+
+
+def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
+    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread; why
+    some are unreadable; up to 16 squares with captions."""
+    table = {}
+    reasons = []
+    tiles = []
+    seen = set()
+    step = max(1, len(pictures) // most) if most else 1
+    for source, rows in zip(pictures.sources, pictures.rows):
+        source.embedded = True
+        for i in watched(range(0, len(rows), step), source.name):
+            found = {"unreadable": 0}
+            try:
+                more, square, texts = facts(source, int(rows[i]), pictures.config.min_size)
+                found |= more | {"caption of another": not seen.isdisjoint(texts)}
+                seen.update(texts)
+                if len(tiles) < 16:
+                    tiles.append((square, "; ".join(texts)))
+            except Exception as error:              # decoders raise nearly anything on garbage
+                found["unreadable"] = 1
+                reasons.append(f"{source.key(int(rows[i]))}: {one_line(error)}")
+            for name, value in found.items():
+                if value == value:                  # a word is none
+                    count, least, total, largest = table.get(name, (0, value, 0, value))
+                    table[name] = count + 1, min(least, value), total + value, max(largest, value)
+    return table, reasons, tiles
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
+                                     description="What is in pictures: a table, check.json and check.png.")
+    parser.add_argument("--check", nargs="+", required=True, dest="data", help="folders, tars, patterns")
+    parser.add_argument("--filter", nargs="*", help="as of train.py")
+    for name in ("missing", "caption-key", "class-names"):
+        parser.add_argument(f"--{name}", help="as of train.py")
+    parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
+    parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
+    options = vars(parser.parse_args(argv))
+    most = options.pop("sample")
+    pictures = Pictures(DataConfig(**options, held_out=0), 64, 0)
+    if any(source.endless for source in pictures.sources):
+        raise ValueError("--check built-in has no end; give folders, tars, patterns")
+    table, reasons, tiles = survey(pictures, most)
+
+    print(pictures.summary, *pictures.warnings, *reasons[:10], sep="\n")
+    print(f"{'':32}{'pictures':>12}{'least':>12}{'mean':>12}{'largest':>12}")
+    for name, (count, least, total, largest) in table.items():
+        print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
+    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table}
+    report["unreadable"] = reasons
+    Path("check.json").write_text(json.dumps(report, indent=1, default=float))
+    if tiles:
+        squares, texts = zip(*tiles)
+        contact_sheet(np.stack(squares), texts).save("check.png")
+    count, _, bad, _ = table["unreadable"]
+    return int(bad > pictures.config.max_bad * count)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"data.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -2291,3 +2291,50 @@ def test_small_pictures_are_refused_and_counted_never_enlarged(tmp_path):
     assert {line.partition(":")[0] for line in batch["replaced"]} == {"0", "4"}
     assert "20x23 is over 64 megapixels or under 64" in " ".join(batch["replaced"])
     assert not {"0", "4"} & set(batch["keys"])
+
+
+# ---------------------------------------------------------------------------------------------- the check
+
+def run_check(folder, *flags) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, data.__file__, "--check", *map(str, flags)], cwd=folder,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 40, 60, 3), np.uint8)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(encoded(Image.fromarray(noise[i])))
+        (folder / f"{i}.txt").write_text("the same" if i < 3 else f"number {i}")
+        (folder / f"{i}.json").write_text(json.dumps({"aesthetic": i, "license": "cc0"}))
+    (folder / "0.png").write_bytes(b"<html>")
+    (folder / "3.png").write_bytes(encoded(flat((0, 0, 0))))
+    (folder / "4.png").write_bytes(encoded(flat((250, 250, 250))))
+    (folder / "5.txt").write_text("")
+    (folder / "6.txt").write_bytes(b"caf\xe9")
+    done = run_check(tmp_path, folder, tmp_path / "a.zip")
+    assert done.returncode == 2
+    assert done.stderr.startswith("data.py: error: --data ")
+    assert done.stderr.count("\n") == 1
+    done = run_check(tmp_path, folder)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "0: not a whole picture" in done.stdout
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["unreadable"] == ["0: not a whole picture of JPEG PNG WEBP GIF BMP TIFF AVIF"]
+    assert any("1 of 8 pictures looked at have no caption" in line for line in report["warnings"])
+    sums = {name: total for name, (_, _, total, _) in report["table"].items()}
+    assert sums["unreadable"] == 1
+    assert (sums["near-black"], sums["of one colour"]) == (1, 2)
+    assert (sums["without caption"], sums["caption of another"], sums["not UTF-8"]) == (1, 1, 1)
+    assert sums["without embeddings"] == 7
+    assert report["table"]["metadata aesthetic"] == [7, 1, 28, 7]
+    assert report["table"]["width"] == [7, 32, 5 * 60 + 64, 60]
+    assert report["table"]["characters"] == [6, 4, 4 + 8 * 5, 8]
+    assert re.search(r"metadata aesthetic +7 +1 +4 +7\n", done.stdout)
+    assert Image.open(tmp_path / "check.png").width > 200
+    few = run_check(tmp_path, folder, "--filter", "aesthetic>3", "--max-bad", "0.2", "--sample", "2")
+    assert few.returncode == 0
+    assert json.loads((tmp_path / "check.json").read_text())["table"]["unreadable"][0] == 2
+    assert "4 pictures, 4 dropped by aesthetic>3" in few.stdout
+    assert "has no end" in run_check(tmp_path, "built-in").stderr
