@@ -316,7 +316,7 @@ def held_below(share: float) -> int:
 
 class Source:
     """Pictures with captions, by number: a subclass has __len__ and sample, the rest is inherited.
-    A line in SOURCES, at the end of this file, gives it a name for --data; it is called with the
+    A line in SOURCES, below built-in pictures, gives it a name for --data; it is called with the
     side of the pictures that are wanted [pixels], for sources that draw."""
     name = "pictures"           # in messages
     warned = []                 # lines for the user, about all of it
@@ -632,6 +632,7 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
     """Write the file of an index: safetensors, with its mark and notes in the metadata."""
     place, mark = index
     text = json.dumps([mark, notes])
+    place.parent.mkdir(parents=True, exist_ok=True)         # somebody may have emptied the cache folder
     write(place, safetensors.numpy.save(arrays, {"notes": text, "checksum": hash_of(text.encode())}))
 
 

@@ -1238,8 +1238,8 @@ def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig
             raise ValueError("")
     except ValueError as e:
         raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
-                         "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
-                         f"names of their own. {e}".rstrip()) from None
+                         "--text-encoder, no --limit or --filter, and --data of nothing but whole tar shards "
+                         f"with names of their own. {e}".rstrip()) from None
     return shards
 
 
