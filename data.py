@@ -3,7 +3,8 @@
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state:
 position p shows the same picture, crop and caption for any number of ranks and workers, and to
 resume is to start at p. Letters: H W pixels, B pictures in a batch, N pictures in a source.
-Pictures are uint8 (3, H, W), RGB."""
+Pictures are uint8 (3, H, W), RGB. `python data.py --check PATH ...` tells what is wrong with one's own."""
+import argparse
 import atexit
 import glob
 import hashlib
@@ -12,8 +13,11 @@ import json
 import math
 import multiprocessing
 import os
+import posixpath
 import re
+import shutil
 import signal
+import struct
 import sys
 import tarfile
 import tempfile
@@ -21,10 +25,11 @@ import textwrap
 import time
 import warnings
 import zlib
+from bisect import bisect_right
 from collections import Counter, namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
@@ -33,6 +38,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -56,6 +62,7 @@ MAX_PIXELS = 64 * 2**20                   # a larger picture is refused before d
 MAX_TRIES = 20                            # unreadable pictures in a row
 MAX_TEXT = 2**20                          # of a longer text or .json the start is read [bytes]
 MAX_CAPTION = 2**16                       # is cut; more than encoders read, 16 for each token [characters]
+MAX_FIELDS = 256                          # of the metadata of a shard that are indexed
 MAX_FILES = 10**6                         # that a pattern with braces may name
 MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
 RECODED = "not UTF-8"                     # a field of meta: the encoding of its texts was guessed
@@ -64,6 +71,10 @@ RECODED = "not UTF-8"                     # a field of meta: the encoding of its
 @dataclass
 class DataConfig:
     data: list[str] = field(default_factory=list)  # folders, tars, patterns: PATH or PATH:WEIGHT; or built-in
+    caption_key: str = ""  # field of the metadata that holds the captions, "" = the usual ones
+    class_names: str = ""  # file of captions, one a line, for pictures with the number of a class, NAME.cls
+    filter: list[str] = field(default_factory=list)  # filters of the metadata: "aesthetic>5" "license==cc0"
+    missing: Literal["drop", "keep"] = "drop"  # pictures without a field that --filter names
     limit: int = 0  # use only the first so many pictures of each source, 0 = all [images]
     held_out: int = 1024  # kept for validation, at most 1 in 20 of a source, none with --limit [images]
     min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0.01..1]
@@ -74,6 +85,8 @@ class DataConfig:
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
     lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [0..4096 pixels]
     lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
+    flip: float = 0.0  # share of the pictures that is mirrored, left to right, in training [0..1]
+    shuffle_tags: bool = False  # in training, mix what stands between the commas of a caption, not the first
     blur: tuple[float, ...] = (0.0, 0.4, 0.6)  # share of the small pictures that is blurred; sigmas [pixels]
     crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [0..4096 pixels]
 
@@ -259,6 +272,9 @@ def read_text(content: bytes) -> tuple[str, bool]:
 def read_meta(sidecar: bytes) -> dict:
     """The fields of a .json; {} where it is empty or broken, as if it were not there.
     RECODED is one more where its encoding was guessed."""
+    if not sidecar:                                 # the usual case, and an error takes long
+        return {}
+
     text, guessed = read_text(sidecar)
     with suppress(ValueError, RecursionError, TypeError):
         meta = {**json.loads(text)}
@@ -287,13 +303,26 @@ def read_captions(text: str, meta: dict) -> list[str]:
 Sample = namedtuple("Sample", "picture captions meta")
 
 
+def hash_keys(keys: Iterable[str]) -> np.ndarray:
+    """64 bits of each key, by which pictures are held out."""
+    hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return np.frombuffer(b"".join(hashes), "<u8")
+
+
+def held_below(share: float) -> int:
+    """The hash below which pictures are held out, for a share of them: 1 in 20 at most."""
+    return int(min(0.05, share) * 2**64)
+
+
 class Source:
     """Pictures with captions, by number: a subclass has __len__ and sample, the rest is inherited.
-    A line in SOURCES, at the end of this file, gives it a name for --data; it is called with the
+    A line in SOURCES, below built-in pictures, gives it a name for --data; it is called with the
     side of the pictures that are wanted [pixels], for sources that draw."""
     name = "pictures"           # in messages
     warned = []                 # lines for the user, about all of it
     embedded = False            # set from outside: meta["embeddings"] is wanted
+    columns = ()                # fields of the metadata, by which --filter chooses
+    told = ""                   # what it dropped
     endless = False             # there are samples behind the end, too: the held-out ones
 
     def sample(self, i: int) -> Sample:
@@ -317,31 +346,46 @@ class Source:
         """What a picture is known by in a cache."""
         return self.key(i)
 
+    def fields(self) -> str:
+        """The end of a message about a field that is not there."""
+        return f": its metadata has {printable(', '.join(sorted(self.columns)[:40])) or 'nothing'}"
+
+    def held(self, share: float) -> np.ndarray:
+        """The numbers of the pictures that are held out, in order, so that there are about that share."""
+        return np.flatnonzero(hash_keys(self.keys()) < held_below(share))
+
     def fingerprint(self) -> bytes:
         """What tells whether two runs see the same pictures."""
         return "\n".join(self.keys()).encode()
 
 
-# Rows of an index are int64 (N, 3, 5): [file, at, size] by the parts of a sample, file -1 for none.
-PARTS = {**dict.fromkeys(SUFFIXES.split(), 0), "txt": 1, "json": 2, "t5.safetensors": 3, "caption": 4}
-NAME = re.compile(rf"(.*)\.({'|'.join(PARTS)})", re.IGNORECASE | re.DOTALL)     # KEY.PART
+# Parts of a sample, by suffix; of a .jsonl a line.
+PARTS = {**dict.fromkeys(SUFFIXES.split(), 0), "txt": 1, "json": 2, "t5.safetensors": 3, "caption": 4,
+         "cls": 5, "jsonl": 6}
+PACKED = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z", ".parquet"}
 # What systems and programs put beside pictures: hidden files and folders, thumbnails, masks.
 HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
                     re.IGNORECASE)
 Member = namedtuple("Member", "name plain start at size end")   # of a tar: its place [bytes]
+HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")   # of a tar: name, size, checksum, type, prefix
 
 
 def split(name: str, left: Counter) -> tuple | None:
     """Key and part of a file by its name; None for what is no part of a sample, counted by kind."""
-    named = NAME.fullmatch(name)
+    key, _, suffix = name.rpartition(".")
+    if suffix.lower() == "safetensors":
+        key, _, kind = key.rpartition(".")
+        suffix = f"{kind}.{suffix}"
+
+    part = PARTS.get(suffix.lower())
     if HIDDEN.search(name):
         left["hidden, thumbnails or masks"] += 1
-    elif named:
-        key, part = named.groups()
-        return key, PARTS[part.lower()]
+    elif part is not None:
+        return key, part
     else:
         suffix = os.path.splitext(name)[1].lower()
-        left[printable(suffix) or "without suffix"] += 1
+        fix = " (unpack it, or pack it into tar shards)" if suffix in PACKED else ""
+        left[(printable(suffix) or "without suffix") + fix] += 1
     return None
 
 
@@ -358,23 +402,31 @@ def join(name: str, parts: list[tuple]) -> tuple:
         runs[-1][part] = where
         last = key
 
-    rows = []
+    rows = np.zeros((len(runs_of), PARTS["jsonl"] + 1, 3), np.int64)
+    rows[:, :, 0] = -1
     keys = []
     twice = 0
+    alone = 0
     for key, runs in runs_of.items():
-        sample = {}
-        for run in runs:
-            sample |= run
+        sample, *others = runs
+        if others:
+            sample = {part: where for run in runs for part, where in run.items()}
         if len(sample) < sum(map(len, runs)):
             twice += 1
             sample = next((run for run in runs if 0 in run), {})
-        if 0 in sample:
-            places = [sample.get(part, (-1, 0, 0)) for part in range(5)]
-            rows.append(list(zip(*places)))
-            keys.append(printable(key).encode())
+        if 0 not in sample:
+            alone += 1
+            continue
+        for part, where in sample.items():
+            rows[len(keys), part] = where
+        keys.append(printable(key).encode())
 
-    warned = [f"{name}: {twice} duplicate keys; kept the first of each"] if twice else []
-    return np.array(rows, np.int64).reshape(-1, 3, 5), np.array(keys, "S"), warned
+    warned = []
+    if twice:
+        warned.append(f"{name}: {twice} duplicate keys; kept the first of each")
+    if alone:
+        warned.append(f"{name}: {alone} texts without a picture; left out")
+    return rows[:len(keys)], np.array(keys, "S"), warned
 
 
 def pax_fields(records: bytes) -> dict:
@@ -388,6 +440,21 @@ def pax_fields(records: bytes) -> dict:
         fields[name] = value
         at += max(1, length)
     return fields
+
+
+def tar_header(block: bytes) -> tuple[str, bytes, int]:
+    """Name, type and size by a member's header, as tarfile reads it; of a plain file, the usual kind, in a
+    tenth of the time."""
+    name, size, check, kind, prefix = HEADER.unpack(block)
+    with suppress(ValueError):
+        rest = sum(check) - 8 * ord(" ") + int(check.strip(b" \0"), 8)
+        whole = zlib.adler32(block, 0) % 2**16 == rest % 65521         # half of it is the sum of the bytes
+        if whole and kind == b"0" and not prefix.strip(b"\0"):
+            name, _, _ = name.partition(b"\0")
+            return name.decode("utf-8", "surrogateescape"), kind, int(size.strip(b" \0"), 8)
+
+    member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    return member.name, member.type, member.size
 
 
 def members(file: io.RawIOBase) -> Iterator[Member]:
@@ -406,10 +473,9 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
                 raise ValueError("no end mark")
             return
 
-        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        name, kind, size = tar_header(block)
         at += 512
-        kind = member.type
-        size = int(said.get(b"size", member.size))
+        size = int(said.get(b"size", size))
         if kind in b"123456":                       # links, devices and folders have no content
             size = 0
         if size < 0:
@@ -425,7 +491,7 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
             text = file.read(min(size, MAX_TEXT))
             said |= {b"path": text.partition(b"\0")[0]} if kind == b"L" else pax_fields(text)
         elif kind not in b"Kg":
-            name = said.get(b"path", b"").decode("utf-8", "surrogateescape") or member.name
+            name = said.get(b"path", b"").decode("utf-8", "surrogateescape") or name
             sparse = any(field.startswith(b"GNU.sparse") for field in said)
             yield Member(name, kind in b"0\x007" and not sparse, start, at, size, end)
             start = end
@@ -433,15 +499,13 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
         at = end
 
 
-def scan_tar(path: str) -> tuple:
-    """Rows, keys, warnings and a count by kind of what is left out of a shard.
+def scan_tar(path: str, total: int) -> tuple:
+    """Parts of samples in a tar of so many bytes, a count by kind of what is left out, and what is damaged.
     Names are only keys: nothing is extracted, no link is followed."""
-    name = printable(os.path.basename(path))
     parts = []
     left = Counter()
     problem = ""
-    with open(path, "rb", buffering=0) as file:
-        total, _ = state(file.fileno())
+    with open(path, "rb") as file:
         try:
             for member in members(file):
                 named = member.plain and split(member.name, left)
@@ -449,11 +513,7 @@ def scan_tar(path: str) -> tuple:
                     parts.append((*named, 0, member.at, member.size))
         except Exception as error:                  # there is nearly anything in garbage
             problem = one_line(error)
-
-    rows, keys, warned = join(name, parts)
-    if problem:
-        warned.append(f"{name}: damaged after {len(rows)} pictures ({problem}); using those")
-    return rows, keys, warned, left
+    return parts, left, problem
 
 
 def state(file: str | int) -> tuple:
@@ -462,26 +522,258 @@ def state(file: str | int) -> tuple:
     return found.st_size, found.st_mtime_ns
 
 
-def index_tar(path: str) -> tuple:
-    """scan_tar, once: kept in the user's cache folder until path, size or time change."""
-    mark = f"3 {os.path.abspath(path)} {state(path)}"
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    kept = Path(home, "limn", f"{hash_of(os.fsencode(mark))}.index")
+@contextmanager
+def reading(files: list[tuple]) -> Iterator[Callable]:
+    """read((file, start, size), most) -> the first bytes of a part that lies there, b"" for file -1.
+    files: paths and states. ValueError where one is not what it was."""
+    last = None
+    with ExitStack() as stack:
+        def read(place: list[int], most: int = 8 * MAX_PIXELS) -> bytes:
+            nonlocal last, stream
+            file, at, size = place
+            if file < 0:
+                return b""
 
+            if file != last:
+                path, indexed = files[file]
+                stack.close()
+                last = None
+                stream = stack.enter_context(open(path, "rb", buffering=0))
+                if state(stream.fileno()) != indexed:
+                    raise ValueError("changed since it was indexed")
+                last = file
+            stream.seek(at)
+            return stream.read(min(size, most))
+
+        stream = None
+        yield read
+
+
+def fields_of(read: Callable, row: list) -> dict:
+    """The metadata of a sample: its line in a metadata.jsonl, and over that its .json."""
+    return read_meta(read(row[PARTS["jsonl"]], MAX_TEXT)) | read_meta(read(row[PARTS["json"]], MAX_TEXT))
+
+
+# ------------------------------------------------------------------------------------------ indexes
+COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
+           "!=": np.not_equal}
+WORD = 0x7ff9                               # the first 16 bits of a number that stands for a word
+# The pictures of a shard, or the loose ones of a source. `index` is the file of its index, and a mark that
+# tells what it was made of; `parts` are those of loose files, None for a tar.
+Shard = namedtuple("Shard", "name prefix files parts index")
+
+
+def number_of(value: object) -> float:
+    """A field of the metadata as a number. A word that is none is a NaN that bears its checksum and length,
+    and what is empty or nested is a NaN without."""
+    if isinstance(value, bool):
+        value = str(value).lower()
+    try:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
+        if not isinstance(value, str) or not value.strip():
+            return math.nan
+
+    word = value.encode("utf-8", "replace")
+    bits = struct.pack("<IHH", zlib.crc32(word), len(word) % 2**16, WORD)
+    return struct.unpack("<d", bits)[0]
+
+
+def columns_of(rows: np.ndarray, files: list[tuple]) -> dict:
+    """The fields of the metadata of samples by their names, float64 (N,), see number_of."""
+    columns = {}
+    with reading(files) as read:
+        for i, row in enumerate(watched(rows.tolist(), "pictures")):
+            with suppress(OSError, ValueError):     # counted when it is drawn
+                for name, value in fields_of(read, row).items():
+                    if name not in columns and len(columns) < MAX_FIELDS:
+                        columns[name] = np.full(len(rows), np.nan)
+                    if name in columns:
+                        columns[name][i] = number_of(value)
+    return columns
+
+
+def scan(shard: Shard) -> tuple[dict, dict]:
+    """Arrays and notes of an index. Of N samples, "rows" are the places of their parts, int64
+    (N, parts, 3): file, start, size; file -1 for none."""
+    left = Counter()
+    parts = shard.parts
+    problem = ""
+    if parts is None:
+        (path, (total, _)), = shard.files
+        parts, left, problem = scan_tar(path, total)
+    rows, keys, warned = join(shard.name, parts)
+    if problem:
+        warned.append(f"{shard.name}: damaged after {len(rows)} pictures ({problem}); using those")
+
+    keys = np.char.add(shard.prefix.encode(), keys) if len(keys) else keys
+    hashes = hash_keys(map(bytes.decode, keys.tolist()))
+    held = np.flatnonzero(hashes < held_below(1))
+    columns = columns_of(rows, shard.files)
+    sizes = rows[:, :3, 2].copy()
+    sizes[:, 1] += rows[:, PARTS["caption"], 2]     # .caption beside .txt
+    letters = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
+    arrays = {"rows": rows, "checks": check(rows), "keys": letters}
+    if columns:
+        arrays["columns"] = np.stack([*columns.values()])
+    notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
+    notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
+    notes["held"] = list(zip(held.tolist(), hashes[held].tolist()))
+    return arrays, notes
+
+
+def check(rows: np.ndarray) -> np.ndarray:
+    """Checksums of the rows of an index: one flipped bit changes them."""
+    powers = 3 ** np.arange(3 * rows.shape[-2]).reshape(-1, 3)
+    return (rows * powers).sum((-2, -1))
+
+
+def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
+    """Write the file of an index: safetensors, with its mark and notes in the metadata."""
+    place, mark = index
+    text = json.dumps([mark, notes])
+    place.parent.mkdir(parents=True, exist_ok=True)         # somebody may have emptied the cache folder
+    write(place, safetensors.numpy.save(arrays, {"notes": text, "checksum": hash_of(text.encode())}))
+
+
+@lru_cache(256)
+def open_index(index: tuple[Path, str]) -> tuple[dict, dict]:
+    """Arrays, mapped, to be read by slices, and notes of an index; an error for one of another mark."""
+    place, mark = index
+    file = safetensors.safe_open(place, "np")
+    meta = file.metadata()
+    made_of, notes = json.loads(meta["notes"])
+    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
+        raise ValueError("changed since it was indexed")
+    return {name: file.get_slice(name) for name in file.keys()}, notes      # noqa: SIM118
+
+
+def indexed(shard: Shard) -> bool:
     with suppress(Exception):                       # not there, or torn
-        check, content = kept.read_bytes().split(b"\n", 1)
-        if check.decode() == hash_of(content):
-            stored = np.load(io.BytesIO(content), allow_pickle=False)
-            return stored["rows"], stored["keys"], *json.loads(stored["notes"].item())
+        open_index(shard.index)
+        return True
+    return False
 
-    rows, keys, *notes = scan_tar(path)
-    buffer = io.BytesIO()
-    np.savez(buffer, rows=rows, keys=keys, notes=np.array(json.dumps(notes)))
-    content = buffer.getvalue()
-    with suppress(OSError):                         # no room for it: scanned again next time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write(kept, hash_of(content).encode() + b"\n" + content)
-    return rows, keys, *notes
+
+def index(shard: Shard) -> None:
+    """Keep what a scan gives, unless another process has by now."""
+    if not indexed(shard):
+        save_index(shard.index, *scan(shard))
+
+
+def fold(name: str) -> str:
+    """A field's name by letters and numbers, without what programs add: AESTHETIC_SCORE is aesthetic,
+    pwatermark is watermark."""
+    return re.sub(r"[\W_]|s?_?score$|^p(?=watermark|unsafe)|^clip_?(?=simil)", "", name.lower())
+
+
+def parse_filter(text: str) -> tuple[str, Callable, float]:
+    """Name, comparison and value of "aesthetic>5" or "license==cc0"; ValueError for what is no filter."""
+    found = re.fullmatch(r"\s*([^<>=!]+?)\s*(<=|>=|==|!=|<|>)\s*([^<>=!]+?)\s*", text)
+    value = number_of(found[3]) if found else math.nan
+    if not found or (math.isnan(value) and found[2] not in ("==", "!=")):
+        raise ValueError(f'--filter {printable(text)!r} is no filter such as "aesthetic>5" or "license==cc0"')
+    return fold(found[1]), COMPARE[found[2]], value
+
+
+def narrow(shard: Shard, config: DataConfig) -> Shard:
+    """The shard with only the pictures that pass each --filter: an index of its own, kept as well."""
+    place, mark = shard.index
+    rule = f"{config.filter} {config.missing}"
+    place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
+    narrowed = shard._replace(index=(place, f"{mark} {rule}"))
+    if indexed(narrowed):
+        return narrowed
+
+    arrays, notes = open_index(shard.index)
+    columns = {fold(name): number for number, name in enumerate(notes["columns"])}
+    kept = np.ones(notes["count"], bool)
+    dropped = {}
+    for text in config.filter:
+        name, compare, value = parse_filter(text)
+        column = np.full(len(kept), np.nan)
+        if name in columns:
+            column = arrays["columns"][columns[name]]
+        bits = column.view(np.uint64)
+        missing = np.isnan(column) & (bits >> 48 != WORD)
+        if math.isnan(value):                       # a word
+            passes = compare(bits, np.float64(value).view(np.uint64))
+        else:
+            passes = compare(column, value)
+        passes = np.where(missing, config.missing == "keep", passes)
+        dropped[text] = int((kept & ~passes).sum())
+        kept &= passes
+
+    numbers = np.cumsum(kept) - 1
+    notes = notes | {"count": int(kept.sum()), "dropped": dropped}
+    notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
+    notes["held"] = [(int(numbers[row]), known) for row, known in notes["held"] if kept[row]]
+    rest = {name: arrays[name][:][kept] for name in ("rows", "checks", "keys")}
+    save_index(narrowed.index, rest, notes)
+    return narrowed
+
+
+def index_all(shards: list[Shard]) -> None:
+    """Index what is not yet, by the processes of all ranks of a machine: each looks for what is left, in an
+    order of its own."""
+    rank = os.environ.get("RANK", "0")
+    missing = [shard for shard in shards if not indexed(shard)]
+    missing.sort(key=lambda shard: hash_of(f"{rank} {shard.index}".encode()))
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    helpers = min(cores, len(missing) // 4)
+    if helpers < 2:
+        for shard in watched(missing, "shards"):
+            index(shard)
+        return
+
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with context.Pool(helpers, ignore_signals) as pool:
+        for _ in watched(pool.imap_unordered(index, missing), "shards", len(missing)):
+            pass
+
+
+def ignore_signals() -> None:
+    """In a process whose end is its parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def watched(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """The items, with a bar on a terminal of the first rank where they take longer than a second."""
+    first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+    seen = first and sys.stderr and sys.stderr.isatty()
+    return tqdm(items, what, total, delay=1, disable=not seen)
+
+
+@cache
+def index_folder(home: str) -> Path:
+    """Where indexes are kept: in the user's cache folder or, if it cannot be written, in one of this run."""
+    folder = Path(home, "limn")
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+
+    folder = Path(tempfile.mkdtemp(prefix="limn-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def lines_of(path: str, folder: str, number: int, left: Counter) -> list[tuple]:
+    """The lines of a .jsonl (metadata.jsonl of Hugging Face's imagefolder), each a part of the sample whose
+    picture its "file_name" names, in that folder; without one it is counted."""
+    parts = []
+    at = 0
+    with open(path, "rb") as file:
+        for line in file:
+            name = read_meta(line).get("file_name")
+            if isinstance(name, str):
+                key, _, _ = posixpath.normpath(posixpath.join(folder, name)).rpartition(".")
+                parts.append((key, PARTS["jsonl"], number, at, len(line)))
+            elif line.strip():
+                left["lines of a .jsonl without a file_name"] += 1
+            at += len(line)
+    return parts
 
 
 def expand(pattern: str) -> list[str]:
@@ -514,64 +806,97 @@ def expand(pattern: str) -> list[str]:
 class Files(Source):
     """Loose pictures with captions beside them, and tar shards, read by offset: a --data entry."""
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, config: DataConfig | None = None):
+        self.config = config or DataConfig()
         self.name = printable(pattern)
         self.warned = []
-        self.files = []                                     # path, state
+        self.classes = []
+        if self.config.class_names:
+            text, _ = read_text(Path(self.config.class_names).read_bytes())
+            self.classes = text.splitlines()
+
         left = Counter()                                    # by kind, what is no part of a sample
-        rows = []
-        keys = []
+        count = 0
+        files = []                                          # path, state
         loose = []
-        seen = os.environ.get("RANK", "0") == "0" and sys.stderr and sys.stderr.isatty()
-        for path, name in tqdm(self.walk(pattern, left), "files", delay=1, disable=not seen):
-            number = len(self.files)
-            self.files.append((path, state(path)))
+        shards = []
+        for path, name in watched(self.walk(pattern, left), "files"):
+            count += 1
+            file = (path, state(path))
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
-                shard_rows, shard_keys, warned, more = index_tar(path)
-                shard_rows[:, 0] += np.where(shard_rows[:, 0] < 0, 0, number)
-                rows.append(shard_rows)
-                keys.append(np.char.add(printable(name[:-4]).encode() + b"/", shard_keys))
-                self.warned += warned
-                left.update(more)
+                shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
                 continue
 
-            named = split(name, left)
-            if named:
-                loose.append((*named, number, 0, os.path.getsize(path)))
+            key, part = split(name, left) or ("", None)
+            if part == PARTS["jsonl"]:
+                loose += lines_of(path, posixpath.dirname(key), len(files), left)
+            elif part is not None:
+                loose.append((key, part, len(files), 0, file[1][0]))
+            if part is not None:
+                files.append(file)
 
-        loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
-        loose_rows, loose_keys, warned = join(self.name, loose)
-        self.rows = np.concatenate([*rows, loose_rows])
-        self.names = np.concatenate([*keys, loose_keys])
-        self.warned += warned
+        if loose:
+            loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
+            shards.append(self.shard(self.name, pattern, files, parts=loose))
+        index_all(shards)
 
+        self.parts = [shard._replace(parts=None) for shard in shards]
+        dropped = self.gather(left)
         if left:
-            kinds = [f"{count} {kind}" for kind, count in left.most_common(12)]
+            kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
             self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
-        if not len(self.rows):
+        if not len(self) and not dropped:
             reason = " ".join(self.warned[:1])
             raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
-                             f"found {len(self.files)} files {reason}".rstrip())
+                             f"found {count} files {reason}".rstrip())
+        wanted = self.config.caption_key
+        if wanted and wanted not in self.columns:
+            raise ValueError(f"--caption-key {wanted} is no field of {self.name}{self.fields()}")
         self.look()
 
+    def gather(self, left: Counter) -> Counter:
+        """Filter the pictures, and take from the heads of their indexes what concerns all of them."""
+        self.starts = [0]
+        self.digests = []
+        self.columns = set()
+        dropped = Counter()
+        if self.config.filter:
+            self.parts = [narrow(shard, self.config) for shard in self.parts]
+        for shard in self.parts:
+            _, notes = open_index(shard.index)
+            self.columns |= set(notes["columns"])
+            self.starts.append(self.starts[-1] + notes["count"])
+            self.digests.append(notes["digest"])
+            self.warned += notes["warned"]
+            left.update(notes["left"])
+            dropped.update(notes["dropped"])
+        self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
+        return dropped
+
+    def shard(self, name: str, path: str, files: list[tuple], inside: str = "", parts=None) -> Shard:
+        """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
+        prefix = printable(inside[:-4]) + "/" if inside else ""
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        place = f"4 {prefix} {os.path.abspath(path)}".encode("utf-8", "surrogateescape")
+        mark = hash_of(repr(files).encode("utf-8", "surrogateescape"))
+        file = index_folder(home) / f"{hash_of(place)}.index"
+        return Shard(name, prefix, files, parts, (file, mark))
+
     def look(self) -> None:
-        """Warn of captions that are missing in up to 256 of the pictures, and name the fields there.
+        """Warn of captions that are missing in up to 256 of the pictures.
         What these captions say is kept for the fingerprint."""
         looked = range(0, len(self), len(self) // 256 + 1)
         self.looked = []
-        fields = set()
         empty = 0
         for i in looked:
-            with suppress(Exception):               # replaced and counted when it is drawn
-                found, meta = self.texts(i)
+            files, row, _ = self.row(i)
+            with suppress(Exception), reading(files) as read:   # replaced and counted when it is drawn
+                found, meta = self.texts(read, row)
                 self.looked += found
-                if not found:
-                    empty += 1
-                    fields |= set(meta)
+                empty += not found
         if empty:
-            names = printable(", ".join(sorted(fields)[:12])) or "nothing"
-            self.warned.append(f"{self.name}: {empty} of {len(looked)} pictures looked at have no caption; "
-                               f"their .json has {names}")
+            self.warned.append(f"{self.name}: {empty} of {len(looked)} pictures looked at have no caption"
+                               f"{self.fields()}; see --caption-key and --class-names")
 
     def walk(self, pattern: str, left: Counter) -> Iterator[tuple]:
         """All files and their names below a folder, in order; links to folders are not followed."""
@@ -600,65 +925,82 @@ class Files(Source):
                         yield path, (inside + name).removeprefix("./")
 
     def __len__(self):
-        return len(self.rows)
+        return self.starts[-1]
 
-    def part(self, i: int, part: int, most: int = 8 * MAX_PIXELS) -> bytes:
-        """The first bytes of a part of a sample (see PARTS); empty when it has none."""
-        file, at, size = self.rows[i, :, part].tolist()
-        if file < 0:
-            return b""
+    def row(self, i: int) -> tuple:
+        """The files, the places of the parts, and the key of a sample."""
+        number = bisect_right(self.starts, i) - 1
+        shard = self.parts[number]
+        arrays, _ = open_index(shard.index)
+        row = i - self.starts[number]
+        places = arrays["rows"][row]
+        if check(places) != arrays["checks"][row]:
+            raise ValueError(f"{shard.index[0]} is damaged; delete it")
+        key = arrays["keys"][row].tobytes().rstrip(b"\0")
+        return shard.files, places.tolist(), key.decode()
 
-        path, indexed = self.files[file]
-        with open(path, "rb", buffering=0) as stream:
-            if state(stream.fileno()) != indexed:
-                raise ValueError("changed since it was indexed")
-            stream.seek(at)
-            return stream.read(min(size, most))
-
-    def texts(self, i: int) -> tuple:
-        """Captions and .json of a sample."""
-        content = self.part(i, 1, MAX_TEXT) or self.part(i, 4, MAX_TEXT)
+    def texts(self, read: Callable, row: list) -> tuple:
+        """Captions and metadata of a sample."""
+        content = read(row[PARTS["txt"]], MAX_TEXT) or read(row[PARTS["caption"]], MAX_TEXT)
         text, guessed = read_text(content)
-        meta = read_meta(self.part(i, 2, MAX_TEXT))
+        meta = fields_of(read, row)
         if guessed:
             meta[RECODED] = True
-        return read_captions(text, meta), meta
+
+        wanted = self.config.caption_key
+        found = words(meta.get(wanted)) if wanted else read_captions(text, meta)
+        label = read(row[PARTS["cls"]], 20)
+        if label:
+            meta["cls"] = int(label)
+            if self.classes and not found:
+                if not 0 <= meta["cls"] < len(self.classes):
+                    known = len(self.classes)
+                    raise ValueError(f"class {meta['cls']} is none of the {known} of --class-names")
+                found = words(self.classes[meta["cls"]])
+        return found, meta
 
     def sample(self, i):
-        picture = self.part(i, 0)
-        texts, meta = self.texts(i)
-        if self.embedded:
-            meta["embeddings"] = self.part(i, 3)
+        files, row, _ = self.row(i)
+        with reading(files) as read:
+            picture = read(row[0])
+            texts, meta = self.texts(read, row)
+            if self.embedded:
+                meta["embeddings"] = read(row[PARTS["t5.safetensors"]])
         return Sample(picture, texts, meta)
 
     def captions(self, i):
-        return self.texts(i)[0]
+        files, row, _ = self.row(i)
+        with reading(files) as read:
+            return self.texts(read, row)[0]
 
     def key(self, i):
-        return self.names[i].decode()
+        return self.row(i)[2]
 
     def mark(self, i):
-        file, _, size = self.rows[i, 0, :3]
-        if size < 0:                                        # a file of its own
-            size, _ = self.files[file][1]
-        return f"{os.path.basename(self.name)} {self.key(i)}, {size} bytes"
+        files, ((file, _, size), *_), key = self.row(i)
+        return f"{os.path.basename(self.name)} {key}, {size} bytes"
+
+    def held(self, share):
+        rows = []
+        for start, shard in zip(self.starts, self.parts):
+            _, notes = open_index(shard.index)
+            rows += [start + row for row, known in notes["held"] if known < held_below(share)]
+        return np.array(rows, np.int64)
 
     def fingerprint(self):
-        sizes = self.rows[:, 2, :3].copy()
-        sizes[:, 1] += self.rows[:, 2, 4]                   # .caption beside .txt
-        return self.names.tobytes() + sizes.tobytes() + repr(self.looked).encode()
+        return repr((self.digests, self.looked)).encode()
 
     def shards(self) -> list[str]:
         """The files that pictures lie in."""
-        return [self.files[file][0] for file in np.unique(self.rows[:, 0, 0])]
+        return [shard.files[0][0] for shard in self.parts]
 
 
-def copy_shard(path: str, target: str, beside: Callable) -> None:
+def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | None = None) -> None:
     """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors.
     Its content, for what it had, is what `beside` makes of the captions: list of str -> bytes. The
     other members stay as they are; `target` appears whole or not at all."""
-    source = Files(path)
-    numbers = {at: i for i, at in enumerate(source.rows[:, 1, 0].tolist())}
+    source = Files(path, config)
+    numbers = {source.row(i)[1][0][1]: i for i in range(len(source))}
     unfinished = f"{target}.part"
 
     with open(path, "rb", buffering=0) as old, open(unfinished, "wb") as new:
@@ -828,6 +1170,22 @@ def parse_source(entry: str) -> tuple:
     return path, Fraction(weight)
 
 
+class Rest(Sequence):
+    """The numbers below `count`, in order, but for those that are held out."""
+
+    def __init__(self, count: int, held: np.ndarray):
+        self.count = count - len(held)
+        self.gaps = held - np.arange(len(held))             # how many numbers stay before each
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.count:
+            raise IndexError(i)
+        return i + int(np.searchsorted(self.gaps, i, "right"))
+
+
 class Pictures:
     """The endless stream: position 0, 1, 2, ... -> a picture, its crop and its caption, by keys.
     Every pass over a source shows each of its pictures once, in an order keyed by (seed, source,
@@ -860,12 +1218,15 @@ class Pictures:
         if len(blur) != 3 or not 0 <= blur[0] <= 1 or not 0 <= blur[1] <= blur[2]:
             raise ValueError(f"--blur {blur} is not a share from 0 to 1 and two rising sigmas")
 
+        for text in config.filter:                          # before anything is indexed
+            parse_filter(text)
         self.sources = []
         self.warnings = []
         for name, _ in entries:
-            source = SOURCES[name](size) if name in SOURCES else Files(name)
+            source = SOURCES[name](size) if name in SOURCES else Files(name, config)
             self.sources.append(source)
             self.warnings += source.warned
+        self.check_filters()
         self.rows = [self.choose(source) for source in self.sources]
 
         if None in weights:
@@ -874,10 +1235,21 @@ class Pictures:
         self.weights = [int(weight * scale) for weight in weights]
 
         self.fingerprint = hash_of(b"".join(source.fingerprint() for source in self.sources))
-        counts = [f"{s.name}: {len(rows):,} pictures" for s, rows in zip(self.sources, self.rows)]
+        counts = [f"{s.name}: {len(rows):,} pictures{s.told}" for s, rows in zip(self.sources, self.rows)]
         self.summary = "; ".join(counts)
 
-    def choose(self, source: Source) -> range | np.ndarray:
+    def check_filters(self) -> None:
+        """ValueError for a filter of a field that is not there, and for those that leave nothing."""
+        for text in self.config.filter:
+            name, *_ = parse_filter(text)
+            lacking = [source for source in self.sources if name not in map(fold, source.columns)]
+            if lacking and (self.config.missing == "drop" or len(lacking) == len(self.sources)):
+                raise ValueError(f"--filter {text} names no field of {lacking[0].name}{lacking[0].fields()}")
+        for source in self.sources:
+            if not len(source):
+                raise ValueError(f"--filter leaves no pictures in {source.name}{source.told}")
+
+    def choose(self, source: Source) -> Sequence:
         """The numbers of the pictures of a source that belong to this split."""
         limit = self.config.limit
         held_out = self.config.held_out
@@ -889,15 +1261,12 @@ class Pictures:
         if source.endless or not held_out:
             return range(count)
 
-        keys = source.keys()
-        hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
-        threshold = int(min(0.05, held_out / count) * 2**64)
-        held = np.frombuffer(b"".join(hashes), "<u8") < threshold
-        if not 0 < held.sum() < count:              # neither split is empty
+        held = source.held(held_out / count)
+        if not 0 < len(held) < count:               # neither split is empty
             self.warnings.append(f"{source.name}: {count} pictures, none to hold out; "
                                  "validating on them")
             return range(count)
-        return np.flatnonzero(held == (self.split == "val"))
+        return held if self.split == "val" else Rest(count, held)
 
     def shards(self) -> list[str]:
         """The tar files of all sources, to be copied; ValueError where this is not all there is."""
@@ -907,8 +1276,8 @@ class Pictures:
         names = {os.path.basename(path) for path in paths if path.endswith(".tar")}
 
         reasons = [line for line in self.warnings if "damaged after" in line]
-        if self.config.limit:
-            reasons.append("there is a --limit")
+        if self.config.limit or self.config.filter:
+            reasons.append("there is a --limit or a --filter")
         if len(names) < len(paths):
             reasons.append("not all of it are tar shards with names of their own")
         if reasons:
@@ -977,6 +1346,10 @@ class Pictures:
                     shown = decode(picture, self.size, *crop, self.config.min_size)
                     item = self.views(shown, position)
                 caption = texts[int(which * len(texts))] if texts else ""
+                if self.config.shuffle_tags and self.split == "train":
+                    first, *tags = caption.split(",")
+                    keyed(self.seed, "tags", position).shuffle(tags)
+                    caption = ",".join([first, *tags])
                 if self.reader:
                     embeddings = meta.get("embeddings", b"") if self.embedded else b""
                     item["words"] = self.reader.read(caption, embeddings)
@@ -994,6 +1367,9 @@ class Pictures:
     def views(self, shown: np.ndarray, position: int) -> dict:
         """{"picture", "lowres" with --lowres}: of the whole picture, cut at matching places."""
         config = self.config
+        flipped = config.flip and keyed(self.seed, "flip", position).random() < config.flip
+        if flipped and self.split == "train":
+            shown = np.ascontiguousarray(shown[:, :, ::-1])
         if (config.lowres, config.crop, config.picture_mode) == (0, 0, "colour"):
             return {"picture": shown}                           # as it is
 
@@ -1505,3 +1881,87 @@ class BuiltIn(Source):
 SOURCES = {
     "built-in": BuiltIn,
 }
+
+
+# ---------------------------------------------------------------------------------------- the check
+def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
+    """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
+    stored, texts, meta = source.sample(row)
+    square = decode(stored, 64, least=least)
+    width, height = Image.open(io.BytesIO(stored)).size
+    found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
+    found["near-black"] = square.mean() < 8
+    found["of one colour"] = np.ptp(square) < 8
+    found["without embeddings"] = not meta.pop("embeddings")
+    found["not UTF-8"] = meta.pop(RECODED, False)
+    for text in texts:
+        found["characters"] = max(len(text), found.get("characters", 0))
+    for name, value in meta.items():
+        found[f"metadata {printable(name)}"] = number_of(value)
+    return found, square, texts
+
+
+def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
+    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread; why
+    some are unreadable; up to 16 squares with captions."""
+    table = {}
+    reasons = []
+    tiles = []
+    seen = set()
+    step = max(1, len(pictures) // most) if most else 1
+    for source, rows in zip(pictures.sources, pictures.rows):
+        source.embedded = True
+        for i in watched(range(0, len(rows), step), source.name):
+            found = {"unreadable": 0}
+            try:
+                more, square, texts = facts(source, int(rows[i]), pictures.config.min_size)
+                found |= more | {"caption of another": not seen.isdisjoint(texts)}
+                seen.update(texts)
+                if len(tiles) < 16:
+                    tiles.append((square, "; ".join(texts)))
+            except Exception as error:              # decoders raise nearly anything on garbage
+                found["unreadable"] = 1
+                reasons.append(f"{source.key(int(rows[i]))}: {one_line(error)}")
+            for name, value in found.items():
+                if value == value:                  # a word is none
+                    count, least, total, largest = table.get(name, (0, value, 0, value))
+                    table[name] = count + 1, min(least, value), total + value, max(largest, value)
+    return table, reasons, tiles
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
+                                     description="What is in pictures: a table, check.json and check.png.")
+    parser.add_argument("--check", nargs="+", required=True, dest="data", help="folders, tars, patterns")
+    parser.add_argument("--filter", nargs="*", help="as of train.py")
+    for name in ("missing", "caption-key", "class-names"):
+        parser.add_argument(f"--{name}", help="as of train.py")
+    parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
+    parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
+    options = vars(parser.parse_args(argv))
+    most = options.pop("sample")
+    pictures = Pictures(DataConfig(**options, held_out=0), 64, 0)
+    if any(source.endless for source in pictures.sources):
+        raise ValueError("--check built-in has no end; give folders, tars, patterns")
+    table, reasons, tiles = survey(pictures, most)
+
+    print(pictures.summary, *pictures.warnings, *reasons[:10], sep="\n")
+    print(f"{'':32}{'pictures':>12}{'least':>12}{'mean':>12}{'largest':>12}")
+    for name, (count, least, total, largest) in table.items():
+        print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
+    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table}
+    report["unreadable"] = reasons
+    Path("check.json").write_text(json.dumps(report, indent=1, default=float))
+    if tiles:
+        squares, texts = zip(*tiles)
+        contact_sheet(np.stack(squares), texts).save("check.png")
+    count, _, bad, _ = table["unreadable"]
+    return int(bad > pictures.config.max_bad * count)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except (ValueError, OSError) as error:
+        print(f"data.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)

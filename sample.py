@@ -538,8 +538,8 @@ def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: 
 
 
 def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -> tuple[Callable, Callable]:
-    """What a CLIP, a published folder or a run at the clean end of its time, makes of pictures, uint8 (B, 3 or
-    1, H, W), and of captions: (B, P) of length 1. encoders: as of load_stage."""
+    """What a CLIP, a published folder or a run at the clean end of its time, makes of pictures, uint8
+    (B, 3 or 1, H, W), and of captions: (B, P) of length 1. encoders: as of load_stage."""
     path = Path(name)
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
         clip = load_stage(path, device, encoders=encoders, clip=True)
@@ -664,9 +664,9 @@ def picture_set(name: str) -> data.Pictures:
 
 
 def feature_network(name: str, how: str, device: torch.device) -> Callable:
-    """What turns pictures, uint8 (B, 3, H, W), into features (B, F): a TorchScript, or a CLIP's folder or run.
-    how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError where
-    it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
+    """What turns pictures, uint8 (B, 3, H, W), into features (B, F): a TorchScript, or a CLIP's folder or
+    run. how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError
+    where it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
     if Path(name).is_dir():
         return clip_towers(name, device)[0]
     try:

@@ -387,6 +387,11 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if data_cfg.latent_cache and data_cfg.min_crop < 1 and not data_cfg.crops:
         raise ValueError(f"--latent-cache cannot keep the crops of --min-crop {data_cfg.min_crop}, which are "
                          "new in each pass. Add --crops 4")
+    if data_cfg.latent_cache and data_cfg.flip:
+        raise ValueError(f"--latent-cache cannot keep what --flip {data_cfg.flip} mirrors. Drop one")
+    if text_cfg.text_cache and data_cfg.shuffle_tags:
+        raise ValueError(f"--text-cache {text_cfg.text_cache} cannot keep the captions of --shuffle-tags, "
+                         "which are new in each pass. Drop one")
     world = Ranks().world
     unit = world * (cfg.micro_batch or 1)
     if cfg.batch_size % unit:
@@ -1082,7 +1087,7 @@ def without_folders(config: str) -> str:
     recipe = json.loads(config)
     for group in recipe.values():
         for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache",
-                     "prompts"):
+                     "prompts", "class_names"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1332,12 +1337,13 @@ def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig
             raise ValueError("")
     except ValueError as e:
         raise ValueError(f"--text-shards {text_cfg.text_shards} needs a folder as --text-cache, a frozen "
-                         "--text-encoder, no --limit, and --data of nothing but whole tar shards with "
-                         f"names of their own. {e}".rstrip()) from None
+                         "--text-encoder, no --limit or --filter, and --data of nothing but whole tar shards "
+                         f"with names of their own. {e}".rstrip()) from None
     return shards
 
 
-def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache]) -> None:
+def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
+                      config: data.DataConfig) -> None:
     """Copies of shards with what the caches have of each caption beside its picture."""
     def beside(texts: list[str]) -> bytes:
         tensors, meta = {}, {}
@@ -1353,7 +1359,7 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache])
         if target.exists():
             say(f"kept {target}, which was there")
             continue
-        data.copy_shard(path, str(target), beside)
+        data.copy_shard(path, str(target), beside, config)
         say(f"wrote {target}")
 
 
@@ -1945,7 +1951,8 @@ def main(argv: list[str]) -> None:
         shards = check_text_shards(train_set, text_cfg) if text_cfg.text_shards else []
         text, caches = load_text(configs, sets, device, signals, ranks)
         if shards and not cfg.dry_run:
-            return write_text_shards(shards[ranks.rank::ranks.world], Path(text_cfg.text_shards), caches)
+            ours = shards[ranks.rank::ranks.world]
+            return write_text_shards(ours, Path(text_cfg.text_shards), caches, data_cfg)
         objective = build(configs, text, device)
         state = State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                       cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)

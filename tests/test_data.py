@@ -4,8 +4,10 @@ import errno
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -648,7 +650,7 @@ def test_pictures_without_captions_are_counted(tmp_path):
     (tmp_path / "a" / "002.txt").write_text("")
     pictures = open_source(tmp_path / "a", held_out=0)
     (line,) = pictures.warnings
-    assert line.endswith("3 of 6 pictures looked at have no caption; their .json has nothing")
+    assert "3 of 6 pictures looked at have no caption: its metadata has nothing; see --caption-key" in line
     assert {item["caption"] for item in stream(pictures, 6) if item["key"] < "003"} == {""}
     assert sorted(data.collect(pictures, 0, 6)["uncaptioned"]) == ["000", "001", "002"]
 
@@ -664,7 +666,7 @@ def test_captions_that_are_empty_after_reading_are_counted_and_the_fields_named(
     read, of = map(int, re.search(r"(\d+) of (\d+) pictures looked at have no caption", line).groups())
     assert of <= 256
     assert read > 0
-    assert line.endswith("their .json has caption, my_words, url")
+    assert "its metadata has caption, my_words, url; see --caption-key" in line
     batch = data.collect(pictures, 0, 600)
     assert len(batch["uncaptioned"]) == 300
     assert all(int(key) % 2 for key in batch["uncaptioned"])
@@ -738,14 +740,31 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(data, "scan_tar", None)
         assert open_source(path, held_out=0).fingerprint == before.fingerprint
-    kept[0].write_bytes(kept[0].read_bytes()[:100])
-    assert open_source(path, held_out=0).fingerprint == before.fingerprint
     whole = kept[0].read_bytes()
+
+    def put(content):                                   # another file, as it is read where it lies
+        kept[0].unlink()
+        kept[0].write_bytes(content)
+        data.open_index.cache_clear()
+
+    for length in (0, 10, 100, len(whole) - 1):
+        put(whole[:length])
+        assert open_source(path, held_out=0).fingerprint == before.fingerprint
+    reasons = []
     for place in range(0, len(whole), 41):              # any bit: of the checksum, a header, a number
         broken = bytearray(whole)
         broken[place] ^= 1 << place % 8
-        kept[0].write_bytes(broken)
-        assert open_source(path, held_out=0).fingerprint == before.fingerprint
+        put(broken)
+        try:
+            pictures = open_source(path, held_out=0)
+            assert pictures.fingerprint == before.fingerprint
+            assert [item["caption"] for item in stream(pictures, 3)] == [
+                item["caption"] for item in stream(before, 3)]
+        except ValueError as error:
+            reasons.append(str(error))
+    assert len(reasons) > 3
+    assert set(reasons) == {f"{kept[0]} is damaged; delete it"}
+    put(whole)
     assert [p.name for p in kept[0].parent.iterdir()] == [kept[0].name]
     make_tar(path, 5)
     assert len(open_source(path, held_out=0)) == 5
@@ -927,6 +946,225 @@ def test_suffixes_that_are_read_and_those_that_are_named(tmp_path):
         assert "2 .heic" in line
         assert all(f"1 {kind}" in line for kind in (".jp2", ".svg", "without suffix", r".new\nline"))
         assert "\n" not in line
+
+
+def test_a_tree_of_all_layouts_gives_each_picture_its_caption(tmp_path):
+    """The imagefolder of Hugging Face, sidecars of all kinds, classes, a shard; what is left out is named."""
+    expected = {"hf/train/a": "by jsonl", "hf/train/deep/b": "by its text", "hf/train/c": "by its own json",
+                "side/caption": "beside", "side/list": "one of a list", "side/prompt": "a prompt",
+                "side/txt": "first", "classes/d": "a tench", "classes/e": "named", "shards/s/f": "a goldfish",
+                "side/none": ""}
+    picture = encoded(flat())
+    for key in expected:
+        if "shards" not in key:
+            path = tmp_path / "t" / f"{key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture)
+    tree = tmp_path / "t"
+    lines = [{"file_name": "a.png", "text": "by jsonl"}, {"file_name": "./deep/b.png", "text": "by its text"},
+             {"file_name": "c.png", "caption": "not this", "aesthetic": 6.5}, {"text": "no name"},
+             {"file_name": "gone.png", "text": "no picture"}]
+    (tree / "hf/train/metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n\n")
+    (tree / "hf/train/c.json").write_text('{"caption": "by its own json"}')
+    (tree / "side/caption.caption").write_text("beside")
+    (tree / "side/list.json").write_text('{"captions": ["one of a list"]}')
+    (tree / "side/prompt.json").write_text('{"prompt": "a prompt"}')
+    (tree / "side/txt.txt").write_text("first")
+    (tree / "side/txt.json").write_text('{"caption": "not this"}')
+    (tree / "classes/d.cls").write_text("0\n")
+    (tree / "classes/e.cls").write_text("1")
+    (tree / "classes/e.txt").write_text("named")
+    (tree / "classes/old.zip").write_bytes(b"PK")
+    (tree / "side/._txt.png").write_bytes(b"x")
+    (tree / "shards").mkdir()
+    with tarfile.open(tree / "shards/s.tar", "w") as tar:
+        add(tar, "f.jpg", encoded(flat(), "JPEG"))
+        add(tar, "f.cls", b"1")
+        add(tar, "f.npy", b"x")
+    (tmp_path / "names.txt").write_text("a tench\na goldfish\n")
+    pictures = open_source(tree, held_out=0, class_names=str(tmp_path / "names.txt"))
+    items = stream(pictures, len(expected))
+    assert {item["key"]: item["caption"] for item in items} == expected
+    told = "\n".join(pictures.warnings)
+    assert "1 texts without a picture" in told
+    assert "2 lines of a .jsonl without a file_name" in told
+    assert "1 .zip (unpack it, or pack it into tar shards)" in told
+    assert "1 .npy" in told
+    assert "1 hidden" in told
+    assert "1 of 11 pictures looked at have no caption" in told
+    source = pictures.sources[0]
+    assert {source.key(i): source.sample(i).meta for i in range(11)}["hf/train/c"]["aesthetic"] == 6.5
+
+
+def test_a_zip_is_one_line(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"no pictures in .*left out 1 .zip .unpack it") as error:
+        open_source(tmp_path / "a.zip")
+    assert "\n" not in str(error.value)
+
+
+def test_a_caption_key_names_the_field_and_is_one_line_where_it_is_none(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(flat()))
+        (tmp_path / f"{i}.txt").write_text("not this")
+        (tmp_path / f"{i}.json").write_text(json.dumps({"long": ["a", "b"], "caption": "nor this"}))
+    pictures = open_source(tmp_path, held_out=0, caption_key="long")
+    assert {item["caption"] for item in stream(pictures, 12)} == {"a", "b"}
+    told = r"--caption-key lang is no field of .*: its metadata has caption, long$"
+    with pytest.raises(ValueError, match=told):
+        open_source(tmp_path, caption_key="lang")
+
+
+def test_a_class_without_a_name_is_replaced_and_counted(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(flat()))
+        (tmp_path / f"{i}.cls").write_text(str(i - 1))
+    (tmp_path / "names.txt").write_text("a\nb")
+    items = stream(open_source(tmp_path, held_out=0, class_names=str(tmp_path / "names.txt")), 20)
+    assert {item["key"]: item["caption"] for item in items} == {"1": "a", "2": "b"}
+    reasons = {line for item in items for line in item["replaced"]}
+    assert reasons >= {"0: class -1 is none of the 2 of --class-names"}
+    *_, line = open_source(tmp_path, held_out=0).warnings
+    assert line.endswith("have no caption: its metadata has nothing; see --caption-key and --class-names")
+
+
+def test_shards_are_indexed_by_several_processes_and_ranks_as_by_one(tmp_path, monkeypatch):
+    for i in range(9):
+        make_tar(tmp_path / f"{i}.tar", 3, start=3 * i)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    alone = open_source(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    several = open_source(tmp_path)
+    assert several.fingerprint == alone.fingerprint
+    assert keys(several, 27) == keys(alone, 27)
+    files = [sorted(p.name for p in (tmp_path / name / "limn").iterdir()) for name in ("cache", "other")]
+    assert files[0] == files[1]
+    assert len(files[0]) == 9
+    assert not multiprocessing.active_children()
+
+
+VALUES = {"a": 5.0, "b": 5.1, "c": None, "d": ..., "e": "5.1", "f": math.nan, "g": {"of": 9}, "h": "high",
+          "i": -7, "j": True, "k": "", "l": 10**400, "m": [6], "n": math.inf}
+
+
+@pytest.mark.parametrize("tar", [False, True])
+@pytest.mark.parametrize(("keep", "expected", "missing"), [
+    ("score>5", "b e n", "c d f g k l m"), ("score >= 5", "a b e n", "c d f g k l m"),
+    ("score<5.1", "a i", "c d f g k l m"), ("score<=5.1", "a b e i", "c d f g k l m"),
+    ("score==5.1", "b e", "c d f g k l m"), ("score!=5.1", "a h i j n", "c d f g k l m"),
+    ("score==high", "h", "c d f g k l m"), ("score != high", "a b e i j n", "c d f g k l m"),
+    ("score==true", "j", "c d f g k l m"), ("score==other", "", "c d f g k l m"),
+    ("score>-1e9", "a b e i n", "c d f g k l m"), ("score<-7", "", "c d f g k l m")])
+def test_a_filter_keeps_exactly_the_expected_keys(tmp_path, keep, expected, missing, tar):
+    folder = tmp_path / "t"
+    folder.mkdir()
+    for key, value in VALUES.items():
+        (folder / f"{key}.png").write_bytes(encoded(flat(size=(16, 16))))
+        meta = {"caption": "x"} if value is ... else {"caption": "x", "Score": value}
+        (folder / f"{key}.json").write_text(json.dumps(meta))
+    if tar:
+        with tarfile.open(tmp_path / "t.tar", "w") as shard:
+            for path in sorted(folder.iterdir()):
+                shard.add(path, path.name)
+        folder = tmp_path / "t.tar"
+
+    def kept(**options):
+        try:
+            pictures = open_source(folder, held_out=0, filter=[keep], **options)
+        except ValueError as error:
+            return str(error).split(" in ")[0]
+        found = keys(pictures, len(pictures))
+        assert len(set(found)) == len(found)
+        assert f"{len(VALUES) - len(found)} dropped by {keep}" in pictures.summary
+        return " ".join(sorted(key.removeprefix("t/") for key in found))
+
+    assert kept() == (expected or "--filter leaves no pictures")
+    assert kept(missing="keep") == " ".join(sorted(f"{expected} {missing}".split()))
+
+
+def test_filters_are_joined_by_and_know_aliases_and_mixed_sources(tmp_path, monkeypatch):
+    fields = [{"AESTHETIC_SCORE": 6, "pwatermark": 0.1}, {"aesthetic_score": 6, "watermark_score": 0.9},
+              {"aesthetic": 6, "pwatermark": 0.2}, {"aesthetics_score": 4, "p_watermark": 0.2}, {}]
+    for i, meta in enumerate(fields):
+        with tarfile.open(tmp_path / f"{i}.tar", "w") as tar:
+            for k in range(3):
+                add(tar, f"{k}.png", encoded(flat(size=(16, 16))) if k else b"broken")
+                add(tar, f"{k}.json", json.dumps(meta | {"caption": "x", "number": k}).encode())
+    options = dict(filter=["aesthetic>5", "pwatermark<0.5", "number>0"], held_out=0)
+    pictures = open_source(tmp_path, **options)
+    assert sorted(keys(pictures, 4)) == ["0/1", "0/2", "2/1", "2/2"]
+    assert not any(item["replaced"] for item in stream(pictures, 40))       # what is dropped is never decoded
+    assert pictures.summary.endswith("4 pictures, 6 dropped by aesthetic>5, 3 dropped by pwatermark<0.5, "
+                                     "2 dropped by number>0")
+    assert sorted(keys(open_source(tmp_path, **options, missing="keep"), 6))[-1] == "4/2"
+    alone = open_source(tmp_path, filter=["Aesthetic_Score > 5"], held_out=0)
+    assert alone.fingerprint != pictures.fingerprint
+    monkeypatch.setattr(data, "scan", None)                                  # no new scan for another filter
+    assert len(open_source(tmp_path, filter=["aesthetic<5"], held_out=0)) == 3
+    mixed = open_source(f"{tmp_path}/0.tar", f"{tmp_path}/4.tar", filter=["aesthetic>5"], missing="keep",
+                        held_out=0)
+    assert len(mixed) == 6
+    with pytest.raises(ValueError, match=r"--data is not whole: there is a --limit or a --filter"):
+        pictures.shards()
+
+
+@pytest.mark.parametrize(("keep", "expected"), [
+    ("asthetic>5", "--filter asthetic>5 names no field of .*: its metadata has caption, size$"),
+    ("size>9", "--filter leaves no pictures in .*, 3 dropped by size>9$"),
+    ("size", "--filter 'size' is no filter such as"), ("size>", "--filter 'size>' is no filter"),
+    ("size=>3", "is no filter"), ("size<large", "--filter 'size<large' is no filter"), ("", "is no filter"),
+    ("a\nb", r"--filter 'a\\\\nb' is no filter")])
+@pytest.mark.parametrize("missing", ["drop", "keep"])
+def test_a_wrong_filter_is_one_line(tmp_path, keep, expected, missing):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(encoded(flat()))
+        (tmp_path / f"{i}.json").write_text('{"caption": "x", "size": 3}')
+    with pytest.raises(ValueError, match=expected) as error:
+        open_source(tmp_path, filter=[keep], missing=missing)
+    assert "\n" not in str(error.value)
+
+
+def test_built_in_pictures_have_no_metadata_to_choose_by():
+    with pytest.raises(ValueError, match=r"--filter a>1 names no field of built-in .*: .* has nothing"):
+        Pictures(DataConfig(filter=["a>1"]), 16, 0)
+
+
+def test_held_out_pictures_of_a_filter_are_held_out_without_it(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(400):
+            add(tar, f"{i}.png", encoded(flat(size=(8, 8))))
+            add(tar, f"{i}.json", json.dumps({"number": i, "caption": "x"}).encode())
+    every, few = (open_source(tmp_path, split="val", filter=keep) for keep in ([], ["number<200"]))
+    held = [set(keys(pictures, len(pictures))) for pictures in (every, few)]
+    assert held[1] == {key for key in held[0] if int(key.split("/")[1]) < 200}
+    train = open_source(tmp_path, filter=["number<200"])
+    assert len(train) + len(few) == 200
+    assert not set(keys(train, len(train))) & held[0]
+
+
+def test_the_held_out_are_those_of_before_there_was_an_index_of_each_shard(tmp_path):
+    """By the hash of the whole key, over all shards; the rest in order."""
+    for i in range(4):
+        make_tar(tmp_path / f"{i}.tar", 60)
+    train, val = (open_source(tmp_path, held_out=9, split=split) for split in ("train", "val"))
+    source = train.sources[0]
+    hashes = data.hash_keys(source.keys())
+    held = hashes < int(9 / 240 * 2**64)
+    assert [*val.rows[0]] == np.flatnonzero(held).tolist()
+    assert [*train.rows[0]] == np.flatnonzero(~held).tolist()
+    assert 0 < held.sum() < 30
+    with pytest.raises(IndexError):
+        train.rows[0][len(train)]
+
+
+def test_an_index_is_as_large_in_memory_for_many_pictures_as_for_few(tmp_path):
+    sizes = []
+    for count in (40, 4000):
+        source = open_source(make_tar(tmp_path / "a.tar", count), held_out=0).sources[0]
+        held = {name: value for name, value in vars(source).items() if name != "looked"}
+        sizes.append(len(pickle.dumps(held)))
+    assert abs(sizes[1] - sizes[0]) < 100
 
 
 def test_a_shard_of_the_same_size_in_its_place_is_noticed(tmp_path):
@@ -1170,7 +1408,8 @@ def test_the_fingerprint_follows_what_captions_say(tmp_path, tar):
 def test_indexing_shows_its_progress_on_a_terminal_of_the_first_rank(tmp_path, monkeypatch):
     make_folder(tmp_path / "a", 3)
     shown = []
-    monkeypatch.setattr(data, "tqdm", lambda files, *what, disable, delay: shown.append(disable) or files)
+    monkeypatch.setattr(data, "tqdm", lambda items, what, total, disable, delay: (
+        shown.append(disable) if what == "files" else None) or items)
     open_source(tmp_path / "a")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     open_source(tmp_path / "a")
@@ -1198,6 +1437,37 @@ def test_random_crops_depend_on_the_position_alone(tmp_path):
     assert means == [item["picture"].mean() for item in stream(again, 40)]
     assert max(means) - min(means) > 40
     assert len({item["picture"].mean() for item in stream(fixed, 9)}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"lowres": 8, "crop": 8}])
+def test_flips_mirror_their_share_by_the_position_alone(tmp_path, options):
+    ramp = np.linspace(0, 255, 16).astype(np.uint8)[None, :, None].repeat(16, 0).repeat(3, 2)
+    (tmp_path / "a.png").write_bytes(encoded(Image.fromarray(ramp)))
+    plain, flipped, every = (stream(open_source(tmp_path, held_out=0, flip=share, **options), 300)
+                             for share in (0.0, 0.25, 1.0))
+    mirrored = [not np.array_equal(a["picture"], b["picture"]) for a, b in zip(plain, flipped)]
+    assert 40 < sum(mirrored) < 115
+    for a, b, c, changed in zip(plain, flipped, every, mirrored):
+        expected = c if changed else a
+        for name in ["picture", "lowres"][:1 + bool(options)]:
+            np.testing.assert_array_equal(b[name], expected[name])
+            assert b[name].flags["C_CONTIGUOUS"]
+        assert b["picture"][0, 0, 0] > b["picture"][0, 0, -1] if changed else True
+    fixed = stream(open_source(tmp_path, held_out=0, flip=1.0, split="val"), 3)
+    assert all(item["picture"][0, 0, 0] < item["picture"][0, 0, -1] for item in fixed)
+
+
+def test_tags_are_mixed_behind_the_first_by_the_position_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(flat()))
+    (tmp_path / "a.txt").write_text("a house, red, old, by the sea")
+    shuffled = [item["caption"] for item in stream(open_source(tmp_path, shuffle_tags=True), 60)]
+    assert shuffled == [item["caption"] for item in stream(open_source(tmp_path, shuffle_tags=True), 60)]
+    assert len(set(shuffled)) == 6
+    assert all(caption.startswith("a house, ") for caption in shuffled)
+    assert {tuple(sorted(caption.split(", "))) for caption in shuffled} == {
+        ("a house", "by the sea", "old", "red")}
+    for options in ({}, {"shuffle_tags": True, "split": "val"}):
+        assert open_source(tmp_path, **options)[0]["caption"] == "a house, red, old, by the sea"
 
 
 # ------------------------------------------------------------------------------------------ a user's source
@@ -2021,3 +2291,50 @@ def test_small_pictures_are_refused_and_counted_never_enlarged(tmp_path):
     assert {line.partition(":")[0] for line in batch["replaced"]} == {"0", "4"}
     assert "20x23 is over 64 megapixels or under 64" in " ".join(batch["replaced"])
     assert not {"0", "4"} & set(batch["keys"])
+
+
+# ---------------------------------------------------------------------------------------------- the check
+
+def run_check(folder, *flags) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, data.__file__, "--check", *map(str, flags)], cwd=folder,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 40, 60, 3), np.uint8)
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for i in range(8):
+        (folder / f"{i}.png").write_bytes(encoded(Image.fromarray(noise[i])))
+        (folder / f"{i}.txt").write_text("the same" if i < 3 else f"number {i}")
+        (folder / f"{i}.json").write_text(json.dumps({"aesthetic": i, "license": "cc0"}))
+    (folder / "0.png").write_bytes(b"<html>")
+    (folder / "3.png").write_bytes(encoded(flat((0, 0, 0))))
+    (folder / "4.png").write_bytes(encoded(flat((250, 250, 250))))
+    (folder / "5.txt").write_text("")
+    (folder / "6.txt").write_bytes(b"caf\xe9")
+    done = run_check(tmp_path, folder, tmp_path / "a.zip")
+    assert done.returncode == 2
+    assert done.stderr.startswith("data.py: error: --data ")
+    assert done.stderr.count("\n") == 1
+    done = run_check(tmp_path, folder)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "0: not a whole picture" in done.stdout
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["unreadable"] == ["0: not a whole picture of JPEG PNG WEBP GIF BMP TIFF AVIF"]
+    assert any("1 of 8 pictures looked at have no caption" in line for line in report["warnings"])
+    sums = {name: total for name, (_, _, total, _) in report["table"].items()}
+    assert sums["unreadable"] == 1
+    assert (sums["near-black"], sums["of one colour"]) == (1, 2)
+    assert (sums["without caption"], sums["caption of another"], sums["not UTF-8"]) == (1, 1, 1)
+    assert sums["without embeddings"] == 7
+    assert report["table"]["metadata aesthetic"] == [7, 1, 28, 7]
+    assert report["table"]["width"] == [7, 32, 5 * 60 + 64, 60]
+    assert report["table"]["characters"] == [6, 4, 4 + 8 * 5, 8]
+    assert re.search(r"metadata aesthetic +7 +1 +4 +7\n", done.stdout)
+    assert Image.open(tmp_path / "check.png").width > 200
+    few = run_check(tmp_path, folder, "--filter", "aesthetic>3", "--max-bad", "0.2", "--sample", "2")
+    assert few.returncode == 0
+    assert json.loads((tmp_path / "check.json").read_text())["table"]["unreadable"][0] == 2
+    assert "4 pictures, 4 dropped by aesthetic>3" in few.stdout
+    assert "has no end" in run_check(tmp_path, "built-in").stderr

@@ -2093,6 +2093,8 @@ def test_what_a_killed_save_of_a_snapshot_left_is_no_snapshot_and_is_removed(tmp
     ("--seed=1 --seed=2", "--seed is given twice"), ("--seed 1 --seed=2", "--seed is given twice"),
     ("--reinit x", "--reinit x has no effect without --init"),
     ("--train-only x{99999999999}", "is no regular expression"),
+    ("--text-cache c --limit 2 --shuffle-tags", "cannot keep the captions of --shuffle-tags"),
+    ("--flip 2", "--flip 2.0 is outside 0 to 1"), ("--limit 2 --filter a", "--filter 'a' is no filter"),
     ("--out run\udcff", "has bytes that are no text"), ("--t-mean 1000", "--t-mean 1000.0 is outside -100"),
     ("--zero-snr --schedule linear --prediction eps", "prediction eps")])
 def test_a_flag_that_makes_no_sense_is_one_line(tmp_path, capfd, monkeypatch, command, message):
@@ -2467,6 +2469,7 @@ def test_two_ranks_share_the_latents(tmp_path):
 @pytest.mark.parametrize(("changes", "words"), [
     (("--latent-cache c",), "--latent-cache c needs --vae, and pictures that end"),
     (("--latent-cache c", "--limit 9", "--min-crop 0.5"), "Add --crops 4"),
+    (("--latent-cache c", "--limit 9", "--flip 0.5"), "--latent-cache cannot keep what --flip 0.5 mirrors"),
     (("--size 18",), "size 18 must be a multiple of 4 for this model"),
     (("--lowres 16",), "is for pictures in colour, and without --lowres"),
     (("--picture-mode grey",), "is for pictures in colour"),
