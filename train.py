@@ -1462,7 +1462,7 @@ def curves_of(run: str) -> dict[str, dict[int, float]]:
     for text in path.read_text("utf-8").splitlines():
         try:
             line = flat(json.loads(text))
-        except ValueError:                                     # torn: it is being written, or the disk was full
+        except ValueError:                                     # torn: being written, or the disk was full
             continue
         for name, value in line.items():
             if value:                                          # of a noise level without a picture it is 0
