@@ -432,11 +432,26 @@ def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
     return network.fraction[:rows]
 
 
+def sampler_of(s: Settings) -> Callable:
+    """The sampler, with the fresh noise that is wanted; ValueError where it has none of that kind."""
+    sampler = diffusion.SAMPLERS[s.sampler]
+    takes = inspect.signature(sampler).parameters
+    for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
+        if value >= 0 and name not in takes:
+            raise ValueError(f"--{name} {value}: {s.sampler} has no fresh noise of that kind. Use "
+                             f"--sampler {others}")
+        if value >= 0:
+            sampler = partial(sampler, **{name: value})
+    return sampler
+
+
 @torch.no_grad()
 def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
-             dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, kept=(), **settings) -> Tensor:
+             dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, kept=(),
+             truth: Tensor | None = None, **settings) -> Tensor:
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
     dtype: of the products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; kept: gets each batch; and Settings.
+    truth: pictures, uint8 (N, 3 or 1, H, W), of which it tells the bits per dimension (N,) instead.
     Raises ValueError where these do not fit together, and when the network's output is not finite."""
     s, space = Settings(**settings), stage.space
     small_side = 0 if lowres is None else lowres.shape[-1]
@@ -455,15 +470,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     beside = companions(stage, s, times)
 
     # The sampler, and the network that it asks.
-    network, sampler = stage.network(), diffusion.SAMPLERS[s.sampler]
-    takes = inspect.signature(sampler).parameters
-    for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
-        if value >= 0 and name not in takes:
-            raise ValueError(f"--{name} {value}: {s.sampler} has no fresh noise of that kind. Use "
-                             f"--sampler {others}")
-        if value >= 0:
-            sampler = partial(sampler, **{name: value})
-    learned = stage.config.learn_sigma and "variance" in takes
+    network = stage.network()
+    sampler = sampler_of(s) if truth is None else diffusion.nll
+    learned = stage.config.learn_sigma and "variance" in inspect.signature(sampler).parameters
     if learned:
         network = diffusion.LearnedVariance(network)
 
@@ -474,6 +483,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         x = diffusion.gaussian(keys[part], shape, stage.device)
         noise = diffusion.noise_source(keys[part], shape, stage.device)
         small, guesses, run = {}, [], sampler
+        if truth is not None:
+            x = space.encode(truth[part].to(stage.device))
         if learned:
             run = partial(sampler, variance=partial(variance_of, network, len(x)))
         if small_side:
@@ -491,7 +502,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
                              "Try --dtype fp32, a lower --guidance or an earlier checkpoint")
-        drawn.append(data.side_by_side(*map(space.decode, [*guesses, x])))
+        if truth is None:
+            x = data.side_by_side(*map(space.decode, [*guesses, x]))
+        drawn.append(x.cpu())
     return torch.cat(drawn)
 
 
@@ -716,8 +729,10 @@ def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace
         rows.append(seen.flatten(1).float().cpu())
         captions += batch["captions"]
         replaced += batch["replaced"]
-    for line in [*pictures.warnings, *replaced]:
+    for line in [*pictures.warnings, *replaced[:10]]:
         warn(line)
+    if replaced:
+        warn(f"{len(replaced)} pictures could not be read and are replaced by others")
     features = torch.cat(rows)
     if args.keep_features:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -1031,7 +1046,8 @@ def shared(draw: Callable, prompts: list[str], seeds: list[int], lowres: Tensor 
     share = math.ceil(len(prompts) / world)
     own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
     below = None if lowres is None else lowres[own]
-    drawn = draw([prompts[i] for i in own], [seeds[i] for i in own], lowres=below).contiguous()
+    ours, noises = [prompts[i] for i in own], [seeds[i] for i in own]
+    drawn = draw(ours, noises, lowres=below).contiguous()
     parts = [torch.empty_like(drawn) for _ in range(world)]
     dist.all_gather(parts, drawn)
     return torch.cat(parts)[:len(prompts)]
@@ -1121,29 +1137,16 @@ def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
     return held
 
 
-@torch.no_grad()
 def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
     """Print an upper bound of the bits per dimension of held-out pictures, with their captions, see
     diffusion.nll. ValueError for latents."""
     if stage.space.fingerprint:
         raise ValueError("--nll is for runs that draw pixels; bits of latents are not those of pictures")
-    settings = settings_of(args, 0, stage)
-    times = diffusion.sampling_times(stage.schedule, settings["steps"], settings["grid_times"])
-    network, bits = diffusion.LearnedVariance(stage.network()), []
-    for start in range(0, len(held["captions"]), args.batch_size):
-        part = slice(start, start + args.batch_size)
-        keys = torch.tensor([noise_key(position) for position in held["positions"][part]])
-        x0 = stage.space.encode(torch.from_numpy(held["picture"][part]).to(stage.device))
-        small, variance = {}, 0.0
-        if "lowres" in held:
-            small = small_condition(stage, torch.from_numpy(held["lowres"][part]), keys, settings["aug"])
-        if stage.config.learn_sigma:
-            variance = partial(variance_of, network, len(x0))
-        plain = Settings(guidance_scale=1.0)
-        denoise = denoiser_of(stage, network, None, plain, held["captions"][part], small)
-        noise = diffusion.noise_source(keys, x0.shape[1:], stage.device)
-        bits.append(diffusion.nll(denoise, x0, times, noise, stage.schedule, variance))
-    bits = torch.cat(bits)
+    settings = settings_of(args, 0, stage) | {"guidance_scale": 1.0}
+    del settings["seed"]
+    small, truth = (torch.from_numpy(held[name]) if name in held else None for name in ("lowres", "picture"))
+    seeds = held["positions"]
+    bits = generate(stage, held["captions"], seeds, args.batch_size, lowres=small, truth=truth, **settings)
     error = bits.std() / len(bits) ** 0.5
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension at most, of {len(bits)} held-out pictures "
           f"in {settings['steps']} steps")

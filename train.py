@@ -1541,9 +1541,10 @@ def curves_of(run: str) -> dict[str, dict[int, float]]:
         raise ValueError(f"--plot {run}: {path} is not there. Name a run that has been trained")
     curves = {}
     for text in path.read_text("utf-8").splitlines():
-        if not text.endswith("}"):                             # it is being written
+        try:
+            line = flat(json.loads(text))
+        except ValueError:                                     # torn: being written, or the disk was full
             continue
-        line = flat(json.loads(text))
         for name, value in line.items():
             if value:                                          # of a noise level without a picture it is 0
                 curves.setdefault(name, {})[line["step"]] = value

@@ -2766,7 +2766,7 @@ def test_curves_of_runs_are_drawn_into_the_first(tmp_path, capsys, monkeypatch):
                   "lr": 0.0} for step in range(1, 50)]
         lines += [{"step": 50, "val_loss": 0.1, "val_gap": -factor}, {"step": 49, "raw_loss": factor}]
         text = "\n".join(map(json.dumps, lines))
-        (tmp_path / name / "metrics.jsonl").write_text(text + '\n{"step": 9')
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": {"step": 9}\n' + text + '\n{"step": 9')
     assert train.curves_of(tmp_path / "a")["raw_loss"][49] == 1               # what was said last counts
     train.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "a" / "curves.png")
