@@ -1339,7 +1339,7 @@ class Pictures:
             try:
                 picture, texts, meta = source.sample(row)
                 crop = self.square(key, turn, drawn)
-                if self.latents:
+                if self.latents is not None:
                     latent, = self.latents[f"{source.mark(row)} {crop}"]
                     item = {"picture": latent.numpy()}
                 else:

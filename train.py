@@ -20,6 +20,7 @@ import sys
 import time
 import traceback
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -1212,6 +1213,11 @@ def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: b
     return torch.zeros(length, dim).bfloat16(), torch.zeros(pooled_dim).bfloat16()
 
 
+def no_latent(channels: int, side: int) -> tuple:
+    """A dry run's."""
+    return torch.zeros(channels, side, side),
+
+
 def embedding_inside(fingerprint: str, caption: str, beside: bytes) -> tuple:
     return data.Cache("its .t5.safetensors", fingerprint, beside)[caption]
 
@@ -1273,9 +1279,13 @@ def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: 
 
 
 def load_latents(folder: str, sets: list[data.Pictures], net: "Denoising", device: torch.device,
-                 signals: Signals, ranks: Ranks) -> data.Cache:
-    """The cache of what the VAE makes of the pictures of `sets`. Those that cannot be read are left out: they
-    are replaced, and counted, when they are drawn. Raises Stopped, see `filled`."""
+                 signals: Signals, ranks: Ranks, dry: bool) -> data.Cache | dict:
+    """The cache of what the VAE makes of the pictures of `sets`; dry: none is made, and all are zeros. Those
+    that cannot be read are left out: they are replaced, and counted, when they are drawn. Raises Stopped, see
+    `filled`."""
+    if dry:
+        side = sets[0].size // net.space.scale
+        return defaultdict(partial(no_latent, net.space.channels, side))
     left_out = []
     readers = {}
     for pictures in sets:
@@ -1963,8 +1973,9 @@ def main(argv: list[str]) -> None:
         if first >= cfg.steps:
             return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
         announce(cfg, train_set, state, first)
-        if data_cfg.latent_cache and not cfg.dry_run:
-            latents = load_latents(data_cfg.latent_cache, sets[:2], objective, device, signals, ranks)
+        if data_cfg.latent_cache:
+            latents = load_latents(data_cfg.latent_cache, sets[:2], objective, device, signals, ranks,
+                                   cfg.dry_run)
             train_set.latents = val_set.latents = latents
 
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.

@@ -83,9 +83,10 @@ def end(process: subprocess.Popen, number: int = 0, timeout: float = 3000) -> in
 
 
 def seen(out: Path) -> int:
-    """The last step in the log."""
+    """The last step in the log, of whole lines."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    content = path.read_bytes() if path.exists() else b""
+    lines = content[:content.rfind(b"\n") + 1].splitlines()
     return json.loads(lines[-1])["step"] if lines else 0
 
 
@@ -319,6 +320,9 @@ def main() -> None:
     for kill in range(args.kills):
         soak.configure(list(CONFIGURATIONS)[kill % len(CONFIGURATIONS)])
         soak.fault("random kill", soak.kill)
+        if kill % 10 == 9:
+            print(f"{kill + 1} kills, {soak.rounds} runs at their end, "
+                  f"{(time.monotonic() - began) / 60:.0f} minutes", flush=True)
     for name in CONFIGURATIONS:
         soak.configure(name)
         if soak.out.exists():

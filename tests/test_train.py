@@ -2000,6 +2000,19 @@ def test_a_dry_run_does_not_fill_the_cache(byt5, tmp_path, monkeypatch, capsys):
     assert not list(Path("cache").glob("[0-9]*"))
 
 
+def test_a_dry_run_encodes_no_picture_where_latents_will_be_kept(tmp_path, monkeypatch, capsys):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    encoded, encode = [], model.Latents.encode
+    monkeypatch.setattr(model.Latents, "encode", lambda self, x: encoded.append(x) or encode(self, x))
+    plain = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--dry-run")
+    run(tmp_path / "run", *plain, f"--latent-cache {tmp_path / 'cache'}")
+    assert "pictures/s" in capsys.readouterr().out
+    assert not encoded
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    run(tmp_path / "run", *plain)
+    assert encoded
+
+
 def test_an_unreadable_caption_is_replaced_beside_a_cache_too(byt5, tmp_path, monkeypatch, capsys):
     folder, real = folder_of(tmp_path / "pictures", 8), data.Files.part
 
