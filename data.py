@@ -663,7 +663,7 @@ def index(shard: Shard) -> None:
 
 def fold(name: str) -> str:
     """A field's name by letters and numbers, without what programs add: AESTHETIC_SCORE is aesthetic,
-    pwatermark is watermark."""
+    pwatermark is watermark, where there is no field of just that name."""
     return re.sub(r"[\W_]|s?_?score$|^p(?=watermark|unsafe)|^clip_?(?=simil)", "", name.lower())
 
 
@@ -673,7 +673,7 @@ def parse_filter(text: str) -> tuple[str, Callable, float]:
     value = number_of(found[3]) if found else math.nan
     if not found or (math.isnan(value) and found[2] not in ("==", "!=")):
         raise ValueError(f'--filter {printable(text)!r} is no filter such as "aesthetic>5" or "license==cc0"')
-    return fold(found[1]), COMPARE[found[2]], value
+    return found[1], COMPARE[found[2]], value
 
 
 def narrow(shard: Shard, config: DataConfig) -> Shard:
@@ -686,14 +686,16 @@ def narrow(shard: Shard, config: DataConfig) -> Shard:
         return narrowed
 
     arrays, notes = open_index(shard.index)
-    columns = {fold(name): number for number, name in enumerate(notes["columns"])}
+    numbers = {name: number for number, name in enumerate(notes["columns"])}
+    alike = {fold(name): number for name, number in numbers.items()}
     kept = np.ones(notes["count"], bool)
     dropped = {}
     for text in config.filter:
         name, compare, value = parse_filter(text)
         column = np.full(len(kept), np.nan)
-        if name in columns:
-            column = arrays["columns"][columns[name]]
+        number = numbers.get(name, alike.get(fold(name)))
+        if number is not None:
+            column = arrays["columns"][number]
         bits = column.view(np.uint64)
         missing = np.isnan(column) & (bits >> 48 != WORD)
         if math.isnan(value):                       # a word
@@ -704,10 +706,10 @@ def narrow(shard: Shard, config: DataConfig) -> Shard:
         dropped[text] = int((kept & ~passes).sum())
         kept &= passes
 
-    numbers = np.cumsum(kept) - 1
+    places = np.cumsum(kept) - 1
     notes = notes | {"count": int(kept.sum()), "dropped": dropped}
     notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
-    notes["held"] = [(int(numbers[row]), known) for row, known in notes["held"] if kept[row]]
+    notes["held"] = [(int(places[row]), known) for row, known in notes["held"] if kept[row]]
     rest = {name: arrays[name][:][kept] for name in ("rows", "checks", "keys")}
     save_index(narrowed.index, rest, notes)
     return narrowed
@@ -878,7 +880,8 @@ class Files(Source):
         prefix = printable(inside[:-4]) + "/" if inside else ""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         place = f"4 {prefix} {os.path.abspath(path)}".encode("utf-8", "surrogateescape")
-        mark = hash_of(repr(files).encode("utf-8", "surrogateescape"))
+        states = [found for _, found in files]
+        mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
         file = index_folder(home) / f"{hash_of(place)}.index"
         return Shard(name, prefix, files, parts, (file, mark))
 
@@ -1242,7 +1245,7 @@ class Pictures:
         """ValueError for a filter of a field that is not there, and for those that leave nothing."""
         for text in self.config.filter:
             name, *_ = parse_filter(text)
-            lacking = [source for source in self.sources if name not in map(fold, source.columns)]
+            lacking = [source for source in self.sources if fold(name) not in map(fold, source.columns)]
             if lacking and (self.config.missing == "drop" or len(lacking) == len(self.sources)):
                 raise ValueError(f"--filter {text} names no field of {lacking[0].name}{lacking[0].fields()}")
         for source in self.sources:
@@ -1934,7 +1937,8 @@ def main(argv: list[str]) -> int:
                                      description="What is in pictures: a table, check.json and check.png.")
     parser.add_argument("--check", nargs="+", required=True, dest="data", help="folders, tars, patterns")
     parser.add_argument("--filter", nargs="*", help="as of train.py")
-    for name in ("missing", "caption-key", "class-names"):
+    parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
+    for name in ("caption-key", "class-names"):
         parser.add_argument(f"--{name}", help="as of train.py")
     parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
     parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")

@@ -1109,6 +1109,23 @@ def test_filters_are_joined_by_and_know_aliases_and_mixed_sources(tmp_path, monk
         pictures.shards()
 
 
+def test_a_field_of_just_that_name_goes_before_one_that_is_alike(tmp_path):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(flat()))
+        (tmp_path / f"{i}.json").write_text(json.dumps({"watermark": i, "pwatermark": 3 - i, "caption": "x"}))
+    for name, expected in (("watermark", "01"), ("pwatermark", "23")):
+        assert "".join(sorted(keys(open_source(tmp_path, filter=[f"{name}<2"], held_out=0), 2))) == expected
+
+
+def test_an_index_is_that_of_the_same_files_by_another_path(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a", 3)
+    make_tar(tmp_path / "a" / "b.tar", 3)
+    before = open_source(tmp_path / "a", held_out=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "scan", None)
+    assert open_source("a", held_out=0).fingerprint == before.fingerprint
+
+
 @pytest.mark.parametrize(("keep", "expected"), [
     ("asthetic>5", "--filter asthetic>5 names no field of .*: its metadata has caption, size$"),
     ("size>9", "--filter leaves no pictures in .*, 3 dropped by size>9$"),
