@@ -749,12 +749,14 @@ def watched(items: Iterable, what: str, total: int | None = None) -> Iterable:
 
 @cache
 def index_folder(home: str) -> Path:
-    """Where indexes are kept: in the user's cache folder or, if it cannot be written, in one of this run."""
+    """Where indexes are kept: in the user's cache folder or, if it cannot be written or its disk is nearly
+    full, in one of this run."""
     folder = Path(home, "limn")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        return folder
+        if shutil.disk_usage(folder).free > 2**28:
+            return folder
 
     folder = Path(tempfile.mkdtemp(prefix="limn-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -875,7 +877,7 @@ class Files(Source):
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
         return dropped
 
-    def shard(self, name: str, path: str, files: list[tuple], inside: str = "", parts=None) -> Shard:
+    def shard(self, name: str, path: str, files: list, inside: str = "", parts=None) -> Shard:
         """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
         prefix = printable(inside[:-4]) + "/" if inside else ""
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -830,7 +830,7 @@ def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) 
         found["cmmd"] = 1000 * kernel_distance(*seen, gaussian)
         if all(captions[0]):
             _, read = clip_towers(args.features, device)
-            said = [read(captions[0][i:i + 16]) for i in range(0, len(captions[0]), 16)]
+            said = [read([caption]) for caption in captions[0]]
             found["clip_score"] = clip_score(seen[0], torch.cat(said)).mean()
     print("  ".join(f"{name} {value:.5g}" for name, value in found.items()))
 

@@ -365,20 +365,8 @@ def parse(argv: list[str]) -> Configs:
     return tuple(configs)
 
 
-def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
-    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
-    scale: pixels of a picture per position of its latents."""
-    clip = cfg.objective == "clip"
-    for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
-        model.check_fields(config)
-        for name, value in vars(config).items():
-            if clip and CLIP.get(name, value) != value:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
-    if clip and (cfg.batch_size < 2 or cfg.model in model.UNETS):
-        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
-                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
-
+def check_caches(data_cfg, model_cfg, text_cfg) -> None:
+    """Raise ValueError where what frozen networks say cannot be kept."""
     ends = data_cfg.data or data_cfg.limit
     if text_cfg.text_cache and not ends:
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
@@ -393,6 +381,23 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if text_cfg.text_cache and data_cfg.shuffle_tags:
         raise ValueError(f"--text-cache {text_cfg.text_cache} cannot keep the captions of --shuffle-tags, "
                          "which are new in each pass. Drop one")
+
+
+def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
+    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
+    scale: pixels of a picture per position of its latents."""
+    clip = cfg.objective == "clip"
+    for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
+        model.check_fields(config)
+        for name, value in vars(config).items():
+            if clip and CLIP.get(name, value) != value:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {value} is for what draws, not for --objective clip. Leave it")
+    if clip and (cfg.batch_size < 2 or cfg.model in model.UNETS):
+        raise ValueError(f"--objective clip compares the pictures of a batch by a network of limn's own: use "
+                         f"--batch-size 2 or more, not {cfg.batch_size}, and --model small, not {cfg.model}")
+
+    check_caches(data_cfg, model_cfg, text_cfg)
     world = Ranks().world
     unit = world * (cfg.micro_batch or 1)
     if cfg.batch_size % unit:
@@ -1115,7 +1120,8 @@ def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> Non
     """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name`, val_loss or val_gap, is
     the best so far in a line of validation. Training survives a disk that is full, and a damaged old file."""
     path = out / "checkpoints" / "best" / "ema.safetensors"
-    own = {"step": str(line["step"]), name: str(line[name]), "config": without_folders(meta["config"])}
+    own = {name: str(line[name]) for name in ("step", name)}
+    own["config"] = without_folders(meta["config"])
     sign = -1 if name == "val_gap" else 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1278,12 +1284,12 @@ def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: 
     return data.Cache(cache.name, cache.fingerprint)           # with what the others wrote
 
 
-def load_latents(folder: str, sets: list[data.Pictures], net: "Denoising", device: torch.device,
-                 signals: Signals, ranks: Ranks, dry: bool) -> data.Cache | dict:
-    """The cache of what the VAE makes of the pictures of `sets`; dry: none is made, and all are zeros. Those
-    that cannot be read are left out: they are replaced, and counted, when they are drawn. Raises Stopped, see
-    `filled`."""
-    if dry:
+def load_latents(configs: Configs, sets: list[data.Pictures], net: "Denoising", device: torch.device,
+                 signals: Signals, ranks: Ranks) -> data.Cache | dict:
+    """The cache of what the VAE makes of the pictures of `sets`; in a dry run all are zeros. Those that
+    cannot be read are left out: they are replaced, and counted, when drawn. Raises Stopped, see `filled`."""
+    cfg, data_cfg, *_ = configs
+    if cfg.dry_run:
         side = sets[0].size // net.space.scale
         return defaultdict(partial(no_latent, net.space.channels, side))
     left_out = []
@@ -1300,7 +1306,7 @@ def load_latents(folder: str, sets: list[data.Pictures], net: "Denoising", devic
                 continue
             yield i, net.space.encode(torch.from_numpy(picture)[None].to(device))[0].cpu()
 
-    cache = data.Cache(Path(folder), f"{net.space.fingerprint} {sets[0].size}")
+    cache = data.Cache(Path(data_cfg.latent_cache), f"{net.space.fingerprint} {sets[0].size}")
     cache = filled(cache, readers, encode, 256, signals, ranks, "latents")
     if left_out:
         say(f"warning: {len(left_out)} pictures have no latents and are replaced, the first {left_out[0]}")
@@ -1352,9 +1358,9 @@ def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig
     return shards
 
 
-def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
-                      config: data.DataConfig) -> None:
-    """Copies of shards with what the caches have of each caption beside its picture."""
+def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache], config: data.DataConfig,
+                      ranks: Ranks) -> None:
+    """Copies of this rank's share of shards, with what the caches have of each caption beside its picture."""
     def beside(texts: list[str]) -> bytes:
         tensors, meta = {}, {}
         for cache in caches:
@@ -1364,7 +1370,7 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
         return safetensors.torch.save(tensors, meta)
 
     folder.mkdir(parents=True, exist_ok=True)
-    for path in shards:
+    for path in shards[ranks.rank::ranks.world]:
         target = folder / Path(path).name
         if target.exists():
             say(f"kept {target}, which was there")
@@ -1601,33 +1607,6 @@ def plot(names: list[str]) -> None:
     say(str(path))
 
 
-@torch.no_grad()
-def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
-    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
-    as the trainer's, of up to 32. val_gap = loss with the next picture's caption - loss with the right one:
-    above 0 the text is used."""
-    n, most = min(n, len(fixed)), min(32, trainer.micro)
-    device, ranks = trainer.device, trainer.ranks
-    sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
-    for start in range(ranks.rank * most, n, ranks.world * most):
-        stop = min(start + most, n)
-        items = [fixed[position] for position in (*range(start, stop), stop % n)]
-        others = [item | {"caption": after["caption"], "words": after["words"]}
-                  for item, after in itertools.pairwise(items)]
-        right, wrong = fixed.batch(items[:-1]), fixed.batch(others)
-
-        even = [(position * 0.6180339887 + 0.5) % 1 for position in right["positions"]]       # for any n
-        inputs = net.inputs(right, device) | {"t": torch.tensor(even, device=device)}
-        loss = net(**inputs)["raw"]
-        other = net(**inputs | net.condition(wrong, device))["raw"]
-        buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(inputs["t"]), BUCKETS)
-        sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
-
-    total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
-    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
-            "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
-
-
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.9                                # of noise, at which a CLIP is tested
 
 
@@ -1655,6 +1634,35 @@ def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer
                 found = same.gather(1, nearest).any(1).float().mean()
                 line.setdefault(f"{name}_at_{k}", []).append(number(found))
     return line | {"val_loss": number(line["val_loss"])}
+
+
+@torch.no_grad()
+def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+    """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
+    as the trainer's, of up to 32. val_gap = loss with the next picture's caption - loss with the right one:
+    above 0 the text is used. Of a CLIP see retrieval."""
+    if net.joins:
+        return retrieval(step, net, fixed, n, trainer)
+    n, most = min(n, len(fixed)), min(32, trainer.micro)
+    device, ranks = trainer.device, trainer.ranks
+    sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
+    for start in range(ranks.rank * most, n, ranks.world * most):
+        stop = min(start + most, n)
+        items = [fixed[position] for position in (*range(start, stop), stop % n)]
+        others = [item | {"caption": after["caption"], "words": after["words"]}
+                  for item, after in itertools.pairwise(items)]
+        right, wrong = fixed.batch(items[:-1]), fixed.batch(others)
+
+        even = [(position * 0.6180339887 + 0.5) % 1 for position in right["positions"]]       # for any n
+        inputs = net.inputs(right, device) | {"t": torch.tensor(even, device=device)}
+        loss = net(**inputs)["raw"]
+        other = net(**inputs | net.condition(wrong, device))["raw"]
+        buckets = diffusion.loss_buckets(loss, net.schedule.logsnr(inputs["t"]), BUCKETS)
+        sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
+
+    total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
+    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
+            "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
 def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
@@ -1962,8 +1970,7 @@ def main(argv: list[str]) -> None:
         shards = check_text_shards(train_set, text_cfg) if text_cfg.text_shards else []
         text, caches = load_text(configs, sets, device, signals, ranks)
         if shards and not cfg.dry_run:
-            ours = shards[ranks.rank::ranks.world]
-            return write_text_shards(ours, Path(text_cfg.text_shards), caches, data_cfg)
+            return write_text_shards(shards, Path(text_cfg.text_shards), caches, data_cfg, ranks)
         objective = build(configs, text, device)
         state = State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                       cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)
@@ -1974,8 +1981,7 @@ def main(argv: list[str]) -> None:
             return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
         announce(cfg, train_set, state, first)
         if data_cfg.latent_cache:
-            latents = load_latents(data_cfg.latent_cache, sets[:2], objective, device, signals, ranks,
-                                   cfg.dry_run)
+            latents = load_latents(configs, sets[:2], objective, device, signals, ranks)
             train_set.latents = val_set.latents = latents
 
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
@@ -1988,7 +1994,6 @@ def main(argv: list[str]) -> None:
         journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
-        look = retrieval if objective.joins else validate
         batches = trainer.batches(train_set, first, images)
         signals.awaited = True
 
@@ -2024,7 +2029,7 @@ def main(argv: list[str]) -> None:
             # Validate and draw samples with the averaged weights.
             if due(cfg.val_every):
                 with trainer.autocast:
-                    line = look(step, state.ema, val_set, cfg.val_images, trainer)
+                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
                 say(gist(line))
                 journal.put(step, "metrics.jsonl", line)
                 if writes and cfg.keep_best:

@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import stat
 import struct
@@ -772,6 +773,11 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
         before[0]
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     assert len(open_source(path, held_out=0)) == 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "full"))
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    assert len(open_source(path, held_out=0)) == 5
+    assert not list((tmp_path / "full" / "limn").iterdir())
 
 
 def damage(path, kind):

@@ -106,8 +106,13 @@ def test_a_sampling_command_parses(words, tmp_path, monkeypatch):
             (tmp_path / path).write_text("a house")
         if path.endswith("/"):
             (tmp_path / path).mkdir()
+    held = [{"caption": "a house"}]
+    monkeypatch.setattr(sample, "picture_set", lambda name: held)
+    if "runs/64" in words:
+        (tmp_path / "runs/64").mkdir(parents=True)
+        (tmp_path / "runs/64/config.json").write_text("{}")
     args = sample.arguments(words[words.index("sample.py") + 1:])
-    assert args.prompt or args.prompts or args.export
+    assert args.prompt or args.prompts or args.export or args.score or args.interactive
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
