@@ -1882,9 +1882,11 @@ def lettered(index: int) -> Scene:
     lines = []
     for _ in range(pick((0, 1, 1, 1, 2))):
         length = rng.integers(1, 9 if kind in ("sign", "") else 6)
-        word = ""
-        while not word or (length > 2 and (zlib.crc32(word.encode()) % 8 == 0) != (index >= ENDLESS)):
+        wanted = index >= ENDLESS
+        unseen = not wanted
+        while unseen != wanted:
             word = "".join(ALPHABET[i] for i in rng.integers(len(ALPHABET), size=length))
+            unseen = zlib.crc32(word.encode()) % 8 == 0 if length > 2 else wanted
         lines.append(word)
     x, y, half = 0.5 + 0.02 * rng.uniform(-1, 1, 3)
     things = (Thing(kind, colour, x, y, half - 0.08),) if kind else ()

@@ -275,7 +275,7 @@ class UNet(nn.Module):
     figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2).
     size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
     of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels;
-    written_dim: D and P of what is written in pictures, a second stream of keys, 0 for none.
+    written_dim: D and P of a second stream, of what is written in pictures, 0 for none.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
     activations in the backward pass."""
 
@@ -297,7 +297,6 @@ class UNet(nn.Module):
 
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)        # 12 of `places`
         self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
-
         def stage(c_in: int, c_out: int) -> nn.ModuleList:
             blocks = nn.ModuleList([ResBlock(c_in, c_out, emb, local)])
             if side in config.attn_resolutions:

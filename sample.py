@@ -266,8 +266,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
     encoders, vae: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
-    clip: whether it has to be a CLIP, or one that draws; a published pipeline is one too, see load_pipeline.
-    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
+    clip: whether it has to be a CLIP, or one that draws, as a published pipeline is, see load_pipeline.
+    ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
     if (path / "model_index.json").is_file() and not clip:
         return load_pipeline(path, device, cached, ema)
     path, tensors, meta = model.read(path, warn)
@@ -300,16 +300,15 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     side = size // space.scale
 
     # Built without memory, and compared with the file, before anything is allocated.
+    small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
+    widths = text.dim, text.pooled_dim, space.channels
     with model.reading(path), torch.device("meta"):
-        small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        widths = text.dim, text.pooled_dim
         if "unet" in meta:
-            unet = model.rebuild(json.loads(meta["unet"]), *widths)
+            unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
         elif clip:
-            unet = model.CLIP(shape, side, *widths, space.channels)
+            unet = model.CLIP(shape, side, *widths)
         else:
-            written = text.transcriber.dim if text.transcriber else 0
-            unet = model.UNet(shape, side, *widths, space.channels, small, config.learn_sigma, written)
+            unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
@@ -451,15 +450,24 @@ def sampler_of(s: Settings) -> Callable:
     return sampler
 
 
+def lines_of(stage: Stage, s: Settings, count: int) -> list[str]:
+    """What is written in each of so many pictures; `write` may be a list of that. ValueError where the
+    checkpoint does not read it."""
+    lines = [s.write] * count if isinstance(s.write, str) else s.write
+    if not stage.text.transcriber and (any(lines) or s.write_guidance >= 0):
+        raise ValueError(f"--write {s.write} or --write-guidance needs a checkpoint that was trained with "
+                         f"--transcription bytes, and this one of step {stage.step} was not")
+    return lines
+
+
 @torch.no_grad()
 def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
              dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, kept=(),
              truth: Tensor | None = None, **settings) -> Tensor:
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
-    dtype: of the products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; kept: gets each batch; and Settings,
-    of which `write` may be a list, one for each picture.
+    dtype: of the products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; kept: gets each batch; and Settings.
     truth: pictures, uint8 (N, 3 or 1, H, W), of which it tells the bits per dimension (N,) instead.
-    Raises ValueError where these do not fit together, and when the network's output is not finite."""
+    ValueError where these do not fit together, and when the network's output is not finite."""
     s, space = Settings(**settings), stage.space
     small_side = 0 if lowres is None else lowres.shape[-1]
     if stage.data.lowres != small_side:
@@ -468,17 +476,13 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     alone = s.mask or s.strength != 1
     if (alone and not s.init) or (s.resample > 1 and not s.mask):
         raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
-    lines = [s.write] * len(prompts) if isinstance(s.write, str) else s.write
-    if not stage.text.transcriber and (any(lines) or s.write_guidance >= 0):
-        raise ValueError("--write and --write-guidance are for a checkpoint that was trained with "
-                         f"--transcription bytes, and this one (step {stage.step}) was not")
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
     init = read_picture(s.init, stage.size)[None] if s.init else None
     shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
     keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
-    beside = companions(stage, s, times)
+    beside, lines = companions(stage, s, times), lines_of(stage, s, len(prompts))
 
     # The sampler, and the network that it asks.
     network = stage.network()

@@ -833,7 +833,8 @@ class TextEncoder(Module):
     tower: None where the reader looks up what it said. trainable: the weights train with the U-Net
     and belong into its checkpoint; else they stay in their folder, and the output has no gradient
     and ignores autocast. dim: D. pooled_dim: P. length: L. fingerprint: of weights and settings."""
-    transcriber = None                          # the reader of a second stream, see Streams
+    transcriber = None                          # the reader of a second stream, and its width, see Streams
+    written_dim = 0
 
     def __init__(self, tower, reader: Reader, fingerprint: str, trainable: bool):
         super().__init__()
@@ -892,6 +893,7 @@ class MultiEncoder(Module):
     parameters() and state_dict() leave the frozen ones out. context (B, sum of L, max of D), pooled
     (B, sum of P)."""
     transcriber = None
+    written_dim = 0
 
     def __init__(self, encoders: list[TextEncoder]):
         super().__init__()
@@ -982,6 +984,7 @@ class Streams(MultiEncoder):
         self.encoders = captions, transcription
         self.reader = captions.reader
         self.transcriber = transcription.reader
+        self.written_dim = transcription.dim
         self.dim = captions.dim
         self.pooled_dim = captions.pooled_dim
         self.length = captions.length

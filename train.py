@@ -1402,8 +1402,7 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
         unet = published(configs, text, space)
     else:
         shape = model_cfg, side, text.dim, text.pooled_dim, space.channels
-        written = text.transcriber.dim if text.transcriber else 0
-        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma, written)
+        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma, text.written_dim)
         if kind is Contrastive:
             make = partial(model.CLIP, *shape)
         with torch.device("meta"):
@@ -1923,6 +1922,19 @@ def pictures_of(configs: Configs) -> list[data.Pictures]:
     return sets
 
 
+def attach(sets: list[data.Pictures], text: nn.Module, cfg: TrainConfig, images: int) -> None:
+    """What data workers add to the pictures of `pictures_of`: what is read of texts, and random numbers."""
+    for pictures in sets:
+        pictures.reader = text.reader
+        pictures.transcriber = text.transcriber
+    train_set, val_set, shown_set = sets
+    drops = (cfg.transcription_drop, cfg.both_drop) if text.transcriber else (0.0, 0.0)
+    train_set.draws = partial(
+        draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size, drops=drops)
+    val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
+    shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
+
+
 def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int) -> None:
     """What is about to be trained on what, and what is wrong with it."""
     for warning in pictures.warnings:
@@ -1979,13 +1991,7 @@ def main(argv: list[str]) -> None:
             train_set.latents = val_set.latents = latents
 
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
-        drops = (cfg.transcription_drop, cfg.both_drop) if text.transcriber else (0.0, 0.0)
-        train_set.draws = partial(draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size,
-                                  drops=drops)
-        val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
-        shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
-        for pictures in sets:
-            pictures.reader, pictures.transcriber = text.reader, text.transcriber
+        attach(sets, text, cfg, images)
         shown = shown_batch(shown_set, cfg.size, prompts_of(cfg))
         meta = describe(configs, train_set, objective, out if writes else None)
         journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
