@@ -85,7 +85,10 @@ class DataConfig:
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
     lowres: int = 0  # side of the small pictures that the stage enlarges, 0 = a base stage [0..4096 pixels]
     lowres_mode: Literal["colour", "grey"] = "colour"  # of the small pictures; grey: the stage colours them
-    flip: float = 0.0  # share of the pictures that is mirrored, left to right, in training [0..1]
+    flip: float = 0.0  # share of the pictures without text that is mirrored in training [0..1]
+    txt: Literal["captions", "transcription"] = "captions"  # what NAME.txt holds; the other is in NAME.json
+    text_crop: float = 0.0  # share of the pictures with a safebox that is cropped, around all text [0..1]
+    text_area: float = 0.5  # smallest part of the largest square that such a crop keeps [0..1 of its area]
     shuffle_tags: bool = False  # in training, mix what stands between the commas of a caption, not the first
     blur: tuple[float, ...] = (0.0, 0.4, 0.6)  # share of the small pictures that is blurred; sigmas [pixels]
     crop: int = 0  # side of the square, anywhere in a picture, to train on, 0 = the whole [0..4096 pixels]
@@ -297,6 +300,19 @@ def read_captions(text: str, meta: dict) -> list[str]:
     found = words(meta.get("captions")) or words(text.splitlines())
     found = found or words(meta.get("caption")) + words(meta.get("text"))
     return found or words(meta.get("TEXT")) or words(meta.get("prompt"))
+
+
+def transcribed(meta: dict) -> str:
+    """What is written in a picture, lines by \\n, "" if nothing is. ValueError where it is no text."""
+    found = meta.get("transcription") or ""
+    if not isinstance(found, str):
+        raise ValueError(f"its transcription is {found!r:.40}, not a text")
+    return "\n".join(map(clean, found.strip().splitlines()))
+
+
+def labels(captions: list[str], transcriptions: list[str]) -> list[str]:
+    """Captions, each with what is written in its picture on lines of its own below it."""
+    return [f"{caption}\n{written}".rstrip() for caption, written in zip(captions, transcriptions)]
 
 
 # ------------------------------------------------------------------------------------------ sources
@@ -946,10 +962,14 @@ class Files(Source):
 
     def texts(self, read: Callable, row: list) -> tuple:
         """Captions and metadata of a sample."""
-        content = read(row[PARTS["txt"]], MAX_TEXT) or read(row[PARTS["caption"]], MAX_TEXT)
-        text, guessed = read_text(content)
+        content = read(row[PARTS["txt"]], MAX_TEXT)
         meta = fields_of(read, row)
-        if guessed:
+        recoded = False
+        if content and self.config.txt == "transcription":
+            meta["transcription"], recoded = read_text(content)
+            content = b""
+        text, guessed = read_text(content or read(row[PARTS["caption"]], MAX_TEXT))
+        if guessed or recoded:
             meta[RECODED] = True
 
         wanted = self.config.caption_key
@@ -1175,6 +1195,43 @@ def parse_source(entry: str) -> tuple:
     return path, Fraction(weight)
 
 
+def size_of(picture: bytes | np.ndarray) -> tuple[int, int]:
+    """Width and height of a picture as it is stored, encoded or uint8 (3, H, W)."""
+    if isinstance(picture, np.ndarray):
+        return picture.shape[:0:-1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # of bombs: decode refuses them
+        return Image.open(io.BytesIO(picture), formats=FORMATS.split()).size
+
+
+def around(size: tuple[int, int], box: list, least: float, area: float,
+           drawn: list[float] | None) -> tuple[int, int, int]:
+    """Left, top and side of a square inside a picture of size (W, H) that has all of a box, left, top, right,
+    bottom [pixels]; ValueError for a box that is outside, or longer than the short side W or H.
+    least: of its side, as far as the picture has that; area: smallest part of the largest square; drawn: for
+    its size and place three numbers of 0..1, None = the largest, as near to the middle as can be."""
+    short = min(size)
+    firsts = [math.floor(edge) for edge in box[:2]]
+    lasts = [math.ceil(edge) for edge in box[2:]]
+    sides = [last - first for first, last in zip(firsts, lasts)]
+    inside = [0 <= first <= last <= length for first, last, length in zip(firsts, lasts, size)]
+    if len(box) != 4 or not all(inside) or max(sides) > short:
+        raise ValueError(f"its safebox {box} is not inside a square of its {size[0]}x{size[1]} pixels")
+
+    side = short
+    if drawn:
+        least = max(*sides, math.ceil(min(least, short)))
+        area = max(area, (least / short) ** 2)
+        side = max(least, round(short * math.sqrt(area + drawn[0] * (1 - area))))
+    corner = []
+    for i, length in enumerate(size):
+        low = max(0, lasts[i] - side)
+        high = min(firsts[i], length - side)
+        middle = min(max(low, (length - side) // 2), high)
+        corner.append(low + int(drawn[i + 1] * (high - low + 1)) if drawn else middle)
+    return *corner, side
+
+
 class Rest(Sequence):
     """The numbers below `count`, in order, but for those that are held out."""
 
@@ -1198,12 +1255,14 @@ class Pictures:
     fixed and centred, is those whose hashed key is below a threshold; with --limit, or too few,
     those of training.
     To be set from outside, for what the workers do besides: `reader`, with read(caption, bytes) ->
-    an entry and batch(entries) -> a dict of arrays; `embedded`, whether these bytes are those of
-    KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays; `latents`, a cache of
-    what a VAE makes of each of `squares`. Raises ValueError for --data and --blur that make no
-    sense."""
+    an entry and batch(entries) -> a dict of arrays; `transcriber`, that of what is written in
+    pictures, whose arrays have transcription_ before their names; `embedded`, whether these bytes
+    are those of KEY.t5.safetensors, else none; `draws`, positions -> a dict of arrays; `latents`, a
+    cache of what a VAE makes of each of `squares`. Raises ValueError for --data and --blur that
+    make no sense."""
     embedded = False
     reader = None
+    transcriber = None
     draws = None
     latents = None
 
@@ -1299,15 +1358,34 @@ class Pictures:
                 with suppress(Exception):           # replaced and counted when it is drawn
                     yield from source.captions(int(row))
 
-    def square(self, key: str, view: int, drawn: list[float]) -> tuple[float, float, float]:
-        """How much of its short side a picture keeps, and where the rest is cut, see decode."""
+    def square(self, key: str, view: int, drawn: list[float], picture: bytes | np.ndarray = b"",
+               meta: dict | None = None) -> tuple[float, float, float]:
+        """How much of its short side a picture keeps, and where the rest is cut, see decode: around all of
+        its text, with a safebox; without one a picture with text is not cut."""
         config = self.config
-        if self.split == "val" or config.min_crop == 1:
-            return 1.0, 0.5, 0.5
         if config.crops:
             drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
+        if meta and "safebox" in meta:
+            return self.text_square(picture, meta, drawn)
+        if self.split == "val" or config.min_crop == 1 or (meta and transcribed(meta)):
+            return 1.0, 0.5, 0.5
         keep, right, down = drawn
         return 1 - keep * (1 - config.min_crop), right, down
+
+    def text_square(self, picture: bytes | np.ndarray, meta: dict, drawn: list[float]) -> tuple:
+        """The same around meta["safebox"]; meta["px_scale"]: how much the picture was enlarged already."""
+        if self.latents is not None:
+            raise ValueError("it has a safebox, which --latent-cache does not know")
+        config = self.config
+        first, *place = drawn
+        chosen = None
+        if self.split == "train" and first < config.text_crop:
+            chosen = [first / config.text_crop, *place]
+        size = size_of(picture)
+        least = self.size * max(1, np.max(meta.get("px_scale") or 1))
+        left, top, side = around(size, meta["safebox"], least, config.text_area, chosen)
+        width, height = (max(1, length - side) for length in size)
+        return side / min(size), left / width, top / height
 
     def squares(self) -> Iterator[tuple[str, Callable]]:
         """The name of each square that can be shown, and a function that reads it."""
@@ -1343,36 +1421,44 @@ class Pictures:
             key = source.key(row)
             try:
                 picture, texts, meta = source.sample(row)
-                crop = self.square(key, turn, drawn)
+                crop = self.square(key, turn, drawn, picture, meta)
+                written = transcribed(meta)
                 if self.latents is not None:
                     latent, = self.latents[f"{source.mark(row)} {crop}"]
                     item = {"picture": latent.numpy()}
                 else:
                     shown = decode(picture, self.size, *crop, self.config.min_size)
-                    item = self.views(shown, position)
+                    item = self.views(shown, position, bool(written or "safebox" in meta))
                 caption = texts[int(which * len(texts))] if texts else ""
                 if self.config.shuffle_tags and self.split == "train":
                     first, *tags = caption.split(",")
                     keyed(self.seed, "tags", position).shuffle(tags)
                     caption = ",".join([first, *tags])
-                if self.reader:
-                    embeddings = meta.get("embeddings", b"") if self.embedded else b""
-                    item["words"] = self.reader.read(caption, embeddings)
+                embeddings = meta.get("embeddings", b"") if self.embedded else b""
+                item |= self.texts(caption, embeddings, written)
             except Exception as error:              # decoders raise nearly anything on garbage
                 replaced.append(f"{key}: {one_line(error)}")
                 index = int(rng.integers(len(rows)))
                 continue
 
-            item |= {"position": position, "key": key, "caption": caption, "replaced": replaced,
-                     "recoded": RECODED in meta}
+            item |= {"position": position, "key": key, "replaced": replaced, "recoded": RECODED in meta}
             return item
         raise ValueError(f"{source.name}: {MAX_TRIES} pictures in a row are unreadable, "
                          f"last {replaced[-1]}")
 
-    def views(self, shown: np.ndarray, position: int) -> dict:
+    def texts(self, caption: str, embeddings: bytes = b"", written: str = "") -> dict:
+        """{"caption", "transcription"}, and with readers of them "words" and "letters", their entries."""
+        item = {"caption": caption, "transcription": written}
+        if self.reader:
+            item["words"] = self.reader.read(caption, embeddings)
+        if self.transcriber:
+            item["letters"] = self.transcriber.read(written)
+        return item
+
+    def views(self, shown: np.ndarray, position: int, has_text: bool = False) -> dict:
         """{"picture", "lowres" with --lowres}: of the whole picture, cut at matching places."""
         config = self.config
-        flipped = config.flip and keyed(self.seed, "flip", position).random() < config.flip
+        flipped = config.flip and not has_text and keyed(self.seed, "flip", position).random() < config.flip
         if flipped and self.split == "train":
             shown = np.ascontiguousarray(shown[:, :, ::-1])
         if (config.lowres, config.crop, config.picture_mode) == (0, 0, "colour"):
@@ -1406,20 +1492,27 @@ class Pictures:
 
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
-        `draws` make of them, and the lists "captions", "positions" and "keys"; of some of them, to
-        be told, "replaced", "uncaptioned" and "recoded": reasons or keys."""
+        `draws` make of them, and the lists "captions", "transcriptions", "positions" and "keys"; of
+        some of them, to be told, "replaced", "uncaptioned", "recoded" and "untold", whose transcriptions
+        are cut: reasons or keys."""
         def column(name):
             return [item[name] for item in items]
 
         batch = {name: np.stack(column(name)) for name in ("picture", "lowres") if name in items[0]}
         batch["captions"] = column("caption")
+        batch["transcriptions"] = column("transcription")
         batch["positions"] = column("position")
         batch["keys"] = column("key")
         batch["replaced"] = list(chain(*column("replaced")))
         batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
         batch["recoded"] = [item["key"] for item in items if item["recoded"]]
+        batch["untold"] = []
         if self.reader:
             batch |= self.reader.batch(column("words"))
+        if self.transcriber:
+            letters = self.transcriber.batch(column("letters"))
+            batch |= {f"transcription_{name}": array for name, array in letters.items()}
+            batch["untold"] = [item["key"] for item in items if item["letters"]["cut"]]
         if self.draws:
             batch |= self.draws(batch["positions"])
         return batch
@@ -1577,15 +1670,16 @@ def side_by_side(*views: Tensor) -> Tensor:
 
 def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
                   columns: int = 4) -> Image.Image:
-    """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it."""
+    """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it, see labels."""
     n, _, height, width = pictures.shape
     scale = max(1, 128 // height)                               # small pictures are shown larger
     columns = min(columns, n)
     letters = ImageFont.load_default(11)
     lines = []
-    for caption in captions:
+    for label in captions:
+        caption, *written = label.split("\n")
         wrapped = textwrap.wrap(caption, max(8, width * scale // 6))
-        lines.append(wrapped[:3] or ["(no caption)"])
+        lines.append([*wrapped[:3], *written] or ["(no caption)"])
 
     gap = 8
     wide = width * scale + gap
@@ -1727,6 +1821,9 @@ KINDS = {
         "oval+ shade 28 24 58 56, oval ink -11 -70 11 80",
     "sign": "box wood -9 20 9 98, round shade -100 -72 100 40, round main -93 -65 93 33",
 }
+# Where things have room for letters: its centre, and half of its width and height; "" is a plain ground.
+ROOM = {"sign": (0, -16, 88, 45), "cup": (-13, 20, 58, 56), "balloon": (0, -4, 52, 40), "": (0, 0, 92, 80)}
+ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"            # without 0 and 1, which are as O and I
 font = cache(ImageFont.load_default)
 
 
@@ -1772,6 +1869,33 @@ def scene(index: int) -> Scene:
     room = 0.46 - half
     only = Thing(kind, colour, near(0.5 + right * room), near(0.5 + down * room), half)
     return Scene((only,), background, size, place)
+
+
+@lru_cache(64)
+def lettered(index: int) -> Scene:
+    """The scene of a picture of words, by its index alone: a sign, cup, balloon or plain ground, with one or
+    two lines of 1 to 8 characters (up to 5 on a cup or balloon), or 1 in 5 with none. An eighth of the words
+    of 3 characters or more is shown from index ENDLESS on alone, and there no others are."""
+    rng = keyed(0, "words", index)
+
+    def pick(names, *but):
+        left = [name for name in names if name not in but]
+        return left[rng.integers(len(left))]
+
+    kind = pick(ROOM)
+    colour = pick(COLOURS, "purple")                       # on which no ink is seen well
+    lines = []
+    for _ in range(pick((0, 1, 1, 1, 2))):
+        length = rng.integers(1, 9 if kind in ("sign", "") else 6)
+        wanted = index >= ENDLESS
+        unseen = not wanted
+        while unseen != wanted:
+            word = "".join(ALPHABET[i] for i in rng.integers(len(ALPHABET), size=length))
+            unseen = zlib.crc32(word.encode()) % 8 == 0 if length > 2 else wanted
+        lines.append(word)
+    x, y, half = 0.5 + 0.02 * rng.uniform(-1, 1, 3)
+    things = (Thing(kind, colour, x, y, half - 0.08),) if kind else ()
+    return Scene(things, pick(GROUNDS, colour), place="in the middle", word="\n".join(lines))
 
 
 def a(words: str) -> str:
@@ -1830,15 +1954,29 @@ def draw_thing(pen, thing: Thing, side: int, tones: dict) -> None:
             shapes[shape.strip("+")](points, fill=tones[tone])
 
 
-def draw_word(word: str, thing: Thing) -> Image.Image:
-    """The word on a thing, white on black on 1024 pixels: there a letter stands on whole ones."""
+def letters(scene: Scene) -> list[tuple[str, float, float, float]]:
+    """Each letter that is written on the only thing of a scene, or its ground: the letter, x and y of its
+    centre, and the step to the next one, of the picture's side."""
+    *_, thing = Thing("", "", 0.5, 0.5, 0.5), *scene.things
+    right, down, wide, high = ROOM[thing.kind]
+    lines = scene.word.split("\n")
+    step = min(50, 2 * wide / max(map(len, lines)), 1.5 * high / len(lines))
+    unit = thing.half / 100
+    found = []
+    for row, line in enumerate(lines):
+        y = thing.y + unit * (down + 1.25 * step * (row - (len(lines) - 1) / 2))
+        for i, letter in enumerate(line):
+            x = thing.x + unit * (right + step * (i - (len(line) - 1) / 2))
+            found.append((letter, x, y, unit * step))
+    return found
+
+
+def draw_word(scene: Scene) -> Image.Image:
+    """What is written, white on black on 1024 pixels: there a letter stands on whole ones."""
     sheet = Image.new("L", (1024, 1024))
     pen = ImageDraw.Draw(sheet)
-    step = 10.24 * thing.half * min(50, 176 / len(word))
-    y = 1024 * (thing.y - 0.16 * thing.half)
-    for i, letter in enumerate(word):       # one by one: no shaping library changes the picture
-        x = 1024 * thing.x + step * (i - (len(word) - 1) / 2)
-        pen.text((x, y), letter, 255, font(round(1.25 * step)), anchor="mm")
+    for letter, x, y, step in letters(scene):       # one by one: no shaping library changes the picture
+        pen.text((1024 * x, 1024 * y), letter, 255, font(round(1280 * step)), anchor="mm")
     return sheet
 
 
@@ -1847,14 +1985,15 @@ def draw(scene: Scene, size: int) -> np.ndarray:
     side = size * (4 if size <= 256 else 2)
     canvas = Image.new("RGB", (side, side), GROUNDS[scene.background])
     pen = ImageDraw.Draw(canvas)
+    below = GROUNDS[scene.background]
     for thing in scene.things:
         tones = tones_of(thing, scene.background)
         draw_thing(pen, thing, side, tones)
+        below = tones["main"]
 
-    if scene.word:                                              # on the only thing, a sign
-        ink = "snow" if sum(tones["main"]) < 350 else "ink"
-        letters = shrink(draw_word(scene.word, thing), side)
-        canvas.paste(tones[ink], mask=letters)
+    if scene.word:
+        ink = TONES["snow" if sum(below) < 350 else "ink"]
+        canvas.paste(ink, mask=shrink(draw_word(scene), side))
     return array(shrink(canvas, size))
 
 
@@ -1882,9 +2021,46 @@ class BuiltIn(Source):
         return b"version 3"
 
 
+class Words(BuiltIn):
+    """Scenes with words, which the metadata has, with the box around them; the captions do not say them."""
+    name = "words"
+    said = ""
+
+    def sample(self, i):
+        meta = {}
+        shown = lettered(i)
+        if shown.word:
+            edges = []
+            for _, x, y, step in letters(shown):        # a letter is up to 1.5 steps wide and high
+                edges.append((x - 0.75 * step, y - 0.75 * step, -x - 0.75 * step, -y - 0.75 * step))
+            box = np.array((1, 1, -1, -1)) * np.min(edges, 0)
+            meta = {"transcription": shown.word, "safebox": (self.size * box.clip(0, 1)).tolist()}
+        return Sample(draw(shown, self.size), self.captions(i), meta)
+
+    def captions(self, i):
+        shown = lettered(i)
+        plain = f"{shown.background} background"
+        texts = [a(plain), a(f"plain {plain}")]
+        if shown.things:
+            texts = captions(shown._replace(word=""))
+        word = shown.word.replace("\n", " ")
+        return [f"{text}{self.said.format(word)}" if word else text for text in texts]
+
+    def key(self, i):
+        return f"{self.name}/{i}"
+
+
+class QuotedWords(Words):
+    """The same, whose captions say what is written."""
+    name = "quoted-words"
+    said = ' that says "{}"'
+
+
 # What --data knows by name; the rest is Files.
 SOURCES = {
     "built-in": BuiltIn,
+    "words": Words,
+    "quoted-words": QuotedWords,
 }
 
 

@@ -563,9 +563,11 @@ class LearnedVariance:
         return output
 
 
-def unconditional(condition: dict) -> dict:
-    """The condition with its text hidden (mask all False); the low-resolution picture stays."""
-    return {**condition, "mask": torch.zeros_like(condition["mask"])}
+def unconditional(condition: dict, end: str = "mask") -> dict:
+    """The condition with its texts hidden (masks all False), or those whose masks' names end so;
+    the low-resolution picture stays."""
+    hidden = {name: torch.zeros_like(x) for name, x in condition.items() if name.endswith(end)}
+    return condition | hidden
 
 
 def branches(
@@ -620,20 +622,30 @@ def guidance(
 def guided(
     model: Callable, schedule: Schedule, config: DiffusionConfig, condition: dict,
     guidance_scale: float, negative: dict | None = None, weak: Callable | None = None,
-    **options,
+    written_scale: float | None = None, **options,
 ) -> Callable:
     """Guidance of one condition: one call, of 2B rows, or B where there is nothing to guide.
     `negative`, the condition of a negative prompt, replaces the empty one; `weak`, a denoiser, both
-    (autoguidance). options: guidance's."""
+    (autoguidance). `written_scale`, for what is written, in 3B rows: x0 = uncond + w (caption -
+    uncond) + written_scale (both - caption), so that 1 and 1 are the condition (Brooks et al. 2022,
+    2211.09800, eq. 3), by weights of eq. 11 in `branches`. options: guidance's."""
     good = denoiser(model, schedule, config, condition)
-    if guidance_scale == 1:
+    conditions = [condition]
+    weights = [1.0]
+    if written_scale not in (None, guidance_scale):
+        if not guidance_scale:
+            raise ValueError("a scale for what is written needs a guidance_scale above 0")
+        share = written_scale / guidance_scale
+        conditions.append(unconditional(condition, "transcription_mask"))
+        weights = [share, 1 - share]
+    if guidance_scale == 1 and len(weights) == 1:
         return good
 
     def good_and_weak(x_t, t):
         return good(x_t, t), weak(x_t, t)
 
     negative = negative or unconditional(condition)
-    empty = branches(model, schedule, config, [condition], [1.0], negative)
+    empty = branches(model, schedule, config, conditions, weights, negative)
     return guidance(good, good_and_weak if weak else empty, guidance_scale, **options)
 
 

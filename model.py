@@ -274,12 +274,13 @@ class UNet(nn.Module):
     With config.efficient that of the Efficient U-Net (Saharia et al. 2022, arXiv:2205.11487, appendix B and
     figure A.30): sides halve before, double after the convolutions of a level; skips weigh 1/sqrt(2).
     size: side of the pictures [pixels]; text_dim, pooled_dim: D and P; planes: channels of a picture; lowres:
-    of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels.
+    of the low-resolution one, 0 for none; learn_sigma: predict a variance too, in twice the channels;
+    written_dim: D and P of a second stream, of what is written in pictures, 0 for none.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
     activations in the backward pass."""
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
-                 lowres: int = 0, learn_sigma: bool = False):
+                 lowres: int = 0, learn_sigma: bool = False, written_dim: int = 0):
         super().__init__()
         check_shape(config, size)
         self.config = config
@@ -296,7 +297,6 @@ class UNet(nn.Module):
 
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)        # 12 of `places`
         self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
-
         def stage(c_in: int, c_out: int) -> nn.ModuleList:
             blocks = nn.ModuleList([ResBlock(c_in, c_out, emb, local)])
             if side in config.attn_resolutions:
@@ -336,6 +336,8 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(c, local)
         outside = planes * (1 + learn_sigma) * config.patch**2
         self.conv_out = nn.Conv2d(c, outside, 3, padding=1)
+        if written_dim:
+            self.transcription = TextAdapter(written_dim, emb, written_dim, emb)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -384,23 +386,31 @@ class UNet(nn.Module):
         return maps
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
-                lowres: Tensor | None = None, lowres_t: Tensor | None = None) -> Tensor:
+                lowres: Tensor | None = None, lowres_t: Tensor | None = None, **written: Tensor) -> Tensor:
         """Predict the target of the diffusion at each pixel.
         x_t (B, planes, H, W) float32, the noisy picture; t (B,) float32 in [0, 1], 1 = pure noise; context
         (B, L, D); mask (B, L) bool, True = a token; pooled (B, P). A row of the mask without any True is the
         unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
         lowres (B, c, h, w) float32, the low-resolution picture, noised, upsampled here to H and W if it is
-        smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. Returns (B, planes, H, W) float32, with
-        learn_sigma twice the planes."""
+        smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. written: transcription_context, _mask and
+        _pooled, the same of what is written in the picture, whose keys join those of the text. Returns
+        (B, planes, H, W) float32, with learn_sigma twice the planes."""
         # The vector of time and text. Without text the vector is that of zero.
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         if lowres is not None:
             time = time + self.lowres_time(timestep_embedding(lowres_t, self.config.emb_dim // 4))
         pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
-        emb = F.silu(time + self.pooled(pooled))                                      # (B, E)
+        time = time + self.pooled(pooled)
 
-        # The keys: the tokens of the text that are there, and the null.
+        # The keys: the tokens of the text that are there, and the null; then those of what is written.
         context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        if written:
+            parts = [written[f"transcription_{name}"] for name in ("context", "mask", "pooled")]
+            keys, hides, told = self.transcription(*parts)
+            context = torch.cat([context, keys], 1)
+            hidden = torch.cat([hidden, hides], 1)
+            time = time + told
+        emb = F.silu(time)                                                            # (B, E)
 
         x = x_t
         if lowres is not None:
@@ -708,9 +718,13 @@ class TextAdapter(nn.Module):
     def __init__(self, text_dim: int, width: int, pooled_dim: int, pooled_width: int):
         super().__init__()
         self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
-        self.null = nn.Parameter(0.5 * torch.randn(1, 1, width))
+        self.null = nn.Parameter(torch.zeros(1, 1, width))
+        real = not self.null.is_meta                           # as in the U-Net's init_weights
+        if real:
+            nn.init.normal_(self.null, std=0.5)
         self.pooled = nn.Linear(pooled_dim, pooled_width) if pooled_width else None
-        nn.init.normal_(self.context[1].weight, std=1 / math.sqrt(text_dim))
+        if real:
+            nn.init.normal_(self.context[1].weight, std=1 / math.sqrt(text_dim))
 
     def forward(self, context, mask, pooled):
         """-> context (B, L+1, width), what hides it (B, L+1), pooled (B, pooled_width)."""

@@ -266,8 +266,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     ema: width of another average of the weights, see reconstruct; 0 = the one in the checkpoint.
     cached: `reader` of all prompts; without it a frozen text encoder stays in memory, ready for any.
     encoders, vae: folders where frozen ones lie now; else where they lay, beside the run, or in this folder.
-    clip: whether it has to be a CLIP, or one that draws; a published pipeline is one too, see load_pipeline.
-    Raises ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
+    clip: whether it has to be a CLIP, or one that draws, as a published pipeline is, see load_pipeline.
+    ValueError, one line, where there is no checkpoint, where it is damaged or of other code."""
     if (path / "model_index.json").is_file() and not clip:
         return load_pipeline(path, device, cached, ema)
     path, tensors, meta = model.read(path, warn)
@@ -300,15 +300,15 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     side = size // space.scale
 
     # Built without memory, and compared with the file, before anything is allocated.
+    small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
+    widths = text.dim, text.pooled_dim, space.channels
     with model.reading(path), torch.device("meta"):
-        small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
-        widths = text.dim, text.pooled_dim
         if "unet" in meta:
-            unet = model.rebuild(json.loads(meta["unet"]), *widths)
+            unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
         elif clip:
-            unet = model.CLIP(shape, side, *widths, space.channels)
+            unet = model.CLIP(shape, side, *widths)
         else:
-            unet = model.UNet(shape, side, *widths, space.channels, small, config.learn_sigma)
+            unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
@@ -334,6 +334,8 @@ class Settings:
     clip: str = ""  # a CLIP run that guides: a forward and backward pass a call; a,b: of two stages
     clip_scale: float = 1.0  # how strongly it does [0..1e6]
     negative: str = ""  # a prompt to move away from
+    write: str = ""  # what is written in the pictures, lines by \\n, by a run with --transcription
+    write_guidance: float = -1.0  # guidance scale of --write, -1 = that of --guidance [-1..100]
     aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
     sampler: str = "dpmpp_2m"  # how the noise is removed
@@ -350,7 +352,8 @@ class Settings:
     resample: int = 1  # visits of every ten steps with --mask, so that its parts agree [1..1000]
 
 
-FIRST = ("autoguide", "init", "mask", "strength", "resample")  # settings of the first stage alone
+# Settings of the first stage alone.
+FIRST = ("autoguide", "init", "mask", "strength", "resample", "write_guidance")
 
 
 def to_image(picture: Tensor, mode: str = "colour") -> Image.Image:
@@ -410,8 +413,10 @@ def companions(stage: Stage, settings: Settings, times: Tensor) -> list[Stage | 
         found.append(other)
 
     weak, _ = found
-    if weak and (settings.negative or weak.data.lowres != stage.data.lowres):
-        raise ValueError("--autoguide needs a checkpoint of the same --lowres, and no --negative")
+    against = settings.negative or settings.write_guidance >= 0
+    if weak and (against or weak.data.lowres != stage.data.lowres):
+        raise ValueError("--autoguide needs a checkpoint of the same --lowres, and no --negative nor "
+                         "--write-guidance")
     return found
 
 
@@ -445,6 +450,16 @@ def sampler_of(s: Settings) -> Callable:
     return sampler
 
 
+def lines_of(stage: Stage, s: Settings, count: int) -> list[str]:
+    """What is written in each of so many pictures; `write` may be a list of that. ValueError where the
+    checkpoint does not read it."""
+    lines = [s.write] * count if isinstance(s.write, str) else s.write
+    if not stage.text.transcriber and (any(lines) or s.write_guidance >= 0):
+        raise ValueError(f"--write {s.write} or --write-guidance needs a checkpoint that was trained with "
+                         f"--transcription bytes, and this one of step {stage.step} was not")
+    return lines
+
+
 @torch.no_grad()
 def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int = 16,
              dtype: torch.dtype = torch.float32, lowres: Tensor | None = None, kept=(),
@@ -452,7 +467,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     """Draw one picture for each prompt from the noise of its seed: uint8 (N, 3 or 1, H, W) on the CPU.
     dtype: of the products; lowres: uint8 (N, 3 or 1, h, w) to enlarge; kept: gets each batch; and Settings.
     truth: pictures, uint8 (N, 3 or 1, H, W), of which it tells the bits per dimension (N,) instead.
-    Raises ValueError where these do not fit together, and when the network's output is not finite."""
+    ValueError where these do not fit together, and when the network's output is not finite."""
     s, space = Settings(**settings), stage.space
     small_side = 0 if lowres is None else lowres.shape[-1]
     if stage.data.lowres != small_side:
@@ -467,7 +482,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     init = read_picture(s.init, stage.size)[None] if s.init else None
     shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
     keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
-    beside = companions(stage, s, times)
+    beside, lines = companions(stage, s, times), lines_of(stage, s, len(prompts))
 
     # The sampler, and the network that it asks.
     network = stage.network()
@@ -497,7 +512,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             stays = keep.to(x.device).expand(len(x), 1, -1, -1)
             run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
-            denoise = denoiser_of(stage, network, beside, s, prompts[part], small)
+            denoise = denoiser_of(stage, network, beside, s, prompts[part], small, lines[part])
             x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
         if not x.isfinite().all():
             raise ValueError(f"the network's output is not finite (checkpoint of step {stage.step}). "
@@ -521,20 +536,24 @@ def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
 
 
 def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: Settings, prompts: list[str],
-                small: dict[str, Tensor]) -> Callable:
-    """The denoiser of some prompts: guidance and thresholds around the network. beside: see companions."""
+                small: dict[str, Tensor], lines: list[str]) -> Callable:
+    """The denoiser of some prompts and of what is written: guidance and thresholds around the network.
+    beside: see companions."""
     weak, clip = beside
 
-    def condition(of: Stage, texts: list[str]) -> dict[str, Tensor]:
-        return of.text.encode(texts, stage.device) | small
+    def condition(of: Stage, texts: list[str], *written: list[str]) -> dict[str, Tensor]:
+        told = written if of.text.transcriber else ()
+        return of.text.encode(texts, stage.device, *told) | small
 
     worse = None
     if weak:
-        worse = diffusion.denoiser(weak.network(), weak.schedule, weak.config, condition(weak, prompts))
+        told = condition(weak, prompts, lines)
+        worse = diffusion.denoiser(weak.network(), weak.schedule, weak.config, told)
     combine = diffusion.projected(s.apg) if s.apg else torch.lerp
     denoise = diffusion.guided(
-        network, stage.schedule, stage.config, condition(stage, prompts), s.guidance_scale,
-        condition(stage, [s.negative] * len(prompts)), worse, interval=s.guidance_interval,
+        network, stage.schedule, stage.config, condition(stage, prompts, lines), s.guidance_scale,
+        condition(stage, [s.negative] * len(prompts)), worse,
+        None if s.write_guidance < 0 else s.write_guidance, interval=s.guidance_interval,
         combine=diffusion.rescaled(s.guidance_rescale, combine))
     if clip:
         said = clip.unet.read(**clip.text.encode(prompts, stage.device))
@@ -964,6 +983,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
         die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
+    args.write = args.write.replace("\\n", "\n")
     args.wanted = [args.prompt or ""]
     if args.npz and args.keep_stages:
         die("--npz is for the pictures of the last stage, without --keep-stages")
@@ -1017,7 +1037,8 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
     rows = [("bicubic", resized(small, stage.data.picture_mode, stage.size), truth)]
     for aug in (0.0, 0.05, 0.1, 0.2, 0.4):
         again = partial(draw, aug=aug, init="", mask="", strength=1.0, resample=1, trajectory=0)
-        enlarged = again(held["captions"], range(len(truth)), lowres=small)
+        told = {"write": held["transcriptions"]} if stage.text.transcriber else {}
+        enlarged = again(held["captions"], range(len(truth)), lowres=small, **told)
         rows.append((f"--aug {aug}", enlarged, truth))
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
         rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
@@ -1060,6 +1081,12 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
     unread(stage.text.reader, prompts[::args.n])
+    if stage.text.transcriber:
+        unread(stage.text.transcriber, [settings["write"]])
+    elif i and settings["write"]:
+        warn(f"the stage of {stage.size} pixels was trained without --transcription: it goes by the small "
+             "picture")
+        settings["write"] = ""
     if args.lowres and i == 0:
         picture = read_picture(args.lowres, stage.data.lowres or stage.size)
         below = torch.stack([picture] * len(prompts))
@@ -1103,7 +1130,8 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
     file = Path(args.out) if Path(args.out).suffix.lower() == ".png" else None
     if args.grid:
         columns = n if n > 1 else round(len(made) ** 0.5)
-        sheet = data.contact_sheet(pictures, prompts, min(8, max(2, columns)))
+        below = data.labels(prompts, [one["write"] for one in made])
+        sheet = data.contact_sheet(pictures, below, min(8, max(2, columns)))
         path = file or Path(args.out, "grid.png")
         print(data.save_png(sheet, path, {"pictures": made}, warn, replace=file is not None))
         return
@@ -1143,6 +1171,8 @@ def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
     if stage.space.fingerprint:
         raise ValueError("--nll is for runs that draw pixels; bits of latents are not those of pictures")
     settings = settings_of(args, 0, stage) | {"guidance_scale": 1.0}
+    if stage.text.transcriber:
+        settings["write"] = held["transcriptions"]
     del settings["seed"]
     small, truth = (torch.from_numpy(held[name]) if name in held else None for name in ("lowres", "picture"))
     seeds = held["positions"]

@@ -51,12 +51,18 @@ class TextConfig:
     allow_bin: bool = False  # read pytorch_model.bin by torch's restricted unpickler where no safetensors are
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..2048 channels]
     byte_layers: int = 1  # layers of the byte encoder [1..24 layers]
+    transcription: Literal["", "bytes"] = ""  # bytes: read what is written in pictures, too (trained along)
+    transcription_length: int = 64  # it is cut or padded to this length [4..4096 bytes]
+    transcription_width: int = 128  # width of its encoder, a multiple of 32 [32..2048 channels]
+    transcription_layers: int = 2  # layers of its encoder [1..24 layers]
 
     def __post_init__(self):
         if not self.text_encoder:
             raise ValueError("--text-encoder has no value. Give bytes, or folders")
-        if self.byte_width % 32:
-            raise ValueError(f"--byte-width {self.byte_width} is no multiple of 32")
+        for name in ("byte_width", "transcription_width"):
+            width = getattr(self, name)
+            if width % 32:
+                raise ValueError(f"--{name.replace('_', '-')} {width} is no multiple of 32")
 
 
 # ------------------------------------------------------------------------ files that may be damaged
@@ -474,6 +480,23 @@ class ByteEmbedding(Module):
         return self.bytes(ids) + 0.4 * self.grams(bucket).view(*ids.shape, -1)        # (B, L, D)
 
 
+class LetterEmbedding(Module):
+    """Bytes of a transcription, each with its line and its place in that: letters have an order, and in words
+    that were never seen they are all there is. ids (B, L), L up to `length` -> (B, L, D)."""
+    def __init__(self, width, length):
+        super().__init__()
+        self.bytes = table(259, width)
+        self.line = table(length, width)
+        self.place = table(length, width)
+
+    def forward(self, ids):
+        index = torch.arange(ids.shape[1], device=ids.device)
+        breaks = ids == 3 + ord("\n")                                                 # (B, L)
+        start = torch.where(breaks, index, 0).cummax(1).values
+        line = breaks.cumsum(1)
+        return self.bytes(ids) + self.line(line) + self.place(index - start)          # (B, L, D)
+
+
 class T5Encoder(Module):
     """The encoder of T5 v1.0 (Raffel et al. 2020, arXiv:1910.10683), v1.1, Flan, mT5, umT5, ByT5:
     pre-norm, no biases, q.k unscaled, one unscaled table of relative positions for all layers
@@ -810,6 +833,9 @@ class TextEncoder(Module):
     tower: None where the reader looks up what it said. trainable: the weights train with the U-Net
     and belong into its checkpoint; else they stay in their folder, and the output has no gradient
     and ignores autocast. dim: D. pooled_dim: P. length: L. fingerprint: of weights and settings."""
+    transcriber = None                          # the reader of a second stream, and its width, see Streams
+    written_dim = 0
+
     def __init__(self, tower, reader: Reader, fingerprint: str, trainable: bool):
         super().__init__()
         self.tower = tower
@@ -866,6 +892,9 @@ class MultiEncoder(Module):
     its type. Only what is learned is registered (projections, types, encoders trained along):
     parameters() and state_dict() leave the frozen ones out. context (B, sum of L, max of D), pooled
     (B, sum of P)."""
+    transcriber = None
+    written_dim = 0
+
     def __init__(self, encoders: list[TextEncoder]):
         super().__init__()
         self.encoders = tuple(encoders)
@@ -927,6 +956,62 @@ class WideEncoder(MultiEncoder):
         said = [encoder(**part_of(inputs, number)) for number, encoder in enumerate(self.encoders)]
         context = torch.cat([part["context"] for part in said], 2)
         return said[-1] | {"context": context}
+
+
+WRITTEN = "transcription_"      # before the names of what belongs to the second stream of text
+
+
+def second(part: dict):
+    """What an encoder takes or gives, by the names of the second stream."""
+    return {WRITTEN + name: x for name, x in part.items()}
+
+
+def parted(whole: dict):
+    """What belongs to captions, and to the second stream, by its plain names."""
+    first = {}
+    other = {}
+    for name, x in whole.items():
+        part = other if name.startswith(WRITTEN) else first
+        part[name.removeprefix(WRITTEN)] = x
+    return first, other
+
+
+class Streams(MultiEncoder):
+    """Two streams of text with an encoder each: captions, and what is written in the pictures, whose names
+    have WRITTEN before them."""
+    def __init__(self, captions, transcription: TextEncoder):
+        Module.__init__(self)
+        self.encoders = captions, transcription
+        self.reader = captions.reader
+        self.transcriber = transcription.reader
+        self.written_dim = transcription.dim
+        self.dim = captions.dim
+        self.pooled_dim = captions.pooled_dim
+        self.length = captions.length
+        self.fingerprint = f"{captions.fingerprint} + transcription {transcription.fingerprint}"
+        self.trainable = True
+        if captions.trainable:
+            self.captions = captions
+        self.transcription = transcription
+
+    def inputs(self, batch: dict, device, trim: bool = False):
+        """What `forward` takes of both encoders, see TextEncoder.inputs."""
+        parts = []
+        for encoder, part in zip(self.encoders, parted(batch)):
+            parts.append(encoder.inputs(part, device, trim))
+        return parts[0] | second(parts[1])
+
+    def forward(self, **inputs):
+        """{"context", "mask", "pooled"} of the captions, and the same of the second stream."""
+        captions, transcription = self.encoders
+        first, other = parted(inputs)
+        return captions(**first) | second(transcription(**other))
+
+    def encode(self, captions: list[str], device, transcriptions: list[str] | None = None):
+        """The condition of captions and of what is to be written, by default nothing."""
+        lines = transcriptions or [""] * len(captions)
+        parts = [encoder.encode(texts, device) for encoder, texts in zip(self.encoders, (captions, lines))]
+        return parts[0] | second(parts[1])
 
 
 def encode_captions(encoder: TextEncoder, captions: list[str], batch_tokens=8192):
@@ -1106,17 +1191,15 @@ def load_image_encoder(name: str, config: TextConfig) -> CLIPImageEncoder:
     return weights.fill(tower, DTYPES[config.text_dtype])
 
 
-def byte_encoder(config: TextConfig):
+def byte_encoder(width: int, layers: int, length: int, embedding: Callable = ByteEmbedding):
     """A small T5 v1.1 over bytes with fresh weights, to be trained along."""
-    width = config.byte_width
-    length = config.text_length
     shape = {
         "vocab_size": 259, "d_model": width, "d_kv": 32, "d_ff": 2 * width,
-        "num_heads": width // 32, "num_layers": config.byte_layers,
+        "num_heads": width // 32, "num_layers": layers,
         "feed_forward_proj": "gated-gelu", "model_type": "t5",
     }
     tower = T5Encoder(SimpleNamespace(**T5_SHAPE | shape))
-    tower.shared = ByteEmbedding(width)
+    tower.shared = embedding(width)
     reader = Reader(ByteTokenizer(), length, width, width)
     return TextEncoder(tower, reader, f"bytes {shape} {length}", trainable=True)
 
@@ -1136,7 +1219,7 @@ def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored
     for number, name in enumerate(config.text_encoder):
         if name == "bytes":
             with torch.device(device):
-                encoder = byte_encoder(config)
+                encoder = byte_encoder(config.byte_width, config.byte_layers, config.text_length)
         else:
             load = None
             if stored:
@@ -1151,6 +1234,12 @@ def load_text_encoder(config: TextConfig, cached: Callable | None = None, stored
                 load()
         encoders.append(encoder)
     with torch.device(device):
-        if len(encoders) == 1:
-            return encoders[0]
-        return WideEncoder(encoders) if config.text_padding else MultiEncoder(encoders)
+        text = encoders[0]
+        if len(encoders) > 1:
+            text = WideEncoder(encoders) if config.text_padding else MultiEncoder(encoders)
+        if not config.transcription:
+            return text
+        width = config.transcription_width
+        length = config.transcription_length
+        letters = partial(LetterEmbedding, length=length)
+        return Streams(text, byte_encoder(width, config.transcription_layers, length, letters))

@@ -82,6 +82,8 @@ class TrainConfig:
     ema_decay: float = 0.999      # of the averaged weights, plain up to 1 / (1 - it) updates [0..0.999999]
     profiles: int = 0             # snapshots kept of two more averages, for sample.py --ema; 0 = none [0..99]
     uncond_prob: float = 0.1      # share of the captions that are dropped, for guidance [0..1]
+    transcription_drop: float = 0.1  # share of the transcriptions that are dropped [0..1]
+    both_drop: float = 0.1        # with --transcription, share of the pictures that lose both texts [0..1]
     max_aug: float = 0.6          # the small pictures of --lowres are noised at times t of 0 to this [0..1]
     seed: int = 0                 # of every random choice [0..9223372036854775807]
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"  # of the matrix products; auto: the fastest here
@@ -161,7 +163,7 @@ PUBLISHED = dict(
 # A CLIP is the network of the stage that it guides, but sees whole pictures, at all times alike.
 CLIP = dict(
     lowres=0, crop=0, conv_only=False, pretrained="", learn_sigma=False, loss_weight="uniform",
-    t_density="uniform", uncond_prob=0.0, sample_every=0)
+    t_density="uniform", uncond_prob=0.0, sample_every=0, transcription="")
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
@@ -171,6 +173,7 @@ SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "M
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
+        "untold": "has a transcription that is cut, see --transcription-length",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
 COUNTED = ("replaced", *TOLD)                                  # pictures, in metrics.jsonl
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl
@@ -425,8 +428,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if not cfg.out.isprintable():
         raise ValueError(f"--out {cfg.out!a} has bytes that are no text. Name another directory")
     if is_published(cfg):
-        if not model_cfg.vae or diff_cfg.learn_sigma or data_cfg.crop:
-            raise ValueError("a published U-Net needs --vae, and neither --learn-sigma nor --crop")
+        if not model_cfg.vae or diff_cfg.learn_sigma or data_cfg.crop or text_cfg.transcription:
+            raise ValueError("a published U-Net needs --vae, and no --learn-sigma, --crop or --transcription")
         if cfg.size % scale:
             near = cfg.size // scale * scale
             raise ValueError(f"--size {cfg.size} must be a multiple of {scale}. Try {near}")
@@ -634,10 +637,11 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
 
 
 def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: int,
-          positions: Iterable[int]) -> dict[str, np.ndarray]:
+          positions: Iterable[int], drops: tuple[float, float] = (0.0, 0.0)) -> dict[str, np.ndarray]:
     """The random numbers of each position, in a data worker: "u", uniform within the picture's own stratum
     of its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption,
-    "noise", the key of its noise; "lowres_u" and "lowres_noise", the same of its small picture."""
+    "noise", the key of its noise; "lowres_u" and "lowres_noise", the same of its small picture;
+    "transcription_kept". drops: shares of pictures that lose their transcription, and both texts."""
     def columns(purpose: str) -> list[np.ndarray]:
         rows = []
         for position in positions:
@@ -648,10 +652,13 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
 
     u, caption_u, noise = columns(purpose)
     lowres_u, _, lowres_noise = columns("lowres")
+    written_u, both_u, _ = columns(f"{purpose} transcription")
+    alone, both = drops
+    told = both_u >= both
     index = (np.array(positions) - first) % batch_size
     u = diffusion.stratify(u, index.astype(np.float32), batch_size)
-    return {"u": u, "kept": caption_u >= uncond_prob, "noise": noise, "lowres_u": lowres_u,
-            "lowres_noise": lowres_noise}
+    return {"u": u, "kept": told & (caption_u >= uncond_prob), "noise": noise, "lowres_u": lowres_u,
+            "lowres_noise": lowres_noise, "transcription_kept": told & (written_u >= alone)}
 
 
 class Denoising(nn.Module):
@@ -694,9 +701,10 @@ class Denoising(nn.Module):
         """All that the network is told beside x_t and t. Where the text encoder trains along, the text is
         still token ids, see `encode`."""
         words = self.text.inputs(part, device, trim=device.type == "cpu")     # padding costs time there only
-        kept = torch.as_tensor(part["kept"]).to(device, non_blocking=True)
         for name in words:
-            if name.startswith("mask"):
+            stream, mask, _ = name.partition("mask")           # of captions, or transcription_
+            if mask:
+                kept = torch.as_tensor(part[f"{stream}kept"]).to(device, non_blocking=True)
                 words[name] = words[name] & kept[:, None]
         condition = words if self.text.trainable else self.text(**words)
         if "lowres" not in part:
@@ -1410,7 +1418,7 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
         unet = published(configs, text, space)
     else:
         shape = model_cfg, side, text.dim, text.pooled_dim, space.channels
-        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma)
+        make = partial(model.UNet, *shape, small, diff_cfg.learn_sigma, text.written_dim)
         if kind is Contrastive:
             make = partial(model.CLIP, *shape)
         with torch.device("meta"):
@@ -1670,7 +1678,7 @@ def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
     count = max(2, 1024 // size) if pictures.config.lowres else len(prompts) or 16
     items = [pictures[position] for position in range(count)]
     for item, prompt in zip(items, prompts):
-        item |= {"caption": prompt, "words": pictures.reader.read(prompt, b"")}
+        item |= pictures.texts(prompt)
     return pictures.batch(items)
 
 
@@ -1715,7 +1723,7 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         rows.append(data.side_by_side(*(view.cpu() for view in views)))
     pictures = torch.cat(rows)
     say(f"samples: {described(pictures)}")
-    return data.contact_sheet(pictures, shown["captions"])
+    return data.contact_sheet(pictures, data.labels(shown["captions"], shown["transcriptions"]))
 
 
 def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image:
@@ -1727,7 +1735,9 @@ def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image
     notes = []
     for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"]):
         notes.append(f"t {t:.2f}: {caption if kept else '(dropped)'}")
-    return data.contact_sheet(data.side_by_side(*views), notes[:16])
+    told = zip(part["transcriptions"], part["transcription_kept"])
+    written = [text if kept else "" for text, kept in told]
+    return data.contact_sheet(data.side_by_side(*views), data.labels(notes[:16], written))
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -1930,6 +1940,19 @@ def pictures_of(configs: Configs) -> list[data.Pictures]:
     return sets
 
 
+def attach(sets: list[data.Pictures], text: nn.Module, cfg: TrainConfig, images: int) -> None:
+    """What data workers add to the pictures of `pictures_of`: what is read of texts, and random numbers."""
+    for pictures in sets:
+        pictures.reader = text.reader
+        pictures.transcriber = text.transcriber
+    train_set, val_set, shown_set = sets
+    drops = (cfg.transcription_drop, cfg.both_drop) if text.transcriber else (0.0, 0.0)
+    train_set.draws = partial(
+        draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size, drops=drops)
+    val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
+    shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
+
+
 def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int) -> None:
     """What is about to be trained on what, and what is wrong with it."""
     for warning in pictures.warnings:
@@ -1985,10 +2008,7 @@ def main(argv: list[str]) -> None:
             train_set.latents = val_set.latents = latents
 
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
-        train_set.draws = partial(draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size)
-        val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
-        shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
-        train_set.reader = val_set.reader = shown_set.reader = text.reader
+        attach(sets, text, cfg, images)
         shown = shown_batch(shown_set, cfg.size, prompts_of(cfg))
         meta = describe(configs, train_set, objective, out if writes else None)
         journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))

@@ -6,10 +6,13 @@
     python tests/judge.py --ckpt runs/64 --clip runs/clip-64 --clip-scale 2       # guided by a CLIP run
     python tests/judge.py --ckpt runs/64 --rank runs/clip-64 --best-of 8          # the best of eight by one
     python tests/judge.py --retrieve runs/clip-64 --n 256                         # how that CLIP finds pairs
+    python tests/judge.py --read                       # trains the reader if needed, prints its own accuracy
+    python tests/judge.py --read runs/words --n 200    # draws unseen words from a run and reads them back
 
 A small network for 64-pixel pictures, trained on built-in pictures of one thing, blurred, shifted, noised and
 tinted so that it judges drawn ones by what they show. Of two things each is judged where it has to be.
-Training, testing and prompts use ranges of the built-in pictures that no run is trained on.
+Training, testing and prompts use ranges of the built-in pictures that no run is trained on. What is written
+in pictures of words is read letter by letter, where it has to be, by another one.
 """
 import argparse
 import hashlib
@@ -17,7 +20,7 @@ import os
 import sys
 import time
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -149,21 +152,111 @@ def train(device: torch.device) -> Judge:
     return judge.eval()
 
 
-def load(device: torch.device | None = None) -> Judge:
-    """The judge, trained once for these built-in pictures and this file, then kept in the user's cache."""
+class Reader(nn.Module):
+    """float (B, 1, 24, 24), a letter in the middle of three steps, see glimpses -> logits (B, 34)."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (1, 32, 64, 64)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.last = nn.Linear(64 * 6 * 6, len(data.ALPHABET))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
+            x = F.relu(norm(conv(x)))
+            x = F.max_pool2d(x, 2) if i else x                                  # (B, 64, 6, 6)
+        return self.last(x.flatten(1))
+
+
+def lettered(first: int):
+    """Scenes of words from an index on, but those without."""
+    while True:
+        shown = data.lettered(first)
+        if shown.word:
+            yield first, shown
+        first += 1
+
+
+def usual(shown: data.Scene) -> data.Scene:
+    """The scene with its thing exactly in the middle, as its captions say."""
+    things = [thing._replace(x=0.5, y=0.5, half=0.42) for thing in shown.things]
+    return shown._replace(things=tuple(things))
+
+
+def glimpses(pictures: Tensor, shown: list[data.Scene], shift: Tensor) -> tuple[Tensor, list[int]]:
+    """Each letter of pictures, uint8 (N, 3, 64, 64), where a scene has it, moved by a shift (N, 2) of its
+    step: three steps around it, in grey, of mean 0 and deviation 1, (letters, 1, 24, 24); and in which
+    picture."""
+    grey = pictures.float().mean(1, keepdim=True)
+    owners, thetas = [], []
+    for i, scene in enumerate(shown):
+        for _, x, y, step in data.letters(scene):
+            right, down = (step * shift[i]).tolist()
+            owners.append(i)
+            thetas.append([[3 * step, 0, 2 * (x + right) - 1], [0, 3 * step, 2 * (y + down) - 1]])
+    grid = F.affine_grid(torch.tensor(thetas), (len(owners), 1, 24, 24), align_corners=False)
+    parts = F.grid_sample(grey[owners], grid, padding_mode="border", align_corners=False)
+    parts = parts - parts.mean((2, 3), keepdim=True)
+    return parts / (parts.std((2, 3), keepdim=True) + 4), owners
+
+
+@torch.no_grad()
+def read(reader: Reader, pictures: Tensor, shown: list[data.Scene]) -> list[str]:
+    """What pictures say where scenes have letters, without line breaks. Each picture is read at the shift at
+    which the reader is surest of what it sees, whatever that is."""
+    best = [(-1e9, "")] * len(shown)
+    for shift in product((-0.4, -0.2, 0.0, 0.2, 0.4), (-0.3, 0.0, 0.3)):
+        parts, owners = glimpses(pictures, shown, torch.tensor([shift] * len(shown)))
+        sure, letters = reader(parts.to(reader.last.weight.device)).log_softmax(1).max(1)
+        said = [(0.0, "")] * len(shown)
+        for owner, one, letter in zip(owners, sure.tolist(), letters.tolist()):
+            total, text = said[owner]
+            said[owner] = total + one, text + data.ALPHABET[letter]
+        best = list(map(max, best, said))
+    return [text for _, text in best]
+
+
+def train_reader(device: torch.device) -> Reader:
+    torch.manual_seed(0)
+    reader, source, steps = Reader().to(device), lettered(TRAIN), 700
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(steps):
+        shown = [next(source)[1] for _ in range(48)]
+        pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in shown])).float()
+        x = torch.lerp(pictures, F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False),
+                       torch.rand(48, 1, 1, 1))                                 # softer, and with grain
+        x = x + 16 * torch.rand(48, 1, 1, 1) * torch.randn_like(x)
+        parts, _ = glimpses(x, shown, 0.7 * torch.rand(48, 2) - 0.35)
+        right = [data.ALPHABET.index(letter) for scene in shown for letter, *_ in data.letters(scene)]
+        loss = F.cross_entropy(reader(parts.to(device)), torch.tensor(right, device=device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"reader {step + 1}/{steps}, loss {loss:.3f}", flush=True)
+    return reader.eval()
+
+
+def load(device: torch.device | None = None, kind: type = Judge) -> nn.Module:
+    """The judge or the reader, trained once for these built-in pictures and this file, then kept in the
+    user's cache."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mark = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
     for i in range(64):
-        mark.update(data.draw(data.scene(i), 64).tobytes())
+        shown = data.scene(i) if kind is Judge else data.lettered(i)
+        mark.update(data.draw(shown, 64).tobytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limn"
-    kept = folder / f"judge-{mark.hexdigest()}.safetensors"
+    kept = folder / f"{kind.__name__.lower()}-{mark.hexdigest()}.safetensors"
     if not kept.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        trained = train(device)
+        trained = train(device) if kind is Judge else train_reader(device)
         temporary = kept.with_suffix(f".{os.getpid()}")
         safetensors.torch.save_file(trained.cpu().state_dict(), temporary)
         os.replace(temporary, kept)
-    judge = Judge().to(device).eval()
+    judge = kind().to(device).eval()
     judge.load_state_dict(safetensors.torch.load_file(kept))
     return judge.to(device)
 
@@ -300,6 +393,73 @@ def retrieve(run: str, n: int, seed: int) -> None:
         print(f"t {t}: caption at 1 {told[0]}, at 5 {told[1]}, picture at 1 {told[2]}, at 5 {told[3]}")
 
 
+def read_scores(said: list[str], wanted: list[str]) -> str:
+    """Characters right by position, and words of 3 letters and of any length that are wholly right."""
+    plain = [word.replace("\n", "") for word in wanted]
+    right = [a == b for one, word in zip(said, plain) for a, b in zip(one, word)]
+    whole = np.array([one == word for one, word in zip(said, plain)])
+    short = np.array([len(word) == 3 and word.isalpha() for word in wanted])
+    three = "none"
+    if short.any():
+        three = f"{whole[short].mean():.1%} of {short.sum()} words of 3 letters"
+    return f"characters {np.mean(right):.1%} of {len(right)}, wholly right {three}, {whole.mean():.1%} of all"
+
+
+def swapped(shown: list[data.Scene]) -> list[data.Scene]:
+    """The same scenes, each with what is written in another one that shows the same kind of thing."""
+    kinds = {}
+    for i, scene in enumerate(shown):
+        kinds.setdefault(tuple(thing.kind for thing in scene.things), []).append(i)
+    found = list(shown)
+    for rows in kinds.values():
+        for row, other in zip(rows, rows[1:] + rows[:1]):
+            found[row] = shown[row]._replace(word=shown[other].word)
+    return found
+
+
+def read_back(args: argparse.Namespace) -> None:
+    """Print how well the reader reads unseen real pictures of words, and those that a run draws: of the words
+    of their scenes, and with the words of other scenes of the same kind; and whether the thing and its colour
+    are right all the same. A run without a second stream is told the words in its captions."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = load(device, Reader)
+    source = lettered(TEST)
+    real = [next(source)[1] for _ in range(500)]
+    pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in real]))
+    print("real:", read_scores(read(reader, pictures, [usual(s) for s in real]), [s.word for s in real]))
+    if not args.read:
+        return
+
+    import sample
+    stage = sample.load_stage(Path(args.read), device)
+    judge, streams = load(device), stage.text.transcriber is not None
+    source, rng = lettered(PROMPTS + args.seed * 10**6), data.keyed(args.seed, "judge", 3)
+    rows, own = zip(*(next(source) for _ in range(args.n)))
+    styles = rng.integers(1, 5, args.n).tolist()                                # those that name the colour
+    for name, shown in (("drawn", own), ("drawn with the words of others", swapped(own))):
+        wanted = [scene.word for scene in shown]
+        texts = []
+        for row, style, word in zip(rows, styles, wanted):
+            plain = data.Words(64).captions(row)
+            text = plain[style % len(plain)]
+            texts.append(text if streams else text + data.QuotedWords.said.format(word.replace("\n", " ")))
+        told = {"write": wanted, "write_guidance": args.write_guidance} if streams else {}
+        drawn = sample.generate(stage, texts, range(args.seed, args.seed + args.n), args.batch_size,
+                                guidance_scale=args.guidance, sampler=args.sampler, steps=args.sample_steps,
+                                **told)
+        drawn = at_64(drawn)
+        print(f"{name}:", read_scores(read(reader, drawn, [usual(scene) for scene in shown]), wanted))
+        judged = [i for i, scene in enumerate(shown) if scene.things and scene.things[0].kind in KINDS]
+        things = [shown[i].things[0] for i in judged]
+        scores = judge_one(judge, drawn[judged], [t.kind for t in things], [t.colour for t in things])
+        print(f"  {len(judged)} cups and balloons: colour {scores['colour']:.1%}, kind {scores['kind']:.1%}")
+        if args.save:
+            path = Path(args.save)
+            path = path.with_stem(f"{path.stem}-{name.split()[-1]}")
+            np.savez(path, pictures=drawn.numpy(), captions=np.array(data.labels(texts, wanted)))
+            data.contact_sheet(drawn[:32], data.labels(texts, wanted)[:32], 8).save(path.with_suffix(".png"))
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", help="run or checkpoint to judge")
@@ -316,11 +476,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--rank", default="", help="a CLIP, published or a run, that ranks")
     parser.add_argument("--best-of", type=int, default=1, help="pictures of a prompt, for --rank [images]")
     parser.add_argument("--retrieve", default="", help="a CLIP run to look for --n pairs with")
+    parser.add_argument("--read", nargs="?", const="", help="a run with words to read back; none: the reader")
+    parser.add_argument("--write-guidance", type=float, default=-1.0, help="of --read, -1 = as --guidance")
     parser.add_argument("--save", help=".npz to write the drawn pictures and their captions to")
     args = parser.parse_args(argv)
 
     if args.retrieve:
         return retrieve(args.retrieve, args.n, args.seed)
+    if args.read is not None:
+        return read_back(args)
     judge = load()
     kind, colour = accuracy(judge)
     print(f"the judge on unseen real pictures: colour {colour:.2%}, kind {kind:.2%}")

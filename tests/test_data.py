@@ -1575,7 +1575,8 @@ def test_what_a_reader_and_draws_make_is_in_the_batch_as_tensors():
     for workers in (0, 2):
         pictures = Pictures(DataConfig(lowres=8), 16, 3)
         assert set(data.collect(pictures, 0, 2)) == {
-            "picture", "lowres", "captions", "positions", "keys", "replaced", "uncaptioned", "recoded"}
+            "picture", "lowres", "captions", "transcriptions", "positions", "keys", "replaced", "uncaptioned",
+            "recoded", "untold"}
         pictures.reader = Reader()
         pictures.embedded = True
         assert pictures[0]["words"] == (pictures[0]["caption"], b"")        # none is there
@@ -2361,3 +2362,185 @@ def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
     assert json.loads((tmp_path / "check.json").read_text())["table"]["unreadable"][0] == 2
     assert "4 pictures, 4 dropped by aesthetic>3" in few.stdout
     assert "has no end" in run_check(tmp_path, "built-in").stderr
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+def cut_of(crop, width, height):
+    """Left, top and side of what decode cuts."""
+    keep, right, down = crop
+    side = max(1, round(keep * min(width, height)))
+    return round(right * (width - side)), round(down * (height - side)), side
+
+
+def test_ten_thousand_crops_lie_inside_and_cut_no_text_off(tmp_path):
+    """Any picture and box that fits a square in it, the empty and the full one too; the side is as large as
+    the box, the size wanted and 1:1 ask for, as far as there are pixels."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "a.png").write_bytes(encoded(flat()))
+    config = dict(held_out=0, text_crop=1.0, text_area=0.3)
+    train_set, val = (open_source(tmp_path, size=16, split=split, **config) for split in ("train", "val"))
+    smaller = 0
+    for number in range(10000):
+        width, height = rng.integers(1, 200, 2).tolist()
+        short = min(width, height)
+        sides = rng.integers(0, short + 1, 2) if number % 10 else (short, short * (number % 20 > 0))
+        left, top = (int(rng.integers(0, length - side + 1)) for length, side in zip((width, height), sides))
+        box = [left, top, left + int(sides[0]), top + int(sides[1])]
+        meta = {"safebox": box, "px_scale": [0.5, float(rng.choice([0.5, 1.0, 1.7]))]}
+        drawn = rng.random(3).tolist() if number % 7 else [0.0, 1 - 2**-53, 1 - 2**-53]
+        for pictures in (train_set, val):
+            crop = pictures.square("", 0, drawn, np.empty((3, height, width), np.uint8), meta)
+            x, y, side = cut_of(crop, width, height)
+            assert 0 <= x <= box[0] <= box[2] <= x + side <= width
+            assert 0 <= y <= box[1] <= box[3] <= y + side <= height
+            assert side == short or pictures is train_set
+            assert side >= min(short, 16 * max(1, meta["px_scale"][1]))
+            assert side >= round(short * 0.3 ** 0.5)
+            smaller += side < short
+    assert smaller > 3000
+
+
+def test_sizes_and_places_of_crops_are_uniform_in_area_and_among_those_with_the_text():
+    drawn = np.random.default_rng(0).random((4000, 3)).tolist()
+    found = np.array([data.around((300, 100), [140, 40, 160, 50], 10, 0.25, some) for some in drawn])
+    area = (found[:, 2] / 100.0) ** 2
+    assert np.abs(np.quantile(area, [0, 0.25, 0.5, 0.75, 1]) - [0.25, 0.4375, 0.625, 0.8125, 1]).max() < 0.03
+    lows, highs = np.maximum(0, 160 - found[:, 2]), np.minimum(140, 300 - found[:, 2])
+    assert (found[:, 0] >= lows).all()
+    assert (found[:, 0] <= highs).all()
+    share = (found[:, 0] - lows) / (highs - lows)
+    assert np.abs(np.quantile(share, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.03
+    assert data.around((300, 100), [290, 40, 300, 50], 10, 0.25, None) == (200, 0, 100)
+    assert data.around((300, 100), [140, 40, 160, 50], 10, 0.25, None) == (100, 0, 100)
+
+
+def test_of_a_share_of_the_pictures_the_text_is_cropped_and_without_a_box_a_text_is_not(tmp_path):
+    boxed, text = ({"safebox": [2, 2, 6, 6]}, {"transcription": "A"})
+    pictures = open_source(make_folder(tmp_path, 3), size=4, text_crop=0.25, min_crop=0.5, held_out=0)
+    empty = np.empty((3, 40, 40), np.uint8)
+    rows = np.random.default_rng(1).random((2000, 3)).tolist()
+    kept = [pictures.square("", 0, row, empty, boxed)[0] for row in rows]
+    assert np.mean(np.array(kept) < 1) == pytest.approx(0.25, abs=0.03)
+    assert {pictures.square("", 0, row, empty, text) for row in rows} == {(1.0, 0.5, 0.5)}
+    assert min(pictures.square("", 0, row, empty, {})[0] for row in rows) < 0.6
+
+
+@pytest.mark.parametrize(("box", "reason"), [
+    ([0, 0, 41, 5], "is not inside"), ([-1, 0, 4, 5], "is not inside"), ([9, 0, 8, 5], "is not inside"),
+    ([0, 0, 36, 4], "not inside a square of its 40x32 pixels"), ([0, 0, 4], ""), ("box", ""),
+    ([float("nan"), 0, 4, 5], "")])
+def test_a_box_outside_of_its_picture_is_replaced_and_counted(tmp_path, box, reason):
+    for name in ("bad", "good"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(flat(size=(40, 32))))
+    (tmp_path / "bad.json").write_text(json.dumps({"safebox": box}))
+    items = stream(open_source(tmp_path, held_out=0), 8)
+    replaced = [line for item in items for line in item["replaced"]]
+    assert replaced
+    assert all(line.startswith("bad: ") and reason in line for line in replaced)
+    assert {item["key"] for item in items} == {"good"}
+
+
+def test_transcriptions_come_from_the_metadata_or_a_text_in_folders_and_shards(tmp_path):
+    lines = "TAXI\r\n  2nd\tline \n"
+    png = encoded(flat())
+    (tmp_path / "json").mkdir()
+    (tmp_path / "txt").mkdir()
+    (tmp_path / "json/a.png").write_bytes(png)
+    (tmp_path / "json/a.txt").write_text("a sign")
+    (tmp_path / "json/a.json").write_text(json.dumps({"transcription": lines}))
+    (tmp_path / "txt/a.png").write_bytes(png)
+    (tmp_path / "txt/a.txt").write_text(lines)
+    (tmp_path / "txt/a.json").write_text(json.dumps({"caption": "a sign"}))
+    for kind in ("json", "txt"):
+        with tarfile.open(tmp_path / f"{kind}.tar", "w") as tar:
+            for path in sorted((tmp_path / kind).iterdir(), reverse=True):
+                add(tar, path.name, path.read_bytes())
+    for kind, options in (("json", {}), ("txt", {"txt": "transcription"})):
+        for name in (kind, f"{kind}.tar"):
+            item = open_source(tmp_path / name, held_out=0, **options)[0]
+            assert (item["caption"], item["transcription"]) == ("a sign", "TAXI\n2nd line")
+    plain = open_source(tmp_path / "txt", held_out=0)[0]
+    assert (plain["caption"], plain["transcription"]) == ("TAXI", "") or plain["caption"] == "2nd line"
+
+
+@pytest.mark.parametrize("value", [7, ["TAXI"], {"a": 1}])
+def test_a_transcription_that_is_no_text_is_replaced_and_counted(tmp_path, value):
+    for name in ("bad", "good"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(flat()))
+    (tmp_path / "bad.json").write_text(json.dumps({"transcription": value}))
+    (tmp_path / "good.json").write_text(json.dumps({"transcription": None}))
+    items = stream(open_source(tmp_path, held_out=0), 8)
+    assert {item["key"] for item in items} == {"good"}
+    assert "is not" not in items[0]["transcription"]
+    assert any("its transcription is" in line for item in items for line in item["replaced"])
+
+
+def test_in_ten_thousand_draws_no_picture_with_text_is_mirrored():
+    ramp = np.arange(48, dtype=np.uint8).reshape(3, 4, 4)
+    pictures = Pictures(DataConfig(flip=1.0), 4, 0)
+    for position in range(10000):
+        assert pictures.views(ramp, position, True)["picture"] is ramp
+    assert not np.array_equal(pictures.views(ramp, 0)["picture"], ramp)
+
+
+@pytest.mark.parametrize("meta", [{"transcription": "A"}, {"safebox": [0, 0, 4, 4]}])
+def test_what_tells_of_text_keeps_a_picture_from_being_mirrored(tmp_path, meta):
+    ramp = np.linspace(0, 255, 16).astype(np.uint8)[None, :, None].repeat(16, 0).repeat(3, 2)
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(encoded(Image.fromarray(ramp)))
+    (tmp_path / "a.json").write_text(json.dumps(meta))
+    for item in stream(open_source(tmp_path, held_out=0, flip=1.0), 20):
+        assert (item["picture"][0, 0, 0] < item["picture"][0, 0, -1]) == (item["key"] == "a")
+
+
+class Letters(Reader):
+    def read(self, caption, beside=b""):
+        return {"text": caption[:3], "cut": len(caption) > 3}
+
+    def batch(self, entries):
+        return {"ids": np.array([len(entry["text"]) for entry in entries])}
+
+
+def test_what_is_written_is_read_beside_the_caption_and_what_is_cut_is_named():
+    pictures = Pictures(DataConfig(data=["words"]), 16, 3)
+    pictures.reader, pictures.transcriber = Reader(), Letters()
+    batch = data.collect(pictures, 0, 20)
+    assert batch["transcription_ids"].tolist() == [min(3, len(text)) for text in batch["transcriptions"]]
+    assert batch["ids"].tolist() == [len(caption) for caption in batch["captions"]]
+    long = [key for key, text in zip(batch["keys"], batch["transcriptions"]) if len(text) > 3]
+    assert batch["untold"] == long != []
+
+
+def test_pictures_of_words_say_truly_what_is_written_and_hold_unseen_words_out():
+    source, quoted = data.Words(64), data.QuotedWords(64)
+    words = {}
+    for start in (0, data.ENDLESS):
+        found = set()
+        for i in range(start, start + 300):
+            shown = data.lettered(i)
+            picture, texts, meta = source.sample(i)
+            assert data.transcribed(meta) == shown.word
+            assert ("safebox" in meta) == bool(shown.word)
+            assert not any(word in text for text in texts for word in shown.word.split())
+            assert all(shown.word.replace("\n", " ") in text for text in quoted.captions(i))
+            assert all(1 <= len(line) <= 8 for line in shown.word.split("\n")) or not shown.word
+            found |= {line for line in shown.word.split("\n") if len(line) > 2}
+            if shown.word:
+                blank = data.draw(shown._replace(word=""), 64)
+                _, ys, xs = np.nonzero(picture != blank)
+                left, top, right, bottom = meta["safebox"]
+                assert left - 1 <= xs.min() <= xs.max() <= right + 1          # resizing blurs by a pixel
+                assert top - 1 <= ys.min() <= ys.max() <= bottom + 1
+        words[start] = found
+    assert words[0].isdisjoint(words[data.ENDLESS])
+    kinds = Counter(thing.kind for i in range(300) for thing in data.lettered(i).things)
+    assert set(kinds) == {"sign", "cup", "balloon"}
+    assert 30 < sum(not data.lettered(i).word for i in range(300)) < 90
+
+
+def test_a_sheet_has_what_is_written_below_the_caption():
+    pictures = np.zeros((1, 3, 64, 64), np.uint8)
+    plain, written = (data.contact_sheet(pictures, data.labels(["a sign"], [text])) for text in ("", "A\nB"))
+    assert written.height == plain.height + 28

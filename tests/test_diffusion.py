@@ -1236,6 +1236,40 @@ def test_several_conditions_each_with_a_weight(setting):
     torch.testing.assert_close(out, zero + 3 * (0.7 * (a - zero) - 0.2 * (b - zero)))
 
 
+class Reads(Net):
+    """Net that adds the visible mean of what is written, and of both together their product."""
+
+    def __call__(self, x_t, t, transcription_context, transcription_mask, **condition):
+        v = super().__call__(x_t, t, **condition)
+        seen = (transcription_context * transcription_mask[..., None]).sum((1, 2))
+        both = seen * condition["mask"].any(1)
+        return v + expand(seen + 2 * both, x_t)
+
+
+@pytest.mark.parametrize("write", [0.0, 2.0, 7.0])
+def test_caption_and_transcription_have_a_scale_each_and_at_1_and_1_are_the_condition(setting, write):
+    schedule, config, caption, x, t = setting
+    both = caption | {"transcription_context": caption["context"] + 1, "transcription_mask": caption["mask"]}
+    told = diffusion.unconditional(both, "transcription_mask")
+    assert torch.equal(told["mask"], both["mask"])
+    assert not told["transcription_mask"].any()
+    null = diffusion.unconditional(both)
+    assert not null["mask"].any()
+    assert not null["transcription_mask"].any()
+    every, alone, zero = (diffusion.denoiser(Reads(), schedule, config, c)(x, t) for c in (both, told, null))
+    for scale in (1.0, 3.0):
+        net = Reads()
+        out = diffusion.guided(net, schedule, config, both, scale, written_scale=write)(x, t)
+        assert (net.calls, net.rows) == (1, 12)
+        torch.testing.assert_close(out, zero + scale * (alone - zero) + write * (every - alone))
+    net = Reads()
+    plain = diffusion.guided(net, schedule, config, both, 1.0, written_scale=1.0)(x, t)
+    assert net.rows == 4
+    assert torch.equal(plain, every)
+    with pytest.raises(ValueError, match="needs a guidance_scale above 0"):
+        diffusion.guided(net, schedule, config, both, 0.0, written_scale=2.0)
+
+
 def test_autoguidance_extrapolates_from_the_weaker_model():
     good, bad = (lambda x, t: x + 1), (lambda x, t: x + 0.5)
     denoise = diffusion.guidance(good, lambda x, t: (good(x, t), bad(x, t)), 2.0)

@@ -83,3 +83,48 @@ def test_the_best_of_several_by_a_ranker_are_drawn(monkeypatch):
     assert drawn[:, 0, 0, 0].tolist() == [2, 6]
     assert told["prompts"] == ["a"] * 4 + ["b"] * 4
     assert (told["clip"], told["clip_scale"]) == ("clip", 2.0)
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+def test_words_to_read_back_are_unseen_and_their_letters_are_found_where_they_are():
+    source = judge.lettered(judge.PROMPTS)
+    shown = [next(source)[1] for _ in range(20)]
+    pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in shown]))
+    parts, owners = judge.glimpses(pictures, shown, torch.zeros(20, 2))
+    counts = [len(scene.word.replace("\n", "")) for scene in shown]
+    assert [owners.count(i) for i in range(20)] == counts
+    assert parts.shape == (sum(counts), 1, 24, 24)
+    moved, _ = judge.glimpses(pictures, shown, torch.ones(20, 2))
+    middle = parts[:, 0, 8:16, 8:16].flatten(1).std(1)
+    assert (middle > 0.5).float().mean() > 0.95                                 # there is ink
+    assert (parts - moved).abs().amax((1, 2, 3)).min() > 0.1
+
+
+def test_a_reader_reads_each_picture_at_the_shift_at_which_it_is_surest():
+    """Letters are coded by brightness; only where it is not moved is this reader sure."""
+    class Sure(torch.nn.Module):
+        last = torch.nn.Linear(1, 1)
+        calls = 0
+
+        def forward(self, x):
+            logits = torch.zeros(len(x), 34)
+            logits[:, self.calls] = 9.0 if self.calls == 7 else 1.0             # shift (0, 0)
+            self.calls += 1
+            return logits
+
+    shown = [data.Scene((), "white", word="AB"), data.Scene((), "white", word="ABC\nD")]
+    pictures = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    assert judge.read(Sure(), pictures, shown) == [data.ALPHABET[7] * 2, data.ALPHABET[7] * 4]
+
+
+def test_what_was_read_is_scored_by_place_and_words_are_swapped_among_things_of_a_kind():
+    told = judge.read_scores(["CAT", "DOX", "ABCD"], ["CAT", "DOG", "AB\nCD"])
+    assert told == "characters 90.0% of 10, wholly right 50.0% of 2 words of 3 letters, 66.7% of all"
+    source = judge.lettered(0)
+    shown = [next(source)[1] for _ in range(40)]
+    others = judge.swapped(shown)
+    assert sorted(scene.word for scene in others) == sorted(scene.word for scene in shown)
+    assert [scene.things for scene in others] == [scene.things for scene in shown]
+    assert sum(a.word != b.word for a, b in zip(shown, others)) > 35

@@ -1036,3 +1036,50 @@ def test_a_huge_config_costs_no_memory(tmp_path, published):
     huge = {"block_out_channels": [64000, 64000], "cross_attention_dim": 64000}
     with pytest.raises(ValueError, match="does not fit"):
         model.load_unet(edit_config(published / "unet", tmp_path / "x", huge))
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+def make_written(batch=3, tokens=(4, 0, 6), seed=5) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"transcription_context": torch.randn(batch, 8, 24, generator=g),
+            "transcription_mask": torch.arange(8) < torch.tensor(tokens[:batch])[:, None],
+            "transcription_pooled": torch.randn(batch, 24, generator=g)}
+
+
+@torch.no_grad()
+def test_padding_and_neighbours_of_what_is_written_change_nothing():
+    unet, batch, written = make_unet(written_dim=24), make_batch(), make_written()
+    whole = unet(**batch, **written)
+    hidden = ~written["transcription_mask"][..., None]
+    other = written | {"transcription_context": written["transcription_context"] + 9 * hidden}
+    assert (unet(**batch, **other) - whole).abs().max() < 1e-5
+    for i in range(3):
+        alone = {name: x[i:i + 1] for name, x in (batch | written).items()}
+        count = max(1, int(alone["transcription_mask"].sum()))                # as short as it can be
+        for name in ("transcription_context", "transcription_mask"):
+            alone[name] = alone[name][:, :count]
+        assert (unet(**alone)[0] - whole[i]).abs().max() < 1e-5
+
+
+def test_what_is_written_reaches_the_output_and_its_padding_gets_no_gradient():
+    unet, batch, written = make_unet(written_dim=24), make_batch(), make_written()
+    context = written["transcription_context"].requires_grad_()
+    unet(**batch, **written).square().sum().backward()
+    mask = written["transcription_mask"]
+    assert not context.grad[~mask].any()
+    assert context.grad[mask].abs().sum(-1).min() > 0
+    assert all(p.grad is not None for p in unet.parameters())
+    with torch.no_grad():
+        other = written | {"transcription_context": context.flip(0)}
+        changed = (unet(**batch, **written) - unet(**batch, **other)).flatten(1).abs().amax(1)
+    assert (changed > 1e-4).tolist() == [True, False, True]                   # the second has no text
+
+
+def test_the_two_streams_have_nulls_of_their_own_and_the_others_weights_are_those_of_before():
+    plain, both = UNet(SMALL, SIZE, D, P).state_dict(), UNet(SMALL, SIZE, D, P, written_dim=24).state_dict()
+    assert {name.split(".")[0] for name in both.keys() - plain.keys()} == {"transcription"}
+    assert {name: x.shape for name, x in both.items() if name in plain} == {
+        name: x.shape for name, x in plain.items()}
+    assert not torch.equal(both["null"], both["transcription.null"])

@@ -330,7 +330,8 @@ def test_every_setting_changes_the_picture(stage, trained, pictures, clip_run):
              for change in [{}, *changes]]
     assert len(set(drawn)) == len(drawn)
     assert {name for change in changes for name in change} == {
-        field.name for field in dataclasses.fields(sample.Settings)} - {"guidance_scale", "aug", "trajectory"}
+        field.name for field in dataclasses.fields(sample.Settings)} - {
+            "guidance_scale", "aug", "trajectory", "write", "write_guidance"}
 
 
 def test_settings_are_those_of_the_functions_of_diffusion(stage, trained, pictures):
@@ -1012,6 +1013,10 @@ BAD = [
     (["a", "--apg", "nan"], "--apg nan is outside"),
     (["a", "--autoguide", "nowhere"], "nowhere is missing"),
     (["a", "--autoguide", "runs/16", "--negative", "b"], "and no --negative"),
+    (["a", "--write", "TAXI"], "--write TAXI or --write-guidance needs a checkpoint that was trained with "),
+    (["a", "--write-guidance", "2"], "--write-guidance needs a checkpoint that was trained with --transc"),
+    (["a", "--write-guidance", "101"], "--write-guidance 101.0 is outside -1 to 100"),
+    (["a", "--autoguide", "runs/16", "--write-guidance", "2"], "and no --negative nor --write-guidance"),
     (["a", "--threshold", "dynamic"], "--threshold dynamic is none of: predictions are clipped at"),
     (["a", "--threshold", "1.5"], "--threshold 1.5 is none of: predictions"),
     (["a", "--threshold", "0.0"], "threshold percentile 0.0 is not in (0, 1]"),
@@ -1804,3 +1809,63 @@ def test_several_processes_draw_a_share_each_and_give_the_same_file(here, cli):
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert (done.returncode, done.stdout) == (0, "two.npz\n"), done.stderr
     assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The run of a stage that reads what is written, two steps old, its weights moved away from the start."""
+    folder = tmp_path_factory.mktemp("written")
+    with training_in(folder):
+        train.main([*RECIPE, "--data", "words", "--transcription", "bytes", "--transcription-width", "32",
+                    "--transcription-length", "12", "--transcription-layers", "1"])
+    path = checkpoint_of(folder)
+    tensors, meta = model.load_tensors(path)
+    torch.manual_seed(0)
+    tensors = {name: x + 0.05 * torch.randn_like(x) for name, x in tensors.items()}
+    del meta["sha256"], meta["format"]
+    model.save_tensors(path, tensors, meta)
+    return folder
+
+
+def test_what_is_written_is_drawn_noted_and_stands_below_the_prompt(written, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ["--ckpt", written / "runs" / "16"]
+    lines = ["--write", "TAXI\\nGO", "--write-guidance", "6"]
+    status, _, err = cli("a blue sign", *run, *lines, "--out", "a.png")
+    assert status == 0, err
+    assert notes_of(Path("a.png"))["write"] == "TAXI\nGO"
+    assert notes_of(Path("a.png"))["write_guidance"] == 6
+    for name, more in (("b.png", ["--write", "BUS"]), ("c.png", [])):
+        assert cli("a blue sign", *run, *more, "--out", name)[0] == 0
+    assert len({Path(name).read_bytes() for name in ("a.png", "b.png", "c.png")}) == 3
+    _, _, err = cli("a blue sign", *run, "--write", "MUCH TOO LONG", "--out", "d.png")
+    assert "0 of 13 tokens unknown, 1 prompts cut to 12" in err
+    for name, more in (("plain.png", []), ("lines.png", ["--write", "A\\nB"])):
+        cli("a sign", *run, *more, "--grid", "--out", name)
+    assert Image.open("lines.png").height == Image.open("plain.png").height + 28
+
+
+def test_each_picture_of_a_batch_has_its_own_words_and_scales_are_those_of_diffusion(written):
+    stage = sample.load_stage(written / "runs" / "16", torch.device("cpu"))
+    whole = draw(stage, ["a sign"] * 3, write=["TAXI", "", "GO"], write_guidance=5.0)
+    swapped = draw(stage, ["a sign"] * 3, write=["GO", "", "TAXI"], write_guidance=5.0)
+    assert (whole[[0, 1, 2]].int() - swapped[[2, 1, 0]]).abs().max() <= 1       # one seed
+    assert (whole[0].int() - whole[2]).abs().max() > 1
+    alone = draw(stage, ["a sign"], write="TAXI", write_guidance=5.0)
+    assert (alone[0].int() - whole[0]).abs().max() <= 1
+    equal = draw(stage, ["a sign"], write="TAXI", write_guidance=3.0)
+    assert torch.equal(equal, draw(stage, ["a sign"], write="TAXI"))
+    with pytest.raises(ValueError, match="needs a guidance_scale above 0"):
+        draw(stage, ["a sign"], write="TAXI", write_guidance=3.0, guidance_scale=0.0)
+
+
+def test_a_stage_that_does_not_read_it_goes_by_the_small_picture(written, ladder, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    above = next(run for run in (ladder / "runs").iterdir() if run.name != "16")
+    pair = f"{written / 'runs' / '16'},{above}"
+    status, _, err = cli("a sign", "--ckpt", pair, "--write", "TAXI", "--out", "a.png")
+    assert status == 0, err
+    assert "was trained without --transcription: it goes by the small picture" in err

@@ -1529,3 +1529,83 @@ def test_embeddings_in_shards_need_no_folder_beside_them(t5_folder, clip_folder,
     ):
         with pytest.raises(ValueError, match=r"the embeddings were made with t5 bf16.*Write the shards again"):  # noqa: E501
             load_text_encoder(config, lookup, stored)
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+def streams(**options):
+    torch.manual_seed(0)
+    return load_text_encoder(TextConfig(transcription="bytes", transcription_width=32, **options))
+
+
+def spoken(encoder, captions, lines, **how):
+    """What both streams say of captions and lines that are read apart, as in training."""
+    batch = read(encoder, captions)
+    letters = encoder.transcriber.batch([encoder.transcriber.read(text) for text in lines])
+    batch |= {f"transcription_{name}": x for name, x in letters.items()}
+    return encoder(**encoder.inputs(batch, "cpu", **how))
+
+
+@torch.no_grad()
+def test_two_streams_say_what_each_says_alone_whatever_stands_beside_it():
+    encoder = streams()
+    lines = ["TAXI\nGO", "", "X"]
+    for trim in (False, True):
+        said = spoken(encoder, ["a", "a red house", ""], lines, trim=trim)
+        assert said.keys() == {f"{stream}{name}" for stream in ("", "transcription_")
+                               for name in ("context", "mask", "pooled")}
+        assert said["transcription_mask"].sum(1).tolist() == [8, 0, 2]
+        assert not said["transcription_context"][~said["transcription_mask"]].any()
+        assert not said["transcription_pooled"][1].any()
+        for i, line in enumerate(lines):
+            alone = encoder.encode([""], "cpu", [line])
+            count = int(alone["transcription_mask"].sum())
+            apart = alone["transcription_context"][0, :count] - said["transcription_context"][i, :count]
+            assert not count or apart.abs().max() < 1e-5
+    captions, other = encoder.encode(["a red house"], "cpu"), encoder.encode(["a red house"], "cpu", ["TAXI"])
+    assert torch.equal(captions["context"], other["context"])
+    assert not captions["transcription_mask"].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("a", "b"), [
+    ("TAXI", "TAIX"), ("AA", "AAA"), ("AB\nCD", "CD\nAB"), ("AB\nCD", "ABCD")])
+def test_the_order_and_the_lines_of_letters_matter(a, b):
+    said = streams().encode(["", ""], "cpu", [a, b])
+    assert (said["transcription_context"][0] - said["transcription_context"][1]).abs().max() > 0.1
+    assert (said["transcription_pooled"][0] - said["transcription_pooled"][1]).abs().max() > 1e-3
+
+
+def test_letters_stand_at_their_place_in_their_line():
+    torch.manual_seed(0)
+    letters = T.LetterEmbedding(8, 16)
+    ids = torch.tensor([T.ByteTokenizer().encode("AB\nAB")])
+    a, b, _, again, after = letters(ids)[0]
+    line, place = letters.line.weight, letters.place.weight
+    torch.testing.assert_close(again - a, line[1] - line[0] + place[1] - place[0])
+    torch.testing.assert_close(after - b, line[1] - line[0] + place[2] - place[1])
+
+
+def test_every_weight_of_both_streams_learns_and_without_text_has_a_gradient():
+    encoder = streams(text_length=32)
+    for captions, lines in ((["a red house"], ["TAXI\nGO"]), ([""], [""])):
+        encoder.zero_grad()
+        said = spoken(encoder, captions, lines)
+        sum(said[name].square().sum() for name in said if "mask" not in name).backward()
+        gradients = [p.grad for p in encoder.parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+        assert captions == [""] or all(gradient.any() for gradient in gradients)
+
+
+def test_a_frozen_encoder_of_captions_stays_outside_of_what_is_trained(t5_folder):
+    encoder = load_text_encoder(TextConfig([str(t5_folder)], transcription="bytes", transcription_width=32))
+    assert {name.split(".")[0] for name, _ in encoder.named_parameters()} == {"transcription"}
+    said = spoken(encoder, ["a red house"], ["TAXI"])
+    sum(x.float().sum() for x in said.values()).backward()
+    alone = load_text_encoder(TextConfig([str(t5_folder)]))
+    context, *_ = say(alone, ["a red house"])
+    torch.testing.assert_close(said["context"], context)
+    assert T.same_encoder(encoder.fingerprint, encoder.fingerprint)
+    assert not T.same_encoder(encoder.fingerprint, alone.fingerprint)
+    assert T.fingerprints(encoder.fingerprint) == [alone.fingerprint]

@@ -165,6 +165,9 @@ UP = ("--lowres 8", "--crop 12", "--conv-only", "--efficient", "--patch 2", "--c
       "--num-res-blocks 1", "--attn-resolutions", "--blur 0.5 0.4 0.6")
 
 
+WRITES = ("--data words", "--transcription bytes", "--transcription-width 32", "--transcription-length 16")
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The digest of twelve undisturbed steps, of two micro-batches each."""
@@ -270,6 +273,20 @@ def test_an_update_that_is_not_finite_changes_nothing(value, fp16, muon):
 def test_captions_are_dropped_at_the_rate_that_is_asked_for(prob):
     kept = train.draws(3, "noise", prob, 0, 1, range(20000))["kept"]
     assert float((~kept).mean()) == pytest.approx(prob, abs=0.0064 * (0 < prob < 1))
+
+
+def test_texts_are_dropped_alone_and_together_at_the_rates_that_are_asked_for():
+    found = train.draws(3, "noise", 0.1, 0, 1, range(20000), (0.3, 0.2))
+    caption, written = ~found["kept"], ~found["transcription_kept"]
+    both = 0.2 + 0.8 * 0.1 * 0.3
+    assert float((caption & written).mean()) == pytest.approx(both, abs=0.012)
+    assert float((caption & ~written).mean()) == pytest.approx(0.8 * 0.1 * 0.7, abs=0.01)
+    assert float((written & ~caption).mean()) == pytest.approx(0.8 * 0.9 * 0.3, abs=0.012)
+    alone = train.draws(3, "noise", 0.1, 0, 1, range(20000))
+    assert alone["transcription_kept"].all()
+    for name in ("u", "noise", "lowres_u", "lowres_noise"):
+        assert np.array_equal(alone[name], found[name])
+    assert float((~alone["kept"]).mean()) == pytest.approx(0.1, abs=0.0064)
 
 
 def test_draws_depend_on_seed_purpose_and_position_alone():
@@ -787,6 +804,10 @@ BAD_TRAIN = {
     "--channels 8192": "weights and its pictures needs",
     "--batch-size 1048576 --size 4096": "weights and its pictures needs",
     "--lowres 1000000": "--lowres 1000000 is outside 0 to 4096",
+    "--transcription bytes --objective clip --size 64": "--transcription bytes is for what draws",
+    "--transcription bytes --transcription-width 40": "--transcription-width 40 is no multiple of 32",
+    "--transcription letters": "invalid choice: 'letters'",
+    "--text-crop 2": "--text-crop 2.0 is outside 0 to 1",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
     "--data notes": "no pictures in notes",
@@ -1198,7 +1219,7 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     ("--prediction flow", "--schedule flow", "--dtype fp16"), ("--optimizer adamw",),
     ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4"),
     (*UP, "--micro-batch 4"), (*UP, "--picture-mode grey", "--train-only ^unet.(mid|up)"),
-    (*UP, "--lowres-mode grey", "--checkpointing")])
+    (*UP, "--lowres-mode grey", "--checkpointing"), (*WRITES, "--micro-batch 4"), (*UP, *WRITES)])
 def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
     during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
@@ -2869,3 +2890,61 @@ def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values
     assert meta["step"] == str(best)
     assert all(torch.equal(p, tensors[name]) for name, p in ema[best].items())
     assert sample.load_stage(out / "checkpoints/best", torch.device("cpu")).step == best
+
+
+# ------------------------------------------------------------------------------ what is written in pictures
+
+
+def test_what_is_written_trains_alike_on_two_ranks_with_workers_and_in_parts(tmp_path, capsys):
+    more = ("--val-every 2", "--val-images 4", "--sample-every 2", "--log-every 2",
+            "--transcription-length 6")
+    whole = digest(run(tmp_path / "whole", "--steps 2", *WRITES[:-1], *more, "--micro-batch 4"))
+    assert "has a transcription that is cut, see --transcription-length" in capsys.readouterr().out
+    assert any(line.get("untold") for line in metrics(tmp_path / "whole"))
+    assert not [line for line in metrics(tmp_path / "whole") if line.get("replaced")]
+    status, _, err = finish(start(tmp_path / "two", "--steps 2", "--workers 1", *WRITES[:-1], *more[-1:],
+                                  ranks=2))
+    assert status == 0, err
+    assert digest(tmp_path / "two") == whole
+    for name in ("first_batch.png", "samples/000002.png"):
+        Image.open(tmp_path / "whole" / name).load()
+
+
+def test_a_transcription_that_is_dropped_is_not_seen():
+    """Neither by the network nor on the sheet, and what is kept does reach the loss."""
+    configs = train.parse(flags("unused", *WRITES, "--no-compile"))
+    torch.manual_seed(0)
+    text = text_encoder.load_text_encoder(configs[4])
+    net = train.build(configs, text, torch.device("cpu"))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    sets = [data.Pictures(configs[1], 16, 0) for _ in range(3)]
+    for share, seen in ((0.0, True), (1.0, False)):
+        cfg = dataclasses.replace(configs[0], transcription_drop=share, both_drop=0.0)
+        train.attach(sets, text, cfg, 0)
+        items = [sets[0][i] for i in range(8)]
+        others = [item | {name: after[name] for name in ("transcription", "letters")}
+                  for item, after in zip(items, items[1:] + items[:1])]
+        with torch.no_grad():
+            one, two = (net(**net.inputs(sets[0].batch(some), torch.device("cpu")))["raw"]
+                        for some in (items, others))
+        changed = [a["transcription"] != b["transcription"] for a, b in zip(items, others)]
+        assert (one != two).tolist() == [seen and different for different in changed]
+
+
+def test_old_checkpoints_without_the_fields_of_a_second_stream_go_on(tmp_path):
+    run(tmp_path / "run", "--steps 2")
+    folder = model.checkpoint_folders(tmp_path / "run")[-1]
+    for name in ("ema", "train"):
+        tensors, meta = model.load_tensors(folder / f"{name}.safetensors")
+        recipe = json.loads(meta["config"])
+        for group in recipe.values():
+            for field in list(group):
+                if re.match(r"transcription|both_drop|txt|text_(crop|area)", field):
+                    del group[field]
+        meta = {key: value for key, value in meta.items() if key not in ("format", "sha256")}
+        model.save_tensors(folder / f"{name}.safetensors", tensors, meta | {"config": json.dumps(recipe)})
+    sample.load_stage(tmp_path / "run", torch.device("cpu"))
+    run(tmp_path / "run", "--steps 4")
+    assert digest(tmp_path / "run")[0] == 4
