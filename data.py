@@ -1365,7 +1365,7 @@ class Pictures:
         config = self.config
         if config.crops:
             drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
-        if meta and "safebox" in meta:
+        if meta and meta.get("safebox"):
             return self.text_square(picture, meta, drawn)
         if self.split == "val" or config.min_crop == 1 or (meta and transcribed(meta)):
             return 1.0, 0.5, 0.5
@@ -1428,7 +1428,7 @@ class Pictures:
                     item = {"picture": latent.numpy()}
                 else:
                     shown = decode(picture, self.size, *crop, self.config.min_size)
-                    item = self.views(shown, position, bool(written or "safebox" in meta))
+                    item = self.views(shown, position, bool(written or meta.get("safebox")))
                 caption = texts[int(which * len(texts))] if texts else ""
                 if self.config.shuffle_tags and self.split == "train":
                     first, *tags = caption.split(",")
@@ -2048,6 +2048,9 @@ class Words(BuiltIn):
 
     def key(self, i):
         return f"{self.name}/{i}"
+
+    def fingerprint(self):
+        return f"{self.name} 1".encode()
 
 
 class QuotedWords(Words):

@@ -983,7 +983,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
         die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
-    args.write = args.write.replace("\\n", "\n")
+    args.write = data.transcribed({"transcription": args.write.replace("\\n", "\n")})
     args.wanted = [args.prompt or ""]
     if args.npz and args.keep_stages:
         die("--npz is for the pictures of the last stage, without --keep-stages")
@@ -1209,7 +1209,8 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
             recipe |= group
         recipes.append(recipe)
     names = list(map(str, paths))
-    sheet = data.contact_sheet(data.side_by_side(*columns), prompts, 2)
+    below = data.labels(prompts, [args.write] * len(prompts))
+    sheet = data.contact_sheet(data.side_by_side(*columns), below, 2)
     print(data.save_png(sheet, Path(args.out, "compare.png"), {"runs": names}, warn, replace=True))
 
     rows = [["", *names], *zip(prompts, *columns)]

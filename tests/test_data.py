@@ -2518,7 +2518,7 @@ def test_pictures_of_words_say_truly_what_is_written_and_hold_unseen_words_out()
     words = {}
     for start in (0, data.ENDLESS):
         found = set()
-        for i in range(start, start + 300):
+        for i in range(start, start + 100):
             shown = data.lettered(i)
             picture, texts, meta = source.sample(i)
             assert data.transcribed(meta) == shown.word
@@ -2535,9 +2535,9 @@ def test_pictures_of_words_say_truly_what_is_written_and_hold_unseen_words_out()
                 assert top - 1 <= ys.min() <= ys.max() <= bottom + 1
         words[start] = found
     assert words[0].isdisjoint(words[data.ENDLESS])
-    kinds = Counter(thing.kind for i in range(300) for thing in data.lettered(i).things)
+    kinds = Counter(thing.kind for i in range(100) for thing in data.lettered(i).things)
     assert set(kinds) == {"sign", "cup", "balloon"}
-    assert 30 < sum(not data.lettered(i).word for i in range(300)) < 90
+    assert 8 < sum(not data.lettered(i).word for i in range(100)) < 35
 
 
 def test_a_sheet_has_what_is_written_below_the_caption():
