@@ -2025,11 +2025,11 @@ class Words(BuiltIn):
         meta = {}
         shown = lettered(i)
         if shown.word:
-            edges = []
-            for _, x, y, step in letters(shown):        # a letter is up to 1.5 steps wide and high
-                edges.append((x - 0.75 * step, y - 0.75 * step, -x - 0.75 * step, -y - 0.75 * step))
-            box = np.array((1, 1, -1, -1)) * np.min(edges, 0)
-            meta = {"transcription": shown.word, "safebox": (self.size * box.clip(0, 1)).tolist()}
+            places = np.array([place for _, *place in letters(shown)])
+            centres, steps = places[:, :2], places[:, 2:]
+            edges = (centres - 0.75 * steps).min(0), (centres + 0.75 * steps).max(0)    # of the widest letter
+            box = self.size * np.concatenate(edges).clip(0, 1)
+            meta = {"transcription": shown.word, "safebox": box.tolist()}
         return Sample(draw(shown, self.size), self.captions(i), meta)
 
     def captions(self, i):
