@@ -1888,7 +1888,7 @@ def lettered(index: int) -> Scene:
             word = "".join(ALPHABET[i] for i in rng.integers(len(ALPHABET), size=length))
             unseen = zlib.crc32(word.encode()) % 8 == 0 if length > 2 else wanted
         lines.append(word)
-    x, y, half = 0.5 + 0.02 * rng.uniform(-1, 1, 3)
+    x, y, half = (0.5 + 0.02 * rng.uniform(-1, 1, 3)).tolist()
     things = (Thing(kind, colour, x, y, half - 0.08),) if kind else ()
     return Scene(things, pick(GROUNDS, colour), place="in the middle", word="\n".join(lines))
 
