@@ -1488,7 +1488,7 @@ class Pictures:
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
         `draws` make of them, and the lists "captions", "transcriptions", "positions" and "keys"; of
-        some of them, to be told, "replaced", "uncaptioned", "recoded" and "untold", whose transcriptions
+        some of them, to be told, "replaced", "uncaptioned", "recoded" and "overlong", whose transcriptions
         are cut: reasons or keys."""
         def column(name):
             return [item[name] for item in items]
@@ -1501,13 +1501,13 @@ class Pictures:
         batch["replaced"] = list(chain(*column("replaced")))
         batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
         batch["recoded"] = [item["key"] for item in items if item["recoded"]]
-        batch["untold"] = []
+        batch["overlong"] = []
         if self.reader:
             batch |= self.reader.batch(column("words"))
         if self.transcriber:
             letters = self.transcriber.batch(column("letters"))
             batch |= {f"transcription_{name}": array for name, array in letters.items()}
-            batch["untold"] = [item["key"] for item in items if item["letters"]["cut"]]
+            batch["overlong"] = [item["key"] for item in items if item["letters"]["cut"]]
         if self.draws:
             batch |= self.draws(batch["positions"])
         return batch
