@@ -1493,7 +1493,7 @@ class Pictures:
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
         `draws` make of them, and the lists "captions", "transcriptions", "positions" and "keys"; of
-        some of them, to be told, "replaced", "uncaptioned", "recoded" and "untold", whose transcriptions
+        some of them, to be told, "replaced", "uncaptioned", "recoded" and "overlong", whose transcriptions
         are cut: reasons or keys."""
         def column(name):
             return [item[name] for item in items]
@@ -1506,13 +1506,13 @@ class Pictures:
         batch["replaced"] = list(chain(*column("replaced")))
         batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
         batch["recoded"] = [item["key"] for item in items if item["recoded"]]
-        batch["untold"] = []
+        batch["overlong"] = []
         if self.reader:
             batch |= self.reader.batch(column("words"))
         if self.transcriber:
             letters = self.transcriber.batch(column("letters"))
             batch |= {f"transcription_{name}": array for name, array in letters.items()}
-            batch["untold"] = [item["key"] for item in items if item["letters"]["cut"]]
+            batch["overlong"] = [item["key"] for item in items if item["letters"]["cut"]]
         if self.draws:
             batch |= self.draws(batch["positions"])
         return batch
@@ -1893,7 +1893,7 @@ def lettered(index: int) -> Scene:
             word = "".join(ALPHABET[i] for i in rng.integers(len(ALPHABET), size=length))
             unseen = zlib.crc32(word.encode()) % 8 == 0 if length > 2 else wanted
         lines.append(word)
-    x, y, half = 0.5 + 0.02 * rng.uniform(-1, 1, 3)
+    x, y, half = (0.5 + 0.02 * rng.uniform(-1, 1, 3)).tolist()
     things = (Thing(kind, colour, x, y, half - 0.08),) if kind else ()
     return Scene(things, pick(GROUNDS, colour), place="in the middle", word="\n".join(lines))
 
@@ -2030,11 +2030,11 @@ class Words(BuiltIn):
         meta = {}
         shown = lettered(i)
         if shown.word:
-            edges = []
-            for _, x, y, step in letters(shown):        # a letter is up to 1.5 steps wide and high
-                edges.append((x - 0.75 * step, y - 0.75 * step, -x - 0.75 * step, -y - 0.75 * step))
-            box = np.array((1, 1, -1, -1)) * np.min(edges, 0)
-            meta = {"transcription": shown.word, "safebox": (self.size * box.clip(0, 1)).tolist()}
+            places = np.array([place for _, *place in letters(shown)])
+            centres, steps = places[:, :2], places[:, 2:]
+            edges = (centres - 0.75 * steps).min(0), (centres + 0.75 * steps).max(0)    # of the widest letter
+            box = self.size * np.concatenate(edges).clip(0, 1)
+            meta = {"transcription": shown.word, "safebox": box.tolist()}
         return Sample(draw(shown, self.size), self.captions(i), meta)
 
     def captions(self, i):

@@ -173,7 +173,7 @@ SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "M
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
 TOLD = {"uncaptioned": "has no caption and trains as unconditional",
-        "untold": "has a transcription that is cut, see --transcription-length",
+        "overlong": "has a transcription that is cut, see --transcription-length",
         "recoded": "has a text that is not UTF-8 (read as cp1252 where that is printable)"}
 COUNTED = ("replaced", *TOLD)                                  # pictures, in metrics.jsonl
 BUCKETS = 8                                                    # of the noise levels, in metrics.jsonl

@@ -424,7 +424,7 @@ def read_back(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reader = load(device, Reader)
     source = lettered(TEST)
-    real = [next(source)[1] for _ in range(500)]
+    real = [next(source)[1] for _ in range(200)]
     pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in real]))
     print("real:", read_scores(read(reader, pictures, [usual(s) for s in real]), [s.word for s in real]))
     if not args.read:

@@ -1576,7 +1576,7 @@ def test_what_a_reader_and_draws_make_is_in_the_batch_as_tensors():
         pictures = Pictures(DataConfig(lowres=8), 16, 3)
         assert set(data.collect(pictures, 0, 2)) == {
             "picture", "lowres", "captions", "transcriptions", "positions", "keys", "replaced", "uncaptioned",
-            "recoded", "untold"}
+            "recoded", "overlong"}
         pictures.reader = Reader()
         pictures.embedded = True
         assert pictures[0]["words"] == (pictures[0]["caption"], b"")        # none is there
@@ -2510,7 +2510,7 @@ def test_what_is_written_is_read_beside_the_caption_and_what_is_cut_is_named():
     assert batch["transcription_ids"].tolist() == [min(3, len(text)) for text in batch["transcriptions"]]
     assert batch["ids"].tolist() == [len(caption) for caption in batch["captions"]]
     long = [key for key, text in zip(batch["keys"], batch["transcriptions"]) if len(text) > 3]
-    assert batch["untold"] == long != []
+    assert batch["overlong"] == long != []
 
 
 def test_pictures_of_words_say_truly_what_is_written_and_hold_unseen_words_out():

@@ -98,7 +98,7 @@ def test_words_to_read_back_are_unseen_and_their_letters_are_found_where_they_ar
     assert parts.shape == (sum(counts), 1, 24, 24)
     moved, _ = judge.glimpses(pictures, shown, torch.ones(20, 2))
     middle = parts[:, 0, 8:16, 8:16].flatten(1).std(1)
-    assert (middle > 0.5).float().mean() > 0.95                                 # there is ink
+    assert middle.min() > 0.2                                                   # there is ink
     assert (parts - moved).abs().amax((1, 2, 3)).min() > 0.1
 
 

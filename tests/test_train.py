@@ -383,7 +383,7 @@ def pairs(first=0, last=8):
              "words": rng.normal(size=(8, 7)).astype(np.float32),
              "captions": [f"caption {i}" for i in range(8)], "cut": np.zeros(8, bool)}
     return {name: column[first:last] for name, column in batch.items()} | {
-        "replaced": [], "uncaptioned": [], "recoded": []}
+        "replaced": [], "uncaptioned": [], "recoded": [], "overlong": []}
 
 
 def joined(micro, ranks, batch):
@@ -1185,7 +1185,7 @@ def test_a_run_leaves_what_the_design_promises(tmp_path, capsys):
     assert [line["step"] for line in metrics(out)] == [2, 2, 4, 4]
     named = {name for name in logs[0] if not name.startswith(("weights/", "gradients/"))}
     assert named == {"step", "images", "loss", "raw_loss", "grad_norm", "clipped", "pictures/s", "lr",
-                     "skipped", "replaced", "uncaptioned", "recoded", "buckets", "share_of_peak"}
+                     "skipped", "replaced", "uncaptioned", "recoded", "overlong", "buckets", "share_of_peak"}
     assert set(validations[0]) == {"step", "val_loss", "val_gap", "val_buckets"}
     assert all(len(line["buckets"]) == 8 and all(map(math.isfinite, line["buckets"])) for line in logs)
     assert logs[0]["images"] == 16
@@ -2900,7 +2900,7 @@ def test_what_is_written_trains_alike_on_two_ranks_with_workers_and_in_parts(tmp
             "--transcription-length 6")
     whole = digest(run(tmp_path / "whole", "--steps 2", *WRITES[:-1], *more, "--micro-batch 4"))
     assert "has a transcription that is cut, see --transcription-length" in capsys.readouterr().out
-    assert any(line.get("untold") for line in metrics(tmp_path / "whole"))
+    assert any(line.get("overlong") for line in metrics(tmp_path / "whole"))
     assert not [line for line in metrics(tmp_path / "whole") if line.get("replaced")]
     status, _, err = finish(start(tmp_path / "two", "--steps 2", "--workers 1", *WRITES[:-1], *more[-1:],
                                   ranks=2))
