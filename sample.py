@@ -904,7 +904,8 @@ def parser() -> argparse.ArgumentParser:
         "pictures, over --sample-steps [0..1000000 images]")
     add("--compare", nargs="*", default=[], metavar="RUN", help="draw from each, side by side: compare.html")
     add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
-    add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ... [1..10000 images]")
+    add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ...; of a set that is "
+        "scored or an .npz no two are equal [1..10000 images]")
     add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
     add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
     add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
@@ -1091,7 +1092,10 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         picture = read_picture(args.lowres, stage.data.lowres or stage.size)
         below = torch.stack([picture] * len(prompts))
 
-    seeds = [seed + k % args.n for k in range(len(prompts))]
+    turn = args.n
+    if args.npz or args.against:                               # a set to be scored has no noise twice
+        turn = len(prompts)
+    seeds = [seed + k % turn for k in range(len(prompts))]
     dtype = text_encoder.DTYPES[args.dtype]
     draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
     kept = []
