@@ -394,14 +394,14 @@ def retrieve(run: str, n: int, seed: int) -> None:
 
 
 def read_scores(said: list[str], wanted: list[str]) -> str:
-    """Characters right by position, and words of 3 letters and of any length that are wholly right."""
+    """Characters right by position, and words of 3 characters and of any length that are wholly right."""
     plain = [word.replace("\n", "") for word in wanted]
     right = [a == b for one, word in zip(said, plain) for a, b in zip(one, word)]
     whole = np.array([one == word for one, word in zip(said, plain)])
-    short = np.array([len(word) == 3 and word.isalpha() for word in wanted])
+    short = np.array([len(word) == 3 and "\n" not in word for word in wanted])
     three = "none"
     if short.any():
-        three = f"{whole[short].mean():.1%} of {short.sum()} words of 3 letters"
+        three = f"{whole[short].mean():.1%} of {short.sum()} words of 3 characters"
     return f"characters {np.mean(right):.1%} of {len(right)}, wholly right {three}, {whole.mean():.1%} of all"
 
 

@@ -121,7 +121,7 @@ def test_a_reader_reads_each_picture_at_the_shift_at_which_it_is_surest():
 
 def test_what_was_read_is_scored_by_place_and_words_are_swapped_among_things_of_a_kind():
     told = judge.read_scores(["CAT", "DOX", "ABCD"], ["CAT", "DOG", "AB\nCD"])
-    assert told == "characters 90.0% of 10, wholly right 50.0% of 2 words of 3 letters, 66.7% of all"
+    assert told == "characters 90.0% of 10, wholly right 50.0% of 2 words of 3 characters, 66.7% of all"
     source = judge.lettered(0)
     shown = [next(source)[1] for _ in range(40)]
     others = judge.swapped(shown)
