@@ -815,7 +815,8 @@ class UNet2DConditionModel(nn.Module):
         for name, p in self.named_parameters():
             if re.search(r"(conv2|proj_out)\.weight|conv_out\.", name):
                 nn.init.zeros_(p)
-        self.to(memory_format=torch.channels_last)
+        if torch.cuda.is_available():                          # on a CPU 3% slower, tests/bench_unet.py
+            self.to(memory_format=torch.channels_last)
 
     def adapt(self, text_dim: int, pooled_dim: int) -> None:
         """Read another text encoder, of widths D and P, from now on: masked, and with a learned null."""
@@ -860,7 +861,8 @@ class UNet2DConditionModel(nn.Module):
         emb = self.embedding(x_t, t, pooled, sizes)
         condition = emb, (context, bias)
 
-        h = self.conv_in(x_t.contiguous(memory_format=torch.channels_last))           # (B, C, H, W)
+        layout = torch.channels_last if x_t.is_cuda else torch.contiguous_format
+        h = self.conv_in(x_t.contiguous(memory_format=layout))                        # (B, C, H, W)
         skips = [h]
         for level in self.down_blocks:
             h = level(h, *condition, leave=skips, recompute=self.checkpointing)
@@ -1354,7 +1356,9 @@ def build(folder: Path, config: dict, *classes: type) -> nn.Module:
         raise ValueError(f"{folder} holds {said!r:.60}, not {' or '.join(names)}")
     with published(folder / "config.json"), torch.device("meta"):
         net = classes[names.index(said)](config)
-    return net.to(memory_format=torch.channels_last)
+    if isinstance(net, Latents):
+        net.to(memory_format=torch.channels_last)
+    return net
 
 
 def weight_files(folder: Path) -> dict[Path, str]:
