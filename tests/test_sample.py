@@ -1388,7 +1388,7 @@ def test_a_published_pipeline_denoises_as_diffusers_does(tmp_path, pad, predicti
     right, without = theirs["unet"](x.expand(2, -1, -1, -1), 599, said).sample.split(1)
     expected = scheduler.step(without + 7.5 * (right - without), 599, x).pred_original_sample
     settings = sample.Settings(guidance_scale=7.5)
-    denoise = sample.denoiser_of(stage, stage.network(), [None, None], settings, ["a red house"], {})
+    denoise = sample.denoiser_of(stage, stage.network(), [None, None], settings, ["a red house"], {}, [""])
     x0 = denoise(x, torch.tensor([0.6]))
     assert (x0 - expected).abs().max() < 1e-4 * expected.abs().max()
 
@@ -1418,7 +1418,7 @@ def test_a_published_pipeline_of_sdxl_denoises_as_diffusers_does(tmp_path, cli, 
     eps = without + 7.5 * (right - without)
     expected = (x - (1 - alpha ** 2).sqrt() * eps) / alpha
     settings = sample.Settings(guidance_scale=7.5)
-    denoise = sample.denoiser_of(stage, stage.network(), [None, None], settings, ["a red house"], {})
+    denoise = sample.denoiser_of(stage, stage.network(), [None, None], settings, ["a red house"], {}, [""])
     assert (denoise(x, torch.tensor([0.6])) - expected).abs().max() < 1e-4 * expected.abs().max()
 
     monkeypatch.chdir(tmp_path)

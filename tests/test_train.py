@@ -692,7 +692,7 @@ def test_a_clip_has_the_noise_of_the_denoiser_of_its_size_and_nothing_that_is_fo
              for key, value in vars(config).items()}
             for extra in ([], ["--objective", "clip"]))
         changed = {key for key in wanted if wanted[key] != found[key]}
-        assert changed <= {*train.CLIP, "objective", "out"}
+        assert changed <= {*train.CLIP, "objective", "out", "keep_best"}
         assert {key: found[key] for key in train.CLIP} == train.CLIP
         assert found["out"] == f"runs/clip-{size}"
 
@@ -1341,7 +1341,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatc
 def test_a_new_batch_size_neither_repeats_nor_skips_a_picture(tmp_path, monkeypatch, capsys):
     seen, real = [], train.draws
 
-    def draws(seed, purpose, uncond_prob, first, batch_size, positions):
+    def draws(seed, purpose, uncond_prob, first, batch_size, positions, **drops):
         seen.extend(positions if purpose == "noise" else ())
         return real(seed, purpose, uncond_prob, first, batch_size, positions)
 
@@ -2035,14 +2035,15 @@ def test_a_dry_run_encodes_no_picture_where_latents_will_be_kept(tmp_path, monke
 
 
 def test_an_unreadable_caption_is_replaced_beside_a_cache_too(byt5, tmp_path, monkeypatch, capsys):
-    folder, real = folder_of(tmp_path / "pictures", 8), data.Files.part
+    folder, real = folder_of(tmp_path / "pictures", 8), data.Files.texts
 
-    def part(self, row, part, *most, **options):
-        if part == 1 and self.key(row) == "3":
+    def texts(self, read, row):
+        keys = [self.key(i) for i in range(len(self))]
+        if row == self.row(keys.index("3"))[1]:
             raise OSError(5, "Input/output error")
-        return real(self, row, part, *most, **options)
+        return real(self, read, row)
 
-    monkeypatch.setattr(data.Files, "part", part)
+    monkeypatch.setattr(data.Files, "texts", texts)
     run("run", f"--text-encoder {byt5}", "--text-cache cache", f"--data {folder}", "--steps 2",
         "--held-out 0")
     assert "warning: 3: [Errno 5] Input/output error; replaced" in capsys.readouterr().out
@@ -2659,7 +2660,7 @@ def test_a_published_unet_reads_another_encoder_through_a_projection(pipeline, t
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    (("--size=16", "--learn-sigma"), "a published U-Net needs --vae, and neither --learn-sigma nor --crop"),
+    (("--size=16", "--learn-sigma"), "needs --vae, and no --learn-sigma, --crop or --transcription"),
     (("--size=17",), "--size 17 must be a multiple of 2. Try 16"),
     (("--size=16", "--lowres=8", "--prediction=v"), "without --lowres"),
 ])
