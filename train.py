@@ -339,7 +339,7 @@ def parse(argv: list[str]) -> Configs:
     ladder = 0 if known.vae else LADDER.get(known.size, 0)
     lowres = ladder if known.lowres < 0 else known.lowres
     row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
-    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres else 8)
+    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres or known.vae else 8)
     parser.set_defaults(**row)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]

@@ -1,10 +1,12 @@
 """What the training thread does in a step beside forward, backward and update: python tests/bench_loop.py
 
     [--batch 256 --size 64 --width 2048 --tokens 25 --length 128 --workers 2 --steps 20 --pause 0.3]
+    [--latents 32]
 
 Workers send pictures and the cached embeddings of captions, as many and as large as the flags say; network
-and update are stand-ins that cost nothing. Without a GPU the kernels of a step run on the CPU for one picture
-of the batch, so that little is left but to launch them. Between two steps the thread sleeps for --pause
+and update are stand-ins that cost nothing. --latents: channels of the latents of a cache, at an eighth of the
+side, instead of pictures. Without a GPU the kernels of a step run on the CPU for one picture of the batch, so
+that little is left but to launch them. Between two steps the thread sleeps for --pause
 seconds, the time of a network, in which batches may arrive. Prints a table of the best and the middle of all
 steps, by the clock and by the processor (of this thread, which holds on a machine that is shared), and what
 a worker does for one batch.
@@ -13,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +84,8 @@ def trainer_of(args, watch: Watch):
     trainer.tell = watch.timed("pictures told of", trainer.tell)
     pictures = data.Pictures(data_cfg, cfg.size, cfg.seed)
     pictures.reader = reader
+    if args.latents:
+        pictures.latents = defaultdict(partial(train.no_latent, args.latents, args.size // 8))
     pictures.draws = partial(train.draws, cfg.seed, "noise", cfg.uncond_prob, 0, cfg.batch_size)
     return trainer, pictures
 
@@ -89,7 +94,7 @@ def main(argv: list[str]) -> None:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     for name, value in dict(batch=256, size=64, width=2048, tokens=25, length=128, workers=2, steps=20,
-                            pause=0.3).items():
+                            pause=0.3, latents=0).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--device", default="", help="cuda or cpu; the first of them there is")
     args = parser.parse_args(argv)

@@ -2388,7 +2388,8 @@ def test_cached_latents_are_those_that_are_encoded_as_it_goes(tmp_path, capsys, 
     vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
     (pictures / "bad.png").write_bytes(b"no picture")
     latents = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 2", "--min-crop 0.5",
-               "--crops 2", "--steps 4", "--val-every 4", "--val-images 2", "--log-every 2", "--max-bad 1")
+               "--crops 2", "--steps 4", "--val-every 4", "--val-images 2", "--log-every 2", "--max-bad 1",
+               "--min-size 8")
     plain = run(tmp_path / "plain", *latents)
     capsys.readouterr()
     cache = tmp_path / "cache"
@@ -2419,6 +2420,17 @@ def test_cached_latents_are_those_that_are_encoded_as_it_goes(tmp_path, capsys, 
     for name, more in (("vae", f"--vae {small_vae(tmp_path / 'other', seed=1)}"), ("size", "--size 16")):
         with pytest.raises(ValueError, match="was made with"):
             train.main(flags(tmp_path / name, *moved, f"--latent-cache {cache}", more))
+
+
+def test_a_picture_that_is_too_small_for_latents_is_replaced_and_counted(tmp_path, capsys):
+    vae, pictures = small_vae(tmp_path / "vae"), few_pictures(tmp_path / "pictures")
+    Image.new("RGB", (24, 24)).save(pictures / "small.png")
+    latents = ("--size 32", f"--vae {vae}", f"--data {pictures}", "--held-out 0", "--steps 2", "--max-bad 1",
+               "--log-every 1")
+    for cache in ((), (f"--latent-cache {tmp_path / 'cache'}",)):
+        out = run(tmp_path / f"run{len(cache)}", *latents, *cache)
+        assert sum(line["replaced"] for line in metrics(out)) > 0
+        assert re.search(r"small.*24", capsys.readouterr().out)
 
 
 def test_a_signal_ends_the_filling_of_the_latents_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
@@ -2519,7 +2531,7 @@ def test_what_does_not_go_with_latents_is_one_line(tmp_path, changes, words):
 def test_a_stage_of_latents_has_a_network_of_their_size(tmp_path):
     vae = small_vae(tmp_path / "vae")
     cfg, data_cfg, shape, *_ = train.parse(["--size", "256", "--vae", str(vae), "--device", "cpu"])
-    assert (data_cfg.lowres, shape.patch, data_cfg.min_size) == (0, 2, 8)
+    assert (data_cfg.lowres, shape.patch, data_cfg.min_size) == (0, 2, 256)
     assert shape.attn_resolutions == ()                        # its levels have 64 and 32 a side
 
 
