@@ -415,8 +415,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if cfg.warmup + cfg.cooldown > cfg.steps:
         say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
             f"{cfg.steps}: the rate never reaches --lr")
-    if cfg.reinit and not cfg.init:
-        raise ValueError(f"--reinit {cfg.reinit} has no effect without --init")
+    if cfg.reinit and not (cfg.init or cfg.pretrained):
+        raise ValueError(f"--reinit {cfg.reinit} has no effect without --init or --pretrained")
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
@@ -1387,6 +1387,20 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
         say(f"wrote {target}")
 
 
+def continued(folder: Path, widths: tuple[int, int], reinit: str) -> model.UNet2DConditionModel:
+    """The U-Net of a folder, to go on with; what `reinit` matches, and all of a folder with nothing but a
+    config.json, starts from scratch."""
+    if [path.name for path in folder.glob("*")] == ["config.json"]:
+        say(f"note: {folder} has no weights, so it starts from scratch")
+        return model.UNet2DConditionModel(model.read_config(folder), *widths)
+    unet = model.load_unet(folder, *widths)
+    if reinit:
+        fresh = model.UNet2DConditionModel(unet.config, *widths)
+        say(f"from {folder}: {warm_start(fresh, unet.state_dict(), reinit)}")
+        unet = fresh
+    return unet
+
+
 def published(configs: Configs, text: nn.Module, space) -> model.UNet2DConditionModel:
     """The U-Net of --pretrained, or of --model from scratch. ValueError where it does not fit the VAE."""
     cfg, _, _, _, text_cfg = configs
@@ -1395,7 +1409,7 @@ def published(configs: Configs, text: nn.Module, space) -> model.UNet2DCondition
         if own and (text_cfg.text_cache == "shards" or not text_cfg.text_padding):
             raise ValueError("a pipeline's own text encoder needs --text-padding, and no --text-cache shards")
         widths = (0, 0) if own else (text.dim, text.pooled_dim)
-        unet = model.load_unet(Path(cfg.pretrained, "unet"), *widths)
+        unet = continued(Path(cfg.pretrained, "unet"), widths, "" if cfg.init else cfg.reinit)
     else:
         config = model.UNETS[cfg.model] | dict.fromkeys(("in_channels", "out_channels"), space.channels)
         unet = model.UNet2DConditionModel(config, text.dim, text.pooled_dim)

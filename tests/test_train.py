@@ -2601,6 +2601,21 @@ def test_a_published_unet_is_trained_on_and_given_back(pipeline, tmp_path, capsy
     assert pictures.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.parametrize("how", ["no weights", "reinit"])
+def test_a_published_unet_starts_from_scratch_where_that_is_wanted(pipeline, tmp_path, capsys, how):
+    shutil.copytree(pipeline, tmp_path / "copy")
+    flag = "--reinit=."
+    if how == "no weights":
+        (tmp_path / "copy" / "unet" / f"{model.WEIGHTS}.safetensors").unlink()
+        flag = "--keep=2"
+    run = finetune(tmp_path / "run", tmp_path / "copy", flag, "--steps=1", "--lr=1e-12", "--warmup=0")
+    said = "unet has no weights, so it starts from scratch" if how == "no weights" else "0 copied"
+    assert said in capsys.readouterr().out
+    weights, published = model.read(run)[1], model.load_unet(pipeline / "unet").state_dict()
+    assert weights["unet.conv_out.weight"].abs().max() < 1e-6 < published["conv_out.weight"].abs().max()
+    assert not torch.equal(weights["unet.conv_in.weight"], published["conv_in.weight"])
+
+
 def test_a_published_unet_goes_on_bit_for_bit_with_a_text_cache_too(pipeline, tmp_path):
     more = ("--save-every=2", f"--text-cache={tmp_path / 'cache'}", "--uncond-prob=0.5")
     whole = finetune(tmp_path / "whole", pipeline, *more)
