@@ -94,8 +94,9 @@ def main(argv: list[str]) -> None:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     for name, value in dict(batch=256, size=64, width=2048, tokens=25, length=128, workers=2, steps=20,
-                            pause=0.3, latents=0).items():
+                            pause=0.3).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
+    parser.add_argument("--latents", type=int, default=0, help="channels, 0 = pictures")
     parser.add_argument("--device", default="", help="cuda or cpu; the first of them there is")
     args = parser.parse_args(argv)
 
