@@ -297,6 +297,7 @@ class UNet(nn.Module):
 
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)        # 12 of `places`
         self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
+
         def stage(c_in: int, c_out: int) -> nn.ModuleList:
             blocks = nn.ModuleList([ResBlock(c_in, c_out, emb, local)])
             if side in config.attn_resolutions:
@@ -334,8 +335,7 @@ class UNet(nn.Module):
                 self.up[-1].append(ResBlock(c, above, emb, local, resample))
                 c = above
         self.norm_out = GroupNorm(c, local)
-        outside = planes * (1 + learn_sigma) * config.patch**2
-        self.conv_out = nn.Conv2d(c, outside, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
         if written_dim:
             self.transcription = TextAdapter(written_dim, emb, written_dim, emb)
         self.init_weights()

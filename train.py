@@ -652,13 +652,16 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
 
     u, caption_u, noise = columns(purpose)
     lowres_u, _, lowres_noise = columns("lowres")
-    written_u, both_u, _ = columns(f"{purpose} transcription")
-    alone, both = drops
-    told = both_u >= both
+    told = written = np.ones(len(u), bool)
+    if any(drops):
+        written_u, both_u, _ = columns(f"{purpose} transcription")
+        alone, both = drops
+        told = both_u >= both
+        written = told & (written_u >= alone)
     index = (np.array(positions) - first) % batch_size
     u = diffusion.stratify(u, index.astype(np.float32), batch_size)
     return {"u": u, "kept": told & (caption_u >= uncond_prob), "noise": noise, "lowres_u": lowres_u,
-            "lowres_noise": lowres_noise, "transcription_kept": told & (written_u >= alone)}
+            "lowres_noise": lowres_noise, "transcription_kept": written}
 
 
 class Denoising(nn.Module):
@@ -1801,8 +1804,10 @@ class Trainer:
         self.tell(batch)
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
-        scale = self.state.scaler.scale(torch.ones((), device=self.device))   # of fp16's gradients, else 1
         watched = self.cfg.log_every and number and number % self.cfg.log_every == 0
+        if watched or self.queries:
+            one = torch.ones((), device=self.device)
+            scale = self.state.scaler.scale(one)               # of fp16's gradients, else 1
         for part, weights in self.parts.items() if watched else ():
             gradients = [p.grad for p in weights if p.grad is not None]
             length = nn.utils.get_total_norm(gradients) / scale
