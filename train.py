@@ -307,8 +307,8 @@ def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, obj
     del row["weights"], row["flops"]
     if latents:                                                # they say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    if objective == "clip":                                    # which overfits
-        row |= CLIP | {"keep_best": "val_loss"}
+    if objective == "clip":                                    # which overfits, and needs wrong captions
+        row |= CLIP | {"keep_best": "val_loss", "batch_size": max(128, row["batch_size"])}
     return row
 
 

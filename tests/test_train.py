@@ -692,9 +692,10 @@ def test_a_clip_has_the_noise_of_the_denoiser_of_its_size_and_nothing_that_is_fo
              for key, value in vars(config).items()}
             for extra in ([], ["--objective", "clip"]))
         changed = {key for key in wanted if wanted[key] != found[key]}
-        assert changed <= {*train.CLIP, "objective", "out", "keep_best"}
+        assert changed <= {*train.CLIP, "objective", "out", "keep_best", "batch_size"}
         assert {key: found[key] for key in train.CLIP} == train.CLIP
         assert found["out"] == f"runs/clip-{size}"
+        assert found["batch_size"] == max(128, wanted["batch_size"])
 
 
 def test_a_clip_starts_from_a_denoiser_and_goes_on_as_none(tmp_path, capsys):
