@@ -1787,6 +1787,49 @@ def test_runs_are_compared_on_one_page_that_needs_nothing_beside_it(here, cli, c
             assert np.array_equal(drawn, np.asarray(Image.open("one.png")))
 
 
+BROWSER = """
+import sys
+from PyQt6.QtCore import QTimer, QUrl
+from PyQt6.QtWebEngineCore import QWebEngineProfile, QWebEngineUrlRequestInterceptor
+from PyQt6.QtWebEngineWidgets import QWebEngineView
+from PyQt6.QtWidgets import QApplication
+
+class Requests(QWebEngineUrlRequestInterceptor):
+    def interceptRequest(self, info):
+        print(info.requestUrl().scheme(), flush=True)
+
+app = QApplication(sys.argv[:1])
+requests, view = Requests(), QWebEngineView()
+QWebEngineProfile.defaultProfile().setUrlRequestInterceptor(requests)
+view.resize(1200, 900)
+view.show()
+shot = lambda: (view.grab().save(sys.argv[2]), app.quit())
+view.loadFinished.connect(lambda ok: QTimer.singleShot(1500, shot))
+view.load(QUrl.fromLocalFile(sys.argv[1]))
+sys.exit(app.exec())
+"""
+
+
+@pytest.mark.slow
+def test_a_browser_shows_the_page_of_a_comparison_without_a_network(here, cli):
+    """Chromium, as PyQt6-WebEngine carries it: `pip install PyQt6-WebEngine`."""
+    pytest.importorskip("PyQt6.QtWebEngineCore")
+    assert cli("a house", "--compare", "runs/16", "runs/16", "--out", "page")[0] == 0
+    headless = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox --disable-gpu"}
+    page = Path("page/compare.html").absolute()
+    done = subprocess.run([sys.executable, "-c", BROWSER, str(page), "shot.png"], capture_output=True,
+                          text=True, env=os.environ | headless, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "file\n"), done.stderr                 # nothing but the page
+
+    shown = np.asarray(Image.open("shot.png").convert("RGB")).astype(int)
+    code = re.findall(r'base64,([^"]*)', page.read_text())[0]
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(code)))).astype(int)
+    enlarged = drawn.repeat(256 // len(drawn), 0).repeat(256 // len(drawn), 1)
+    rows, columns = np.nonzero((shown[:-255, :-255] == enlarged[0, 0]).all(-1))
+    errors = [abs(shown[y:y + 256, x:x + 256] - enlarged).max() for y, x in zip(rows, columns)]
+    assert errors.count(0) == 2                                # both columns, to the bit
+
+
 def test_prompts_are_asked_for(here, cli, monkeypatch):
     loaded = []
     real = model.read
