@@ -464,7 +464,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--ckpt", help="run or checkpoint to judge")
     parser.add_argument("--pictures", nargs="+", default=[], help="folders or .npz files with captions")
-    parser.add_argument("--n", type=int, default=200, help="prompts with one thing, half as many with two")
+    parser.add_argument("--n", type=int, default=200, help="prompts with one thing")
+    parser.add_argument("--two", type=int, default=-1, help="prompts with two things, -1 = half as many")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale, 1 = none")
     parser.add_argument("--sampler", default="dpmpp_2m")
@@ -492,7 +493,8 @@ def main(argv: list[str]) -> None:
         pictures, texts = read_pictures(path)
         print_one(judge_one(judge, pictures, *zip(*map(read_prompt, texts))))
     if args.ckpt:
-        one, two, start = prompts(args.n, args.seed), two_prompts(args.n // 2, args.seed), time.time()
+        start, several = time.time(), args.n // 2 if args.two < 0 else args.two
+        one, two = prompts(args.n, args.seed), two_prompts(several, args.seed)
         texts = [text for text, *_ in one] + [text for text, _ in two]
         pictures = draw_prompts(args, texts)
         print(f"{len(texts)} pictures in {time.time() - start:.0f} s: {args.sampler}, "
@@ -501,7 +503,8 @@ def main(argv: list[str]) -> None:
             print(f"--clip {args.clip} --clip-scale {args.clip_scale}, best of {args.best_of} by {args.rank}")
         if args.save:
             np.savez(args.save, pictures=pictures.numpy(), captions=np.array(texts))
-        print_one(judge_one(judge, pictures[:args.n], *list(zip(*one))[1:]))
+        if one:
+            print_one(judge_one(judge, pictures[:args.n], *list(zip(*one))[1:]))
         if two:
             print_two(judge_two(judge, pictures[args.n:], [shown for _, shown in two]))
 
