@@ -1199,22 +1199,32 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, n
     return step, images
 
 
+def alone(name: str) -> str:
+    """The name of a weight where its text encoder is the only one."""
+    return re.sub(r"^text\.(captions\.)?(trained\.\d+\.)?", "text.", name)
+
+
 @torch.no_grad()
 def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
     """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
-    Returns a report: how many were copied, which were sliced, which are new, which had no place."""
+    An encoder of captions is the same with others beside it. Returns a report: how many were copied, which
+    were sliced, which are new, which had no place."""
     found = {"copied": [], "sliced": [], "new": []}
     weights = net.state_dict()                                 # which holds the weights themselves
     left = matching(reinit, weights) if reinit else ()
+    names = {alone(name): name for name in sorted(tensors, reverse=True)}
+    unused = set(tensors)
     for name, p in weights.items():
-        old = tensors.get(name)
+        source = name if name in tensors else names.get(alone(name))
+        unused.discard(source)
+        old = tensors.get(source)
         if old is None or old.ndim != p.ndim or name in left:
             found["new"].append(name)
             continue
         common = tuple(slice(min(lengths)) for lengths in zip(old.shape, p.shape))
         p[common] = old[common].to(p)
         found["copied" if old.shape == p.shape else "sliced"].append(name)
-    found["unused"] = sorted(tensors.keys() - weights.keys())
+    found["unused"] = sorted(unused)
 
     report = []
     for kind, names in found.items():

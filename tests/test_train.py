@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -932,6 +933,28 @@ def test_a_warm_start_copies_slices_and_reports():
     assert counts["copied"] + counts["sliced"] + counts["new"] == len(before)
     assert counts["unused"] == 1
     assert "unused: gone" in report
+
+
+def test_an_encoder_of_captions_is_found_with_and_without_others_beside_it():
+    """A transcription's, or one more in a row; that of the transcription is another one."""
+    def encoder_of(**options):
+        net = nn.Module()
+        net.text = text_encoder.load_text_encoder(text_encoder.TextConfig(byte_width=32, **options))
+        return net
+
+    row, written = {"text_encoder": ["bytes", "bytes"]}, {"transcription": "bytes"}
+    kinds = {"": {}, "captions.": written, "trained.0.": row, "captions.trained.0.": row | written}
+    for (old, source), (new, wanted) in itertools.product(kinds.items(), repeat=2):
+        tensors, net = encoder_of(**source).state_dict(), encoder_of(**wanted)
+        before = {name: p.clone() for name, p in net.state_dict().items()}
+        train.warm_start(net, tensors)
+        after = net.state_dict()
+        inside = [name.removeprefix(f"text.{old}") for name in tensors if name.startswith(f"text.{old}tower.")]
+        assert len(inside) > 8
+        assert all(torch.equal(after[f"text.{new}{name}"], tensors[f"text.{old}{name}"]) for name in inside)
+        second = "text.transcription.tower.shared.bytes.weight"
+        if second in after:
+            assert torch.equal(after[second], (tensors if second in tensors else before)[second])
 
 
 def make_state(muon: bool = False) -> train.State:
