@@ -949,7 +949,8 @@ def test_an_encoder_of_captions_is_found_with_and_without_others_beside_it():
         before = {name: p.clone() for name, p in net.state_dict().items()}
         train.warm_start(net, tensors)
         after = net.state_dict()
-        inside = [name.removeprefix(f"text.{old}") for name in tensors if name.startswith(f"text.{old}tower.")]
+        own = f"text.{old}tower."
+        inside = [name.removeprefix(f"text.{old}") for name in tensors if name.startswith(own)]
         assert len(inside) > 8
         assert all(torch.equal(after[f"text.{new}{name}"], tensors[f"text.{old}{name}"]) for name in inside)
         second = "text.transcription.tower.shared.bytes.weight"
