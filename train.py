@@ -417,6 +417,9 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
             f"{cfg.steps}: the rate never reaches --lr")
     if cfg.reinit and not (cfg.init or cfg.pretrained):
         raise ValueError(f"--reinit {cfg.reinit} has no effect without --init or --pretrained")
+    if model_cfg.weave_resolutions and not text_cfg.transcription:
+        raise ValueError(f"--weave-resolutions {model_cfg.weave_resolutions} is for what --transcription "
+                         "reads. Add --transcription bytes")
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
