@@ -374,8 +374,8 @@ class UNet(nn.Module):
                 side *= 2
                 above = config.channel_mult[level - 1] * ch
                 resample = "late" if config.efficient else "up"
-                place = str(sum(type(block) is not Weave for block in self.up[-1]))
-                self.up[-1].add_module(place, ResBlock(c, above, emb, local, resample))
+                number = sum(type(block) is not Weave for block in self.up[-1])
+                self.up[-1].add_module(str(number), ResBlock(c, above, emb, local, resample))
                 c = above
         self.norm_out = GroupNorm(c, local)
         self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
@@ -452,8 +452,8 @@ class UNet(nn.Module):
         unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
         lowres (B, c, h, w) float32, the low-resolution picture, noised, upsampled here to H and W if it is
         smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. written: transcription_context, _mask and
-        _pooled, the same of what is written in the picture, whose keys join those of the text. Returns
-        (B, planes, H, W) float32, with learn_sigma twice the planes."""
+        _pooled, the same of what is written in the picture, whose keys join those of the text, and which
+        weaves read. Returns (B, planes, H, W) float32, with learn_sigma twice the planes."""
         # The vector of time and text. Without text the vector is that of zero.
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         if lowres is not None:
