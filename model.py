@@ -233,7 +233,11 @@ class Weave(nn.Module):
         self.columns = nn.Parameter(torch.zeros(2 * channels, side))
         self.read_norm = nn.LayerNorm(dim)
         self.read = CrossAttention(dim, dim // 32, channels)
-        self.feed = nn.Sequential(nn.LayerNorm(dim), *mlp(dim, 2 * dim)[:2], nn.Linear(2 * dim, dim))
+        self.feed = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 2 * dim),
+            nn.SiLU(),
+            nn.Linear(2 * dim, dim))
         self.write_norm = nn.LayerNorm(dim)
         self.null = nn.Parameter(torch.zeros(1, 1, dim))
         self.write = CrossAttention(channels, channels // head_dim, dim)

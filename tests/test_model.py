@@ -1089,6 +1089,17 @@ def test_what_is_written_reaches_the_output_and_its_padding_gets_no_gradient(con
     assert (changed > 1e-4).tolist() == [True, False, True]                   # the second has no text
 
 
+@streams
+@torch.no_grad()
+def test_order_of_what_is_written_changes_the_output_through_the_encoder(config):
+    unet = make_unet(config, written_dim=64)
+    text = load_text_encoder(TextConfig(transcription="bytes", transcription_width=64))
+    said = text.encode(["a sign"] * 2, torch.device("cpu"), ["ABC", "CBA"])
+    written = {name: x for name, x in said.items() if name.startswith("transcription_")}
+    one, other = unet(**{name: x[[0, 0]] for name, x in make_batch().items()}, **written)
+    assert (one - other).abs().max() > 1e-3
+
+
 def test_a_weave_starts_as_the_network_without_it_and_all_of_it_learns():
     plain, woven = make_unet(written_dim=64), UNet(WOVEN, SIZE, D, P, written_dim=64)
     missing, unexpected = woven.load_state_dict(plain.state_dict(), strict=False)
