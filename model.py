@@ -47,6 +47,8 @@ class ModelConfig:
     emb_dim: int = 512  # width of the embedding of time and text [0..8192 channels]
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
+    weave_resolutions: tuple[int, ...] = ()  # sides where a transcription reads the picture [1..4096 pixels]
+    weave_carried: bool = False  # it goes on from what it read last, instead of from its encoder
     vae: str = ""  # folder of a published VAE, in whose latents diffusion happens; pixels when not given
     vae_dtype: Literal["fp32", "bf16"] = "fp32"  # of the VAE's weights
 
@@ -94,9 +96,12 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, 
     must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
          f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
     here = sides(config, size // scale)
-    for side in config.attn_resolutions:
-        must(side in here,
-             f"attn-resolutions {side} is not a side of a feature map here. Choose from {here}")
+    for name in ("attn_resolutions", "weave_resolutions"):
+        flag = name.replace("_", "-")
+        for side in getattr(config, name):
+            must(side in here, f"{flag} {side} is not a side of a feature map here. Choose from {here}")
+    must(not (config.conv_only and config.weave_resolutions),
+         f"weave-resolutions {config.weave_resolutions} is for whole pictures. Leave --conv-only away")
 
 
 # ------------------------------------------------------------------------------------------ norms and blocks
@@ -211,6 +216,52 @@ class Attention(nn.Module):
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
 
+class Weave(nn.Module):
+    """What is written in a picture reads it, then the picture reads what is written: the weave attention of
+    nostalgebraist's fork of improved-diffusion (2022). Keys and queries of the picture are scaled and shifted
+    by time, text and learned places, of its rows plus of its columns; each of three branches has a learned
+    gain, exp(0) at first, and a feed-forward stands between the attentions. Unlike there the picture has one
+    norm for both, and starts as it was. side: of the feature map; dim: D of the transcription, a multiple
+    of 32; carried: the text goes on as it was read, else as it came."""
+
+    def __init__(self, channels: int, side: int, dim: int, emb_dim: int, head_dim: int, carried: bool):
+        super().__init__()
+        self.carried = carried
+        self.norm = GroupNorm(channels)
+        self.emb = nn.Linear(emb_dim, 2 * channels)
+        self.rows = nn.Parameter(torch.zeros(2 * channels, side))
+        self.columns = nn.Parameter(torch.zeros(2 * channels, side))
+        self.read_norm = nn.LayerNorm(dim)
+        self.read = CrossAttention(dim, dim // 32, channels)
+        self.feed = nn.Sequential(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 2 * dim),
+            nn.SiLU(),
+            nn.Linear(2 * dim, dim))
+        self.write_norm = nn.LayerNorm(dim)
+        self.null = nn.Parameter(torch.zeros(1, 1, dim))
+        self.write = CrossAttention(channels, channels // head_dim, dim)
+        self.gains = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, C, H, W); y (B, L, D), of which mask (B, L) is there; emb (B, E). Returns both."""
+        # Other sides than its own have places between its own.
+        place = self.rows[:, :, None] + self.columns[:, None]                         # (2C, side, side)
+        place = F.interpolate(place[None], x.shape[-2:], mode="bilinear")
+        scale, shift = (self.emb(emb)[:, :, None, None] + place).chunk(2, 1)          # (B, C, H, W)
+        tokens = self.norm(x) * (1 + scale) + shift
+        tokens = tokens.flatten(2).transpose(1, 2)                                    # (B, N, C)
+
+        reads, feeds, writes = self.gains.exp()
+        read = y + reads * self.read(self.read_norm(y), tokens)                       # (B, L, D)
+        read = read + feeds * self.feed(read)
+
+        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), (B, L+1)
+        h = self.write(tokens, keys, hidden[:, None, None])                           # (B, N, C)
+        x = x + writes * h.transpose(1, 2).view_as(x)
+        return x, read if self.carried else y
+
+
 def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
     Coordinates as channels (Liu et al. 2018, arXiv:1807.03247). Times 4, or the noise drowns them: it doubled
@@ -298,13 +349,8 @@ class UNet(nn.Module):
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)        # 12 of `places`
         self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
 
-        def stage(c_in: int, c_out: int) -> nn.ModuleList:
-            blocks = nn.ModuleList([ResBlock(c_in, c_out, emb, local)])
-            if side in config.attn_resolutions:
-                blocks.append(Attention(c_out, emb, config.head_dim, local))
-            return blocks
-
         # Down: each stage leaves a skip.
+        stage = partial(self.stage, written_dim=written_dim)
         num_blocks = np.broadcast_to(config.num_res_blocks, len(config.channel_mult)).tolist()
         c, side, skips = ch, size // config.patch, [ch]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -314,7 +360,7 @@ class UNet(nn.Module):
                 self.down.append(nn.ModuleList([ResBlock(c, c, emb, local, "down")]))
                 skips.append(c)
             for _ in range(num_blocks[level]):
-                self.down.append(stage(c, mult * ch))
+                self.down.append(stage(side, c, mult * ch))
                 c = mult * ch
                 skips.append(c)
 
@@ -326,13 +372,14 @@ class UNet(nn.Module):
         # Up: each stage takes a skip; the last of a level goes to the next level's width, then to its side.
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             for _ in range(num_blocks[level] + 1):
-                self.up.append(stage(c + skips.pop(), mult * ch))
+                self.up.append(stage(side, c + skips.pop(), mult * ch))
                 c = mult * ch
             if level:
                 side *= 2
                 above = config.channel_mult[level - 1] * ch
                 resample = "late" if config.efficient else "up"
-                self.up[-1].append(ResBlock(c, above, emb, local, resample))
+                number = sum(type(block) is not Weave for block in self.up[-1])
+                self.up[-1].add_module(str(number), ResBlock(c, above, emb, local, resample))
                 c = above
         self.norm_out = GroupNorm(c, local)
         self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
@@ -340,13 +387,25 @@ class UNet(nn.Module):
             self.transcription = TextAdapter(written_dim, emb, written_dim, emb)
         self.init_weights()
 
+    def stage(self, side: int, c_in: int, c_out: int, written_dim: int) -> nn.ModuleList:
+        """A residual block and the attentions behind it."""
+        config = self.config
+        blocks = nn.ModuleList([ResBlock(c_in, c_out, config.emb_dim, config.conv_only)])
+        if side in config.attn_resolutions:
+            blocks.append(Attention(c_out, config.emb_dim, config.head_dim, config.conv_only))
+        if side in config.weave_resolutions:
+            weave = Weave(c_out, side, written_dim, config.emb_dim, config.head_dim, config.weave_carried)
+            blocks.add_module("weave", weave)              # the others are named as without it
+        return blocks
+
     def init_weights(self) -> None:
         # Layers keep the variance of a unit input.
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.Linear):
                 inputs = m.weight[0].numel()
                 nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(inputs))
-                nn.init.zeros_(m.bias)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
         # Blocks start as the identity, the output as 0.
         nn.init.zeros_(self.conv_out.weight)
@@ -355,6 +414,8 @@ class UNet(nn.Module):
                 nn.init.zeros_(m.conv2.weight)
             if isinstance(m, Attention):
                 nn.init.zeros_(m.out.weight)
+            if isinstance(m, Weave):
+                nn.init.zeros_(m.write.to_out[0].weight)
 
         if not self.null.is_meta:                  # there it would import the compiler, which takes seconds
             nn.init.normal_(self.null, std=0.5)
@@ -364,15 +425,17 @@ class UNet(nn.Module):
         """The weight matrices of the blocks: scale and shift (`emb`), keys and values of the text are two."""
         return matrices_of((self.down, self.mid, self.up), ("emb", "text_kv"))
 
-    def _run(self, blocks: nn.ModuleList, h: Tensor, emb: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, h: Tensor, told: dict[type, list[Tensor]]) -> Tensor:
         for block in blocks:
-            condition = (context, hidden) if isinstance(block, Attention) else (emb,)
-            h = called(block, self.checkpointing, h, *condition)
+            kind = type(block)
+            h = called(block, self.checkpointing, h, *told[kind])
+            if kind is Weave:
+                h, told[kind][0] = h                           # the text, for the next one
         return h
 
-    def _down(self, x: Tensor, emb: Tensor, context: Tensor, hidden: Tensor) -> list[Tensor]:
+    def _down(self, x: Tensor, told: dict[type, list[Tensor]]) -> list[Tensor]:
         """The feature maps of a picture (B, planes, H, W) on its way down, which are the skips, and behind
-        them that of the middle."""
+        them that of the middle. told: what each kind of block is told beside them."""
         # The picture, in patches, and where each of them is.
         h = F.pixel_unshuffle(x, self.config.patch)
         if not self.config.conv_only:
@@ -382,7 +445,7 @@ class UNet(nn.Module):
 
         maps = [h]
         for blocks in (*self.down, self.mid):
-            maps.append(self._run(blocks, maps[-1], emb, context, hidden))
+            maps.append(self._run(blocks, maps[-1], told))
         return maps
 
     def forward(self, x_t: Tensor, t: Tensor, context: Tensor, mask: Tensor, pooled: Tensor,
@@ -393,8 +456,8 @@ class UNet(nn.Module):
         unconditional branch: its tokens and its pooled vector are not seen. Of a super-resolution stage,
         lowres (B, c, h, w) float32, the low-resolution picture, noised, upsampled here to H and W if it is
         smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. written: transcription_context, _mask and
-        _pooled, the same of what is written in the picture, whose keys join those of the text. Returns
-        (B, planes, H, W) float32, with learn_sigma twice the planes."""
+        _pooled, the same of what is written in the picture, whose keys join those of the text, and which
+        weaves read. Returns (B, planes, H, W) float32, with learn_sigma twice the planes."""
         # The vector of time and text. Without text the vector is that of zero.
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         if lowres is not None:
@@ -404,25 +467,27 @@ class UNet(nn.Module):
 
         # The keys: the tokens of the text that are there, and the null; then those of what is written.
         context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        parts = []
         if written:
             parts = [written[f"transcription_{name}"] for name in ("context", "mask", "pooled")]
-            keys, hides, told = self.transcription(*parts)
+            keys, hides, vector = self.transcription(*parts)
             context = torch.cat([context, keys], 1)
             hidden = torch.cat([hidden, hides], 1)
-            time = time + told
+            time = time + vector
         emb = F.silu(time)                                                            # (B, E)
+        told = {ResBlock: [emb], Attention: [context, hidden], Weave: [*parts[:2], emb]}
 
         x = x_t
         if lowres is not None:
             if lowres.shape[-2:] != x_t.shape[-2:]:
                 lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
             x = torch.cat([x, lowres], 1)
-        *skips, h = self._down(x, emb, context, hidden)
+        *skips, h = self._down(x, told)
         for blocks in self.up:
             skip = skips.pop()
             if self.config.efficient:
                 skip = skip * math.sqrt(0.5)
-            h = self._run(blocks, torch.cat([h, skip], 1), emb, context, hidden)
+            h = self._run(blocks, torch.cat([h, skip], 1), told)
 
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.config.patch).float()                          # (B, out, H, W)
@@ -1112,7 +1177,7 @@ class CLIP(UNet):
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         no_text = time.new_zeros(len(x_t), 0, self.config.emb_dim)
         context, hidden = with_null(no_text, self.null, no_text[..., 0].bool())       # the null alone
-        *_, h = self._down(x_t, F.silu(time), context, hidden)
+        *_, h = self._down(x_t, {ResBlock: [F.silu(time)], Attention: [context, hidden]})
         tokens = self.norm_out(h).flatten(2).transpose(1, 2)                          # (B, N, C)
         return self.picture_pool(tokens.mean(1), tokens)
 

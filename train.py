@@ -417,6 +417,9 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
             f"{cfg.steps}: the rate never reaches --lr")
     if cfg.reinit and not (cfg.init or cfg.pretrained):
         raise ValueError(f"--reinit {cfg.reinit} has no effect without --init or --pretrained")
+    if model_cfg.weave_resolutions and not text_cfg.transcription:
+        raise ValueError(f"--weave-resolutions {model_cfg.weave_resolutions} is for what --transcription "
+                         "reads. Add --transcription bytes")
     if data_cfg.lowres and (diff_cfg.prediction != "v" or diff_cfg.schedule == "flow"):
         raise ValueError("--lowres needs --prediction v and a --schedule other than flow")
     if model_cfg.vae and (data_cfg.lowres or data_cfg.picture_mode != "colour"):
@@ -1199,22 +1202,32 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, n
     return step, images
 
 
+def alone(name: str) -> str:
+    """The name of a weight where its text encoder is the only one."""
+    return re.sub(r"^text\.(captions\.)?(trained\.\d+\.)?", "text.", name)
+
+
 @torch.no_grad()
 def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
     """Copy weights by name, of those that changed size the common part; `reinit`: names to leave, a pattern.
-    Returns a report: how many were copied, which were sliced, which are new, which had no place."""
+    An encoder of captions is the same with others beside it. Returns a report: how many were copied, which
+    were sliced, which are new, which had no place."""
     found = {"copied": [], "sliced": [], "new": []}
     weights = net.state_dict()                                 # which holds the weights themselves
     left = matching(reinit, weights) if reinit else ()
+    names = {alone(name): name for name in sorted(tensors, reverse=True)}
+    unused = set(tensors)
     for name, p in weights.items():
-        old = tensors.get(name)
+        source = name if name in tensors else names.get(alone(name))
+        unused.discard(source)
+        old = tensors.get(source)
         if old is None or old.ndim != p.ndim or name in left:
             found["new"].append(name)
             continue
         common = tuple(slice(min(lengths)) for lengths in zip(old.shape, p.shape))
         p[common] = old[common].to(p)
         found["copied" if old.shape == p.shape else "sliced"].append(name)
-    found["unused"] = sorted(tensors.keys() - weights.keys())
+    found["unused"] = sorted(unused)
 
     report = []
     for kind, names in found.items():

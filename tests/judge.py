@@ -16,6 +16,7 @@ in pictures of words is read letter by letter, where it has to be, by another on
 """
 import argparse
 import hashlib
+import inspect
 import os
 import sys
 import time
@@ -153,19 +154,19 @@ def train(device: torch.device) -> Judge:
 
 
 class Reader(nn.Module):
-    """float (B, 1, 24, 24), a letter in the middle of three steps, see glimpses -> logits (B, 34)."""
+    """float (B, 1, 24, 24), a letter in the middle of two steps, see glimpses -> logits (B, 34)."""
 
     def __init__(self):
         super().__init__()
-        widths = (1, 32, 64, 64)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in widths[1:])
+        self.first = nn.Conv2d(1, 32, 5, 2, padding=2, bias=False)
+        self.convs = nn.ModuleList(nn.Conv2d(a, 64, 3, padding=1, bias=False) for a in (32, 64))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in (32, 64, 64))
         self.last = nn.Linear(64 * 6 * 6, len(data.ALPHABET))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
-            x = F.relu(norm(conv(x)))
-            x = F.max_pool2d(x, 2) if i else x                                  # (B, 64, 6, 6)
+        x = F.relu(self.norms[0](self.first(x)))                                # (B, 32, 12, 12)
+        x = F.max_pool2d(F.relu(self.norms[1](self.convs[0](x))), 2)            # (B, 64, 6, 6)
+        x = F.relu(self.norms[2](self.convs[1](x)))
         return self.last(x.flatten(1))
 
 
@@ -186,19 +187,20 @@ def usual(shown: data.Scene) -> data.Scene:
 
 def glimpses(pictures: Tensor, shown: list[data.Scene], shift: Tensor) -> tuple[Tensor, list[int]]:
     """Each letter of pictures, uint8 (N, 3, 64, 64), where a scene has it, moved by a shift (N, 2) of its
-    step: three steps around it, in grey, of mean 0 and deviation 1, (letters, 1, 24, 24); and in which
-    picture."""
+    step: two steps around it, in grey, of mean 0 and deviation 1 in the middle, (letters, 1, 24, 24); and in
+    which picture."""
     grey = pictures.float().mean(1, keepdim=True)
     owners, thetas = [], []
     for i, scene in enumerate(shown):
         for _, x, y, step in data.letters(scene):
             right, down = (step * shift[i]).tolist()
             owners.append(i)
-            thetas.append([[3 * step, 0, 2 * (x + right) - 1], [0, 3 * step, 2 * (y + down) - 1]])
+            thetas.append([[2 * step, 0, 2 * (x + right) - 1], [0, 2 * step, 2 * (y + down) - 1]])
     grid = F.affine_grid(torch.tensor(thetas), (len(owners), 1, 24, 24), align_corners=False)
     parts = F.grid_sample(grey[owners], grid, padding_mode="border", align_corners=False)
-    parts = parts - parts.mean((2, 3), keepdim=True)
-    return parts / (parts.std((2, 3), keepdim=True) + 4), owners
+    middle = parts[:, :, 4:20, 4:20]
+    parts = (parts - middle.mean((2, 3), keepdim=True)) / (middle.std((2, 3), keepdim=True) + 4)
+    return parts.clamp(-4, 4), owners
 
 
 @torch.no_grad()
@@ -219,7 +221,9 @@ def read(reader: Reader, pictures: Tensor, shown: list[data.Scene]) -> list[str]
 
 def train_reader(device: torch.device) -> Reader:
     torch.manual_seed(0)
-    reader, source, steps = Reader().to(device), lettered(TRAIN), 700
+    reader, source, steps, start = Reader().to(device), lettered(TRAIN), 500, time.time()
+    mean = torch.optim.swa_utils.AveragedModel(
+        reader, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.97), use_buffers=True)
     optimizer = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for step in range(steps):
@@ -228,23 +232,31 @@ def train_reader(device: torch.device) -> Reader:
         x = torch.lerp(pictures, F.avg_pool2d(pictures, 3, 1, 1, count_include_pad=False),
                        torch.rand(48, 1, 1, 1))                                 # softer, and with grain
         x = x + 16 * torch.rand(48, 1, 1, 1) * torch.randn_like(x)
-        parts, _ = glimpses(x, shown, 0.7 * torch.rand(48, 2) - 0.35)
+        parts, _ = glimpses(x, shown, 0.6 * torch.rand(48, 2) - 0.3)
         right = [data.ALPHABET.index(letter) for scene in shown for letter, *_ in data.letters(scene)]
         loss = F.cross_entropy(reader(parts.to(device)), torch.tensor(right, device=device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 99:
-            print(f"reader {step + 1}/{steps}, loss {loss:.3f}", flush=True)
-    return reader.eval()
+        mean.update_parameters(reader)
+        if step % 50 == 49:
+            print(f"reader {step + 1}/{steps}, loss {loss:.3f}, {time.time() - start:.0f} s", flush=True)
+    return mean.module.eval()
+
+
+# What the judge and the reader come from: they are trained anew when one of these changes.
+MAKES = {Judge: (Judge, scenes, halves, examples, batches, disturb, train),
+         Reader: (Reader, lettered, glimpses, train_reader)}
 
 
 def load(device: torch.device | None = None, kind: type = Judge) -> nn.Module:
-    """The judge or the reader, trained once for these built-in pictures and this file, then kept in the
-    user's cache."""
+    """The judge or the reader, trained once for these built-in pictures and what makes it, then kept
+    in the user's cache."""
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mark = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16)
+    mark = hashlib.blake2b(digest_size=16)
+    for part in MAKES[kind]:
+        mark.update(inspect.getsource(part).encode())
     for i in range(64):
         shown = data.scene(i) if kind is Judge else data.lettered(i)
         mark.update(data.draw(shown, 64).tobytes())
@@ -393,16 +405,63 @@ def retrieve(run: str, n: int, seed: int) -> None:
         print(f"t {t}: caption at 1 {told[0]}, at 5 {told[1]}, picture at 1 {told[2]}, at 5 {told[3]}")
 
 
+def public_ocr(pictures: Tensor, shown: list[data.Scene]) -> list[str]:
+    """What rapidocr-onnxruntime reads in pictures enlarged to 256 pixels, where scenes have letters, in their
+    order and as the alphabet of built-in pictures has them. Raises ImportError where it is not installed."""
+    from rapidocr_onnxruntime import RapidOCR
+    engine = RapidOCR(intra_op_num_threads=torch.get_num_threads(), inter_op_num_threads=1)
+    said = []
+    for picture, scene in zip(pictures, shown):
+        image = data.Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        large = np.asarray(image.resize((256, 256), data.Image.BICUBIC))
+        boxes, _ = engine(large[..., ::-1].copy())                              # it reads blue, green, red
+        places = np.array([place for _, *place in data.letters(scene)])         # x, y and step of each letter
+        found = []
+        for corners, text, _ in boxes or []:
+            away = np.hypot(*(places[:, :2] - np.mean(corners, 0) / 256).T)
+            if away.min() < places[0, 2]:                                       # no handle of a cup
+                found.append((away.argmin(), text))
+        text = "".join(text for _, text in sorted(found)).upper().replace("0", "O").replace("1", "I")
+        said.append("".join(letter for letter in text if letter in data.ALPHABET))
+    return said
+
+
 def read_scores(said: list[str], wanted: list[str]) -> str:
     """Characters right by position, and words of 3 characters and of any length that are wholly right."""
     plain = [word.replace("\n", "") for word in wanted]
-    right = [a == b for one, word in zip(said, plain) for a, b in zip(one, word)]
+    right = [a == b for one, word in zip(said, plain) for a, b in zip(one.ljust(len(word)), word)]
     whole = np.array([one == word for one, word in zip(said, plain)])
     short = np.array([len(word) == 3 and "\n" not in word for word in wanted])
     three = "none"
     if short.any():
         three = f"{whole[short].mean():.1%} of {short.sum()} words of 3 characters"
     return f"characters {np.mean(right):.1%} of {len(right)}, wholly right {three}, {whole.mean():.1%} of all"
+
+
+def by_length(said: list[str], wanted: list[str]) -> str:
+    """Characters right by position, for each length of the longest line."""
+    right = {}
+    for one, word in zip(said, wanted):
+        plain = word.replace("\n", "")
+        hits = right.setdefault(max(map(len, word.split("\n"))), [])
+        hits.extend(a == b for a, b in zip(one.ljust(len(plain)), plain))
+    return "by the longest line: " + ", ".join(f"{n} {np.mean(right[n]):.1%}" for n in sorted(right))
+
+
+def say_read(name: str, reader: Reader, pictures: Tensor, shown: list[data.Scene], ocr: bool) -> None:
+    """Print what the reader reads in pictures of scenes, and a public OCR where it is installed."""
+    wanted = [scene.word for scene in shown]
+    places = [usual(scene) for scene in shown]
+    said = read(reader, pictures, places)
+    print(f"{name}: {read_scores(said, wanted)}\n  {by_length(said, wanted)}", flush=True)
+    if not ocr:
+        return
+    try:
+        said = public_ocr(pictures, places)
+    except ImportError:
+        print("  no public OCR: pip install rapidocr-onnxruntime==1.4.4")
+        return
+    print(f"  a public OCR at 256 pixels: {read_scores(said, wanted)}", flush=True)
 
 
 def swapped(shown: list[data.Scene]) -> list[data.Scene]:
@@ -426,7 +485,7 @@ def read_back(args: argparse.Namespace) -> None:
     source = lettered(TEST)
     real = [next(source)[1] for _ in range(200)]
     pictures = torch.from_numpy(np.stack([data.draw(scene, 64) for scene in real]))
-    print("real:", read_scores(read(reader, pictures, [usual(s) for s in real]), [s.word for s in real]))
+    say_read("real", reader, pictures, real, args.ocr)
     if not args.read:
         return
 
@@ -448,7 +507,7 @@ def read_back(args: argparse.Namespace) -> None:
                                 guidance_scale=args.guidance, sampler=args.sampler, steps=args.sample_steps,
                                 **told)
         drawn = at_64(drawn)
-        print(f"{name}:", read_scores(read(reader, drawn, [usual(scene) for scene in shown]), wanted))
+        say_read(name, reader, drawn, shown, args.ocr)
         judged = [i for i, scene in enumerate(shown) if scene.things and scene.things[0].kind in KINDS]
         things = [shown[i].things[0] for i in judged]
         scores = judge_one(judge, drawn[judged], [t.kind for t in things], [t.colour for t in things])
@@ -478,6 +537,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--best-of", type=int, default=1, help="pictures of a prompt, for --rank [images]")
     parser.add_argument("--retrieve", default="", help="a CLIP run to look for --n pairs with")
     parser.add_argument("--read", nargs="?", const="", help="a run with words to read back; none: the reader")
+    parser.add_argument("--ocr", action=argparse.BooleanOptionalAction, default=True,
+                        help="of --read: by a public OCR, too, if it is installed (0.3 s a picture)")
     parser.add_argument("--write-guidance", type=float, default=-1.0, help="of --read, -1 = as --guidance")
     parser.add_argument("--save", help=".npz to write the drawn pictures and their captions to")
     args = parser.parse_args(argv)

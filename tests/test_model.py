@@ -5,6 +5,7 @@ import os
 import random
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from model import ModelConfig, UNet, load_checkpoint, load_tensors, save_tensors
 from text_encoder import TextConfig, load_text_encoder
 
 SMALL = ModelConfig(32, (1, 2), (1,), (8,), head_dim=16, patch=2)
+WOVEN = replace(SMALL, weave_resolutions=(8, 4))
 SIZE, L, D, P = 16, 12, 32, 20
+streams = pytest.mark.parametrize("config", [SMALL, WOVEN, replace(WOVEN, weave_carried=True)])
 
 
 def make_unet(config=SMALL, size=SIZE, seed=0, **options) -> UNet:
@@ -37,6 +40,13 @@ def make_batch(batch=3, size=SIZE, tokens=(5, 12, 1), seed=1) -> dict[str, torch
     return {"x_t": torch.randn(batch, 3, size, size, generator=g), "t": torch.rand(batch, generator=g),
             "context": torch.randn(batch, L, D, generator=g), "mask": mask,
             "pooled": torch.randn(batch, P, generator=g)}
+
+
+def make_written(batch=3, tokens=(4, 0, 6), seed=5) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {"transcription_context": torch.randn(batch, 8, 64, generator=g),
+            "transcription_mask": torch.arange(8) < torch.tensor(tokens[:batch])[:, None],
+            "transcription_pooled": torch.randn(batch, 64, generator=g)}
 
 
 @pytest.mark.parametrize(("config", "size", "out"), [
@@ -151,8 +161,9 @@ def test_order_of_the_words_changes_the_output_through_the_encoder():
             - unet(**one, context=context, mask=mask, pooled=pooled)).abs().max() < 1e-5
 
 
-def test_bfloat16_is_near_float32():
-    unet, batch = make_unet(), make_batch()
+@pytest.mark.parametrize("config", [SMALL, WOVEN])
+def test_bfloat16_is_near_float32(config):
+    unet, batch = make_unet(config, written_dim=64), make_batch() | make_written()
     plain = unet(**batch)
     with torch.autocast("cpu", torch.bfloat16):
         low = unet(**batch)
@@ -162,8 +173,9 @@ def test_bfloat16_is_near_float32():
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in unet.parameters())
 
 
-def test_activation_checkpointing_gives_the_plain_gradient():
-    unet, batch, gradients = make_unet(), make_batch(), []
+@pytest.mark.parametrize("config", [SMALL, replace(WOVEN, weave_carried=True)])
+def test_activation_checkpointing_gives_the_plain_gradient(config):
+    unet, batch, gradients = make_unet(config, written_dim=64), make_batch() | make_written(), []
     for unet.checkpointing in (False, True):
         unet.zero_grad()
         unet(**batch).square().sum().backward()
@@ -182,16 +194,17 @@ def test_every_parameter_gets_a_gradient_with_or_without_text(tokens):
 
 
 def test_no_recompilation_between_calls():
-    compiled, counts = make_unet(), []
+    config = replace(SMALL, weave_resolutions=(4,), weave_carried=True)
+    compiled, counts = make_unet(config, written_dim=64), []
 
     def count(graph, inputs):
         counts.append(len(inputs))
         return graph
 
     torch._dynamo.reset()
-    run = torch.compile(compiled, backend=count)
+    run = torch.compile(compiled, backend=count, fullgraph=True)
     for seed, tokens in enumerate([(5, 12, 1), (0, 0, 0), (12, 12, 12)]):
-        run(**make_batch(tokens=tokens, seed=seed)).sum().backward()
+        run(**make_batch(tokens=tokens, seed=seed), **make_written(tokens=tokens)).sum().backward()
     assert len(counts) == 1                                  # one graph: no break, no second compilation
     torch._dynamo.reset()
 
@@ -218,7 +231,11 @@ def test_any_height_and_width_that_divide_are_legal():
     ({"head_dim": 4}, 64, "--head-dim 4 must be 8 or more and divide --channels 64. Try 32"),
     ({"head_dim": 48}, 64, "--head-dim 48 must be 8 or more and divide --channels 64. Try 32"),
     ({"attn_resolutions": (7,)}, 64, "--attn-resolutions 7 is not a side of a feature map here. "
-                                     "Choose from [16, 8]")])
+                                     "Choose from [16, 8]"),
+    ({"weave_resolutions": (7,)}, 64, "--weave-resolutions 7 is not a side of a feature map here. "
+                                      "Choose from [16, 8]"),
+    ({"weave_resolutions": (8,), "conv_only": True}, 64,
+     "--weave-resolutions (8,) is for whole pictures. Leave --conv-only away")])
 def test_a_shape_that_cannot_be_built_is_named(options, size, message):
     with pytest.raises(ValueError) as e:
         UNet(ModelConfig(**{"channels": 64, "channel_mult": (1, 2), "patch": 4, **options}), size, D, P)
@@ -1041,16 +1058,10 @@ def test_a_huge_config_costs_no_memory(tmp_path, published):
 # ------------------------------------------------------------------------------ what is written in pictures
 
 
-def make_written(batch=3, tokens=(4, 0, 6), seed=5) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {"transcription_context": torch.randn(batch, 8, 24, generator=g),
-            "transcription_mask": torch.arange(8) < torch.tensor(tokens[:batch])[:, None],
-            "transcription_pooled": torch.randn(batch, 24, generator=g)}
-
-
+@streams
 @torch.no_grad()
-def test_padding_and_neighbours_of_what_is_written_change_nothing():
-    unet, batch, written = make_unet(written_dim=24), make_batch(), make_written()
+def test_padding_and_neighbours_of_what_is_written_change_nothing(config):
+    unet, batch, written = make_unet(config, written_dim=64), make_batch(), make_written()
     whole = unet(**batch, **written)
     hidden = ~written["transcription_mask"][..., None]
     other = written | {"transcription_context": written["transcription_context"] + 9 * hidden}
@@ -1063,22 +1074,73 @@ def test_padding_and_neighbours_of_what_is_written_change_nothing():
         assert (unet(**alone)[0] - whole[i]).abs().max() < 1e-5
 
 
-def test_what_is_written_reaches_the_output_and_its_padding_gets_no_gradient():
-    unet, batch, written = make_unet(written_dim=24), make_batch(), make_written()
+@streams
+def test_what_is_written_reaches_the_output_and_its_padding_gets_no_gradient(config):
+    unet, batch, written = make_unet(config, written_dim=64), make_batch(), make_written()
     context = written["transcription_context"].requires_grad_()
     unet(**batch, **written).square().sum().backward()
     mask = written["transcription_mask"]
     assert not context.grad[~mask].any()
     assert context.grad[mask].abs().sum(-1).min() > 0
-    assert all(p.grad is not None for p in unet.parameters())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
     with torch.no_grad():
         other = written | {"transcription_context": context.flip(0)}
         changed = (unet(**batch, **written) - unet(**batch, **other)).flatten(1).abs().amax(1)
     assert (changed > 1e-4).tolist() == [True, False, True]                   # the second has no text
 
 
+@streams
+@torch.no_grad()
+def test_order_of_what_is_written_changes_the_output_through_the_encoder(config):
+    unet = make_unet(config, written_dim=64)
+    text = load_text_encoder(TextConfig(transcription="bytes", transcription_width=64))
+    said = text.encode(["a sign"] * 2, torch.device("cpu"), ["ABC", "CBA"])
+    written = {name: x for name, x in said.items() if name.startswith("transcription_")}
+    one, other = unet(**{name: x[[0, 0]] for name, x in make_batch().items()}, **written)
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_a_weave_starts_as_the_network_without_it_and_all_of_it_learns():
+    plain, woven = make_unet(written_dim=64), UNet(WOVEN, SIZE, D, P, written_dim=64)
+    missing, unexpected = woven.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected
+    batch, written = make_batch(), make_written()
+    with torch.no_grad():
+        assert (woven(**batch, **written) - plain(**batch, **written)).abs().max() < 1e-6
+    woven(**batch, **written).square().sum().backward()
+    weights = dict(woven.named_parameters())
+    silent = {name for name in missing if not weights[name].grad.any()}
+    assert silent
+    assert not any("to_out.0.weight" in name and "write" in name for name in silent)
+    woven = make_unet(WOVEN, written_dim=64)                  # as after the first steps
+    woven(**batch, **written).square().sum().backward()
+    assert [name for name, p in woven.named_parameters() if not p.grad.any()] == []
+
+
+@torch.no_grad()
+def test_a_weave_reads_the_picture_where_it_is_and_may_carry_on_what_it_read():
+    torch.manual_seed(0)
+    weave = model.Weave(32, 4, 64, 48, head_dim=16, carried=True)
+    for p in weave.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    x, emb = torch.randn(2, 32, 4, 4), torch.randn(2, 48)
+    y, mask = torch.randn(2, 6, 64), torch.arange(6) < torch.tensor([[6], [3]])
+    _, read = weave(x, y, mask, emb)
+    _, turned = weave(x.flip(3), y, mask, emb)
+    assert (read - turned).abs().max() > 1e-3                 # a set of places would be read alike
+    _, own = weave(x, y[:, [1, 0, 2, 3, 4, 5]], mask, emb)
+    assert (own - read[:, [1, 0, 2, 3, 4, 5]]).abs().max() < 1e-5
+    assert weave(torch.randn(2, 32, 6, 8), y, mask, emb)[0].shape == (2, 32, 6, 8)
+    weave.carried = False
+    assert torch.equal(weave(x, y, mask, emb)[1], y)
+    first, second = (make_unet(replace(WOVEN, weave_carried=carried), written_dim=64)
+                     for carried in (False, True))
+    batch = make_batch() | make_written()
+    assert (first(**batch) - second(**batch)).abs().max() > 1e-4
+
+
 def test_the_two_streams_have_nulls_of_their_own_and_the_others_weights_are_those_of_before():
-    plain, both = UNet(SMALL, SIZE, D, P).state_dict(), UNet(SMALL, SIZE, D, P, written_dim=24).state_dict()
+    plain, both = UNet(SMALL, SIZE, D, P).state_dict(), UNet(SMALL, SIZE, D, P, written_dim=64).state_dict()
     assert {name.split(".")[0] for name in both.keys() - plain.keys()} == {"transcription"}
     assert {name: x.shape for name, x in both.items() if name in plain} == {
         name: x.shape for name, x in plain.items()}

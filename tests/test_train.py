@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import errno
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -808,6 +809,7 @@ BAD_TRAIN = {
     "--transcription bytes --objective clip --size 64": "--transcription bytes is for what draws",
     "--transcription bytes --transcription-width 40": "--transcription-width 40 is no multiple of 32",
     "--transcription letters": "invalid choice: 'letters'",
+    "--weave-resolutions 8": "--weave-resolutions (8,) is for what --transcription reads",
     "--text-crop 2": "--text-crop 2.0 is outside 0 to 1",
     "--data nowhere": "nowhere",
     "--data empty": "empty",
@@ -916,6 +918,13 @@ def test_flops_are_the_same_on_the_cpu_and_grow_with_the_batch():
     assert expected == pytest.approx(3 * alone, rel=0.005)
     one = nn.Conv2d(3, 5, 3, padding=1)
     assert train.count_flops(one, torch.zeros(2, 3, 8, 8)) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
+    C, D, E, N, L = 32, 64, 48, 16, 6
+    weave = model.Weave(C, 4, D, E, head_dim=16, carried=False)
+    mask = torch.ones(1, L, dtype=torch.bool)
+    given = torch.zeros(1, C, 4, 4), torch.zeros(1, L, D), mask, torch.zeros(1, E)
+    reads = 2 * L * D * D + 2 * N * C * D + 2 * L * N * D
+    writes = 2 * N * C * C + 2 * (L + 1) * D * C + 2 * N * (L + 1) * C
+    assert train.count_flops(weave, *given) == 2 * (E * 2 * C + reads + 2 * L * D * 2 * D + writes)
 
 
 def test_a_warm_start_copies_slices_and_reports():
@@ -933,6 +942,29 @@ def test_a_warm_start_copies_slices_and_reports():
     assert counts["copied"] + counts["sliced"] + counts["new"] == len(before)
     assert counts["unused"] == 1
     assert "unused: gone" in report
+
+
+def test_an_encoder_of_captions_is_found_with_and_without_others_beside_it():
+    """A transcription's, or one more in a row; that of the transcription is another one."""
+    def encoder_of(**options):
+        net = nn.Module()
+        net.text = text_encoder.load_text_encoder(text_encoder.TextConfig(byte_width=32, **options))
+        return net
+
+    row, written = {"text_encoder": ["bytes", "bytes"]}, {"transcription": "bytes"}
+    kinds = {"": {}, "captions.": written, "trained.0.": row, "captions.trained.0.": row | written}
+    for (old, source), (new, wanted) in itertools.product(kinds.items(), repeat=2):
+        tensors, net = encoder_of(**source).state_dict(), encoder_of(**wanted)
+        before = {name: p.clone() for name, p in net.state_dict().items()}
+        train.warm_start(net, tensors)
+        after = net.state_dict()
+        own = f"text.{old}tower."
+        inside = [name.removeprefix(f"text.{old}") for name in tensors if name.startswith(own)]
+        assert len(inside) > 8
+        assert all(torch.equal(after[f"text.{new}{name}"], tensors[f"text.{old}{name}"]) for name in inside)
+        second = "text.transcription.tower.shared.bytes.weight"
+        if second in after:
+            assert torch.equal(after[second], (tensors if second in tensors else before)[second])
 
 
 def make_state(muon: bool = False) -> train.State:
@@ -1220,7 +1252,8 @@ def test_eight_pictures_are_learned_by_heart(tmp_path):
     ("--prediction flow", "--schedule flow", "--dtype fp16"), ("--optimizer adamw",),
     ("--clip 0", "--warmup 0", "--cooldown 0", "--ema-decay 0", "--weight-decay 0", "--profiles 4"),
     (*UP, "--micro-batch 4"), (*UP, "--picture-mode grey", "--train-only ^unet.(mid|up)"),
-    (*UP, "--lowres-mode grey", "--checkpointing"), (*WRITES, "--micro-batch 4"), (*UP, *WRITES)])
+    (*UP, "--lowres-mode grey", "--checkpointing"), (*UP, *WRITES),
+    (*WRITES, "--micro-batch 4", "--weave-resolutions 8", "--weave-carried")])
 def test_options_train_and_resume_exactly(tmp_path, monkeypatch, changes):
     whole = digest(run(tmp_path / "whole", "--steps 4", *changes))
     during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGTERM), at=2)
@@ -2970,7 +3003,7 @@ def test_old_checkpoints_without_the_fields_of_a_second_stream_go_on(tmp_path):
         recipe = json.loads(meta["config"])
         for group in recipe.values():
             for field in list(group):
-                if re.match(r"transcription|both_drop|txt|text_(crop|area)", field):
+                if re.match(r"transcription|both_drop|txt|text_(crop|area)|weave", field):
                     del group[field]
         meta = {key: value for key, value in meta.items() if key not in ("format", "sha256")}
         model.save_tensors(folder / f"{name}.safetensors", tensors, meta | {"config": json.dumps(recipe)})
