@@ -148,19 +148,13 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
 
 
 @lru_cache(16)
-def blocks_of(counts: tuple[int, ...], most: int, key: bytes) -> list[tuple[list, list]]:
-    """A pass over shards of so many pictures each, in an order by a key, `most` of them at a time: of each
-    block its shards, and the visits at which each of them begins and the last one ends."""
-    order = [permute(i, len(counts), key) for i in range(len(counts))]
-    order = [shard for shard in order if counts[shard]]
-    blocks = []
-    end = 0
-    for first in range(0, len(order), most):
-        shards = order[first:first + most]
-        starts = [*accumulate((counts[shard] for shard in shards), initial=end)]
-        end = starts[-1]
-        blocks.append((shards, starts))
-    return blocks
+def arrange(bounds: tuple[int, ...], key: bytes) -> tuple[list[int], list[int]]:
+    """Shards, whose pictures begin and end at `bounds`, in an order by a key: their numbers, without empty
+    ones, and where each of them begins in a pass in that order, and the last one ends."""
+    sizes = [last - first for first, last in pairwise(bounds)]
+    order = [permute(i, len(sizes), key) for i in range(len(sizes))]
+    order = [shard for shard in order if sizes[shard]]
+    return order, [*accumulate((sizes[shard] for shard in order), initial=0)]
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -343,7 +337,7 @@ BEGAN = time.time()
 
 
 @contextmanager
-def far(url: str) -> Iterator[tuple]:
+def streamed(url: str) -> Iterator[tuple]:
     """The stream of a remote file, its size [bytes], and what changes with its content, if anything does."""
     if url.startswith("http"):                      # without the package that fsspec needs
         with urllib.request.urlopen(url, timeout=30) as stream:
@@ -357,19 +351,8 @@ def far(url: str) -> Iterator[tuple]:
         yield stream, found["size"], found.get("ETag", found.get("etag"))
 
 
-def pieces(stream, size: int) -> Iterator[bytes]:
-    """The content of a stream; ValueError where it has not so many bytes."""
-    arrived = 0
-    for piece in iter(partial(stream.read, 2**20), b""):
-        arrived += len(piece)
-        yield piece
-    if arrived != size:
-        raise ValueError(f"{arrived:,} of its {size:,} bytes arrived")
-
-
-def make_room(folder: Path, limit: float, size: int) -> None:
-    """Remove the copies that were used least recently, until they are within the limit, and the disk has
-    room for so many bytes more."""
+def make_room(folder: Path, limit: float) -> None:
+    """Keep so many bytes of copies, those that were used last, and nothing that killed processes left."""
     sweep(folder)
     copies = []
     for path in folder.glob("[!.]*.tar"):           # .tmp-*: not yet there
@@ -377,29 +360,30 @@ def make_room(folder: Path, limit: float, size: int) -> None:
             found = path.stat()
             copies.append((found.st_atime_ns, found.st_size, path))
 
-    used = sum(size for _, size, _ in copies)
-    for _, freed, path in sorted(copies):
-        if used <= limit and shutil.disk_usage(folder).free > size + 2**28:
-            return
-        path.unlink(missing_ok=True)
-        used -= freed
+    kept = 0
+    for _, size, path in sorted(copies, reverse=True):
+        kept += size
+        if kept > limit:
+            path.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Alone among processes and threads; BlockingIOError where another is and this one does not wait. The
-    lock of a killed process is free."""
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Alone among all processes and threads, or, without `wait`, False. A killed process holds no lock."""
     with open(path, "wb") as lock:
         try:
             import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+            fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
         except ImportError:                         # Windows: each fetches for itself
-            fcntl = None
-        try:
-            yield
-        finally:
-            if fcntl:                               # a process forked meanwhile would hold it, too
-                fcntl.flock(lock, fcntl.LOCK_UN)
+            yield True
+        except BlockingIOError:
+            yield False
+
+
+class Away(OSError):
+    """A remote shard could not be fetched."""
 
 
 class Remote(namedtuple("Remote", "url folder limit")):
@@ -426,21 +410,31 @@ class Remote(namedtuple("Remote", "url folder limit")):
                 return note.read_text("utf-8")
         return ""
 
+    def download(self) -> None:
+        """The copy appears whole or not at all; its time stands for the version, and so tells its content."""
+        unfinished = self.folder / f".tmp-{os.getpid()}-{self.copy.name}"
+        with streamed(self.url) as (stream, size, version), open(unfinished, "wb") as file:
+            shutil.copyfileobj(stream, file, 2**20)
+            if file.tell() != size:
+                raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
+            file.flush()
+            os.fsync(file.fileno())
+        os.utime(unfinished, (time.time(), zlib.crc32(str(version).encode()) // 2))
+        os.replace(unfinished, self.copy)
+        make_room(self.folder, self.limit)
+
     def fetch(self, wait: bool = True) -> bool:
         """Whether it was fetched now: not where it is here or away, nor, without `wait`, where another one is
         at it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with suppress(BlockingIOError), locked(self.folder / f"{self.copy.name[:2]}.lock", wait):
-            if self.here() or self.away():
+        with locked(self.folder / f"{self.copy.name[:2]}.lock", wait) as alone:
+            if not alone or self.here() or self.away():
                 return False
+
             gone = 0
             for pause in WAITS:
                 try:
-                    with far(self.url) as (stream, size, version):
-                        # Its time stands for its version: so it differs where the content does.
-                        version = zlib.crc32(str(version).encode()) // 2
-                        write(self.copy, pieces(stream, size), version)
-                    make_room(self.folder, self.limit, size)
+                    self.download()
                     return True
                 except Exception as error:          # file systems raise nearly anything
                     reason = one_line(error)
@@ -449,10 +443,10 @@ class Remote(namedtuple("Remote", "url folder limit")):
                         break
                 time.sleep(pause)
             self.copy.with_suffix(".away").write_text(f"{self.url}: {reason}", "utf-8")
-        return False
+            return False
 
     def open(self) -> io.RawIOBase:
-        """The copy, fetched where it is not here; OSError where the shard stays away."""
+        """The copy, fetched where it is not here; Away where that fails."""
         while True:
             with suppress(FileNotFoundError):       # not here, or another process just removed it
                 file = open(self.copy, "rb", buffering=0)       # noqa: SIM115
@@ -461,7 +455,7 @@ class Remote(namedtuple("Remote", "url folder limit")):
             self.fetch()
             reason = self.away()
             if reason:
-                raise OSError(reason)
+                raise Away(reason)
 
 
 def opened(path: str | Remote, buffering: int = -1) -> io.IOBase:
@@ -470,6 +464,8 @@ def opened(path: str | Remote, buffering: int = -1) -> io.IOBase:
 
 def listed(url: str) -> list[str]:
     """The remote tars that a URL, maybe with *, stands for; ValueError where its protocol lacks a package."""
+    if not url.lower().endswith(".tar"):
+        raise ValueError(f"--data {printable(url)} is no .tar; of remote files only shards are read")
     if url.startswith("http"):
         return [url]
     import fsspec
@@ -847,14 +843,9 @@ def indexed(shard: Shard) -> bool:
 
 def index(shard: Shard) -> None:
     """Keep what a scan gives, unless another process has by now; of a shard that stays away there is none."""
-    if indexed(shard):
-        return
-    path, _ = shard.files[0]
-    try:
-        save_index(shard.index, *scan(shard))
-    except OSError:
-        if not isinstance(path, Remote) or not path.away():
-            raise
+    with suppress(Away):
+        if not indexed(shard):
+            save_index(shard.index, *scan(shard))
 
 
 def fold(name: str) -> str:
@@ -1016,6 +1007,7 @@ class Files(Source):
         self.config = config or DataConfig()
         self.name = printable(pattern)
         self.warned = []
+        self.far = []
         self.classes = []
         if self.config.class_names:
             text, _ = read_text(Path(self.config.class_names).read_bytes())
@@ -1028,14 +1020,11 @@ class Files(Source):
         shards = []
         for path, name in watched(self.walk(pattern, left), "files"):
             count += 1
-            remote = "://" in path
-            file = (self.remote(path), None) if remote else (path, state(path))
+            file = (self.remote(path), None) if "://" in path else (path, state(path))
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
                 shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
                 continue
 
-            if remote:
-                raise ValueError(f"--data {printable(path)} is no .tar; of remote files only shards are read")
             key, part = split(name, left) or ("", None)
             if part == PARTS["jsonl"]:
                 loose += lines_of(path, posixpath.dirname(key), len(files), left)
@@ -1051,7 +1040,6 @@ class Files(Source):
         open_index.cache_clear()                            # there may be newer ones
 
         self.parts = [*filter(None, map(self.known, shards))]
-        self.far = [shard.files[0][0] for shard in self.parts if isinstance(shard.files[0][0], Remote)]
         dropped = self.gather(left)
         if left:
             kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
@@ -1093,10 +1081,11 @@ class Files(Source):
         path, _ = shard.files[0]
         if isinstance(path, Remote):
             if not indexed(shard):
-                self.warned.append(f"{printable(path.away())}; left out")
+                self.warned.append(f"{path.away()}; left out")
                 return None
             _, notes = open_index(shard.index)
             shard = shard._replace(files=[(path, tuple(notes["state"]))])
+            self.far.append(path)
         return shard._replace(parts=None)
 
     def shard(self, name: str, path: str, files: list, inside: str = "", parts=None) -> Shard:
@@ -1253,17 +1242,14 @@ def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | No
 
 
 # ------------------------------------------------------------------------------------------- caches
-def write(path: Path, content: bytes | Iterator[bytes], modified: int | None = None) -> None:
-    """Write a file, whole or not at all; it is on disk afterwards, else OSError.
-    modified: its time, if not now [seconds]."""
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
-            file.writelines(content if isinstance(content, Iterator) else [content])
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if modified is not None:
-            os.utime(temporary, (time.time(), modified))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -1505,7 +1491,6 @@ class Pictures:
         self.check_filters()
         self.rows = [self.choose(source) for source in self.sources]
         self.bounds = [self.divide(source, rows) for source, rows in zip(self.sources, self.rows)]
-        self.counts = [tuple(b - a for a, b in pairwise(bounds)) for bounds in self.bounds]
 
         if None in weights:
             weights = [Fraction(len(rows)) for rows in self.rows]
@@ -1546,26 +1531,28 @@ class Pictures:
             return range(count)
         return held if self.split == "val" else Rest(count, held)
 
-    def divide(self, source: Source, rows: Sequence) -> list[int]:
+    def divide(self, source: Source, rows: Sequence) -> tuple[int, ...]:
         """Where the shards of a source begin among its pictures of this split, and their end: of a remote one
-        in training, the others are as one. ValueError where the cache does not hold two blocks of them."""
+        in training, the others are as one. ValueError where the cache does not hold two blocks."""
         if not source.far or self.split == "val":
-            return [0, len(rows)]
+            return 0, len(rows)
         most = self.config.shuffle_shards
-        sizes = [shard.files[0][1][0] for shard in source.parts]
+        sizes = [size for shard in source.parts for _, (size, _) in shard.files]
         needed = min(2 * most, len(sizes)) * max(sizes) / 10**9
         if needed > self.config.shard_cache_size:
-            raise ValueError(f"--shard-cache-size {self.config.shard_cache_size:g} holds no two blocks of "
-                             f"--shuffle-shards {most} of {source.name}; give {needed:.3g}, or fewer shards")
-        return [bisect_left(rows, start) for start in source.starts]
+            raise ValueError(f"--shuffle-shards {most} of {source.name}: the cache must hold twice as many; "
+                             f"give --shard-cache-size {needed:.3g}, or fewer")
+        return tuple(bisect_left(rows, start) for start in source.starts)
 
-    def find(self, chosen: int, visit: int) -> tuple[int, int, list, int]:
-        """Of a visit to a source: the pass, its index there, the blocks of that pass, and which it is in."""
-        turn, index = divmod(visit, len(self.rows[chosen]))
-        key = f"{self.seed} {chosen} shards {turn}".encode()
-        blocks = blocks_of(self.counts[chosen], self.config.shuffle_shards, key)
-        number = bisect_right(blocks, index, key=lambda block: block[1][0]) - 1
-        return turn, index, blocks, number
+    def block(self, chosen: int, visit: int) -> tuple[list[int], list[int]]:
+        """The shards of the block that a visit to a source is in, and the visits at which each of them begins
+        and the last one ends."""
+        count = len(self.rows[chosen])
+        most = self.config.shuffle_shards
+        turn, index = divmod(visit, count)
+        order, starts = arrange(self.bounds[chosen], f"{self.seed} {chosen} shards {turn}".encode())
+        first = (bisect_right(starts, index) - 1) // most * most
+        return order[first:first + most], [turn * count + start for start in starts[first:first + most + 1]]
 
     def coming(self, position: int, most: int = 2) -> list[Remote]:
         """The remote shards of the block of each source at a position in training, and of those behind it."""
@@ -1573,23 +1560,17 @@ class Pictures:
         for chosen, source in enumerate(self.sources):
             visit = position * self.weights[chosen] // sum(self.weights)
             for _ in range(most if source.far and self.split == "train" else 0):
-                turn, _, blocks, number = self.find(chosen, visit)
-                shards, starts = blocks[number]
+                shards, starts = self.block(chosen, visit)
                 found += [source.far[shard] for shard in shards]
-                visit = turn * len(self.rows[chosen]) + starts[-1]
+                visit = starts[-1]
         return found
 
     def fetch_ahead(self, position: int) -> None:
-        """Fetch what is missing of the coming shards, in a thread, one after the other."""
-        self.position = position
-        missing = [remote for remote in self.coming(position) if not remote.here()]
-        if missing and "fetch" not in [thread.name for thread in threading.enumerate()]:
-            threading.Thread(target=self.fetch_missing, name="fetch", daemon=True).start()
-
-    def fetch_missing(self) -> None:
-        fetched = True
-        while fetched:                              # the position has moved on meanwhile
-            fetched = any(remote.fetch(wait=False) for remote in self.coming(self.position))
+        """Fetch the first that is missing of the coming shards, in a thread of which a process has one."""
+        coming = self.coming(position)
+        if coming and "fetch" not in [thread.name for thread in threading.enumerate()]:
+            fetched = (remote.fetch(wait=False) for remote in coming)
+            threading.Thread(target=any, args=(fetched,), name="fetch", daemon=True).start()
 
     def shards(self) -> list[str]:
         """The tar files of all sources, to be copied; ValueError where this is not all there is."""
@@ -1668,19 +1649,19 @@ class Pictures:
         source = self.sources[chosen]
         source.embedded = self.embedded
         rows = self.rows[chosen]
-        turn, index, blocks, number = self.find(chosen, visit)
-        shards, starts = blocks[number]
+        turn = visit // len(rows)
+        shards, starts = self.block(chosen, visit)
         if self.split == "train":
             first, last = starts[0], starts[-1]
-            key = f"{self.seed} {chosen} {turn * len(blocks) + number}"
-            index = first + permute(index - first, last - first, key.encode())
+            key = f"{self.seed} {chosen} {Fraction(first, len(rows))}"
+            visit = first + permute(visit - first, last - first, key.encode())
 
         rng = keyed(self.seed, self.split, position)
         *drawn, which = rng.random(4).tolist()
         replaced = []
         for tries in range(1, MAX_TRIES + 1):
-            place = bisect_right(starts, index) - 1
-            row = int(rows[self.bounds[chosen][shards[place]] + index - starts[place]])
+            place = bisect_right(starts, visit) - 1
+            row = int(rows[self.bounds[chosen][shards[place]] + visit - starts[place]])
             key = source.key(row)
             try:
                 picture, texts, meta = source.sample(row)
@@ -1701,8 +1682,9 @@ class Pictures:
                 item |= self.texts(caption, embeddings, written)
             except Exception as error:              # decoders raise nearly anything on garbage
                 replaced.append(f"{key}: {one_line(error)}")
-                shards, starts = blocks[(number + tries // 4) % len(blocks)]    # a whole block may be away
-                index = int(rng.integers(starts[0], starts[-1]))
+                if tries % 4 == 0:                  # its whole block may be away
+                    shards, starts = self.block(chosen, starts[-1])
+                visit = int(rng.integers(starts[0], starts[-1]))
                 continue
 
             item |= {"position": position, "key": key, "replaced": replaced, "recoded": RECODED in meta}

@@ -2544,7 +2544,7 @@ def test_a_wrong_url_is_one_line(entry, message):
 
 
 def test_a_cache_that_holds_no_two_blocks_is_one_line(server):
-    with pytest.raises(ValueError, match=r"^--shard-cache-size 0\.0001536 holds no two .*; give 0\.000205"):
+    with pytest.raises(ValueError, match=r"^--shuffle-shards 2 of http.*; give --shard-cache-size 0\.000205"):
         remote(server, cache=3, shuffle=2)
     assert len(remote(server, cache=10, shuffle=16)) == 200
 
