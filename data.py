@@ -341,7 +341,7 @@ def streamed(url: str) -> Iterator[tuple]:
     """The stream of a remote file, its size [bytes], and what changes with its content, if anything does."""
     if url.startswith("http"):                      # without the package that fsspec needs
         with urllib.request.urlopen(url, timeout=30) as stream:
-            yield stream, int(stream.headers["Content-Length"]), stream.headers["ETag"]
+            yield stream, int(stream.headers["Content-Length"] or 0), stream.headers["ETag"]
         return
 
     import fsspec
@@ -352,7 +352,8 @@ def streamed(url: str) -> Iterator[tuple]:
 
 
 def make_room(folder: Path, limit: float) -> None:
-    """Keep so many bytes of copies, those that were used last, and nothing that killed processes left."""
+    """Keep so many bytes of copies, those that were used last, and nothing that killed processes left. One
+    stays however large it is."""
     sweep(folder)
     copies = []
     for path in folder.glob("[!.]*.tar"):           # .tmp-*: not yet there
@@ -363,7 +364,7 @@ def make_room(folder: Path, limit: float) -> None:
     kept = 0
     for _, size, path in sorted(copies, reverse=True):
         kept += size
-        if kept > limit:
+        if kept > max(limit, size):
             path.unlink(missing_ok=True)
 
 
@@ -837,7 +838,7 @@ def indexed(shard: Shard) -> bool:
     path, _ = shard.files[0]
     with suppress(Exception):                       # not there, or torn
         _, notes = open_index(shard.index)
-        return not isinstance(path, Remote) or not path.here() or notes["state"] == [*state(path.copy)]
+        return not isinstance(path, Remote) or not path.copy.exists() or notes["state"] == [*state(path.copy)]
     return False
 
 
@@ -1537,7 +1538,7 @@ class Pictures:
         if not source.far or self.split == "val":
             return 0, len(rows)
         most = self.config.shuffle_shards
-        sizes = [size for shard in source.parts for _, (size, _) in shard.files]
+        sizes = [shard.files[0][1][0] for shard in source.parts]
         needed = min(2 * most, len(sizes)) * max(sizes) / 10**9
         if needed > self.config.shard_cache_size:
             raise ValueError(f"--shuffle-shards {most} of {source.name}: the cache must hold twice as many; "

@@ -2406,6 +2406,41 @@ def test_each_remote_shard_is_fetched_once_a_pass_and_ranks_and_runs_share_a_cac
     assert len(server.asked) == 10
 
 
+@pytest.mark.slow
+def test_training_does_not_wait_for_a_link_that_carries_a_third_more(server, monkeypatch):
+    for i in range(10):
+        noisy_tar(server.folder / f"{i:02}.tar", 200, 200 * i)
+    pictures = remote(server, cache=4, shuffle=2)
+    emptied(server)
+    size = (server.folder / "00.tar").stat().st_size
+    link = threading.Lock()
+    seconds = 2.0                                       # that a shard takes, by all connections together
+
+    def sleep(pause, rest=time.sleep):
+        if pause == 1.0:                                # the server's
+            with link:
+                rest(seconds * 2**14 / size)
+        else:
+            rest(pause)
+
+    server.pause = 1.0
+    monkeypatch.setattr(time, "sleep", sleep)
+    batches = loader(pictures, 0, 2000, 10, workers=2)
+    next(batches)
+    waits = []
+    began = time.perf_counter()
+    due = began
+    for _ in range(199):
+        due = max(due, time.perf_counter()) + 1.3 * seconds * 10 / 200
+        sleep(max(0.0, due - time.perf_counter()))
+        asked = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - asked)
+    share = sum(waits) / (time.perf_counter() - began)
+    print(f"waited {share:.2%}, most {np.round(sorted(waits)[::-20], 4)} s a batch")
+    assert share < 0.02
+
+
 def test_a_pass_over_remote_shards_is_block_by_block_and_exact_to_resume(server):
     pictures = remote(server, cache=6, shuffle=3)
     for turn in range(2):
