@@ -1,4 +1,4 @@
-"""Pictures in and out: folders, tar shards, built-in ones; captions, caches, the loader; sheets.
+"""Pictures in and out: folders, tar shards, remote ones, built-in ones; captions, caches, the loader; sheets.
 
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state:
 position p shows the same picture, crop and caption for any number of ranks and workers, and to
@@ -72,7 +72,7 @@ RECODED = "not UTF-8"                     # a field of meta: the encoding of its
 
 @dataclass
 class DataConfig:
-    data: list[str] = field(default_factory=list)  # folders, tars, patterns: PATH or PATH:WEIGHT; or built-in
+    data: list[str] = field(default_factory=list)  # paths, patterns, URLs: PATH or PATH:WEIGHT; or built-in
     caption_key: str = ""  # field of the metadata that holds the captions, "" = the usual ones
     class_names: str = ""  # file of captions, one a line, for pictures with the number of a class, NAME.cls
     filter: list[str] = field(default_factory=list)  # filters of the metadata: "aesthetic>5" "license==cc0"
@@ -428,7 +428,7 @@ class Remote(namedtuple("Remote", "url folder limit")):
         """Whether it was fetched now: not where it is here or away, nor, without `wait`, where another one is
         at it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / f"{self.copy.name[:2]}.lock", wait) as alone:
+        with locked(self.copy.with_suffix(".lock"), wait) as alone:
             if not alone or self.here() or self.away():
                 return False
 
@@ -828,7 +828,8 @@ def open_index(index: tuple[Path, str]) -> tuple[dict, dict]:
     file = safetensors.safe_open(place, "np")
     meta = file.metadata()
     made_of, notes = json.loads(meta["notes"])
-    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
+    lacks = {"rows", "checks", "keys"}.difference(file.keys())
+    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"] or lacks:
         raise ValueError("changed since it was indexed")
     return {name: file.get_slice(name) for name in file.keys()}, notes      # noqa: SIM118
 
@@ -2368,16 +2369,16 @@ def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
-    parser.add_argument("--check", nargs="+", required=True, dest="data", help="folders, tars, patterns")
+    parser.add_argument("--check", nargs="+", required=True, dest="data", help="as of --data")
     parser.add_argument("--filter", nargs="*", help="as of train.py")
     parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
-    for name in ("caption-key", "class-names"):
+    for name in ("caption-key", "class-names", "shard-cache"):
         parser.add_argument(f"--{name}", help="as of train.py")
     parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
     parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
-    pictures = Pictures(DataConfig(**options, held_out=0), 64, 0)
+    pictures = Pictures(DataConfig(**options, held_out=0, shuffle_shards=1), 64, 0)
     if any(source.endless for source in pictures.sources):
         raise ValueError("--check built-in has no end; give folders, tars, patterns")
     table, reasons, tiles = survey(pictures, most)

@@ -2443,17 +2443,17 @@ def test_training_does_not_wait_for_a_link_that_carries_a_third_more(server, mon
 
 def test_a_pass_over_remote_shards_is_block_by_block_and_exact_to_resume(server):
     pictures = remote(server, cache=6, shuffle=3)
+    whole = keys(pictures, 400)
     for turn in range(2):
-        shards = [key[:2] for key in keys_from(pictures, 200 * turn, 200)]
+        shards = [key[:2] for key in whole[200 * turn:][:200]]
         assert sorted(Counter(shards).values()) == [20] * 10
         for first, last in itertools.pairwise((0, 60, 120, 180, 200)):
             assert len(set(shards[first:last])) == (last - first) // 20
             assert len(set(shards[first:first + 12])) > 1 or first == 180
-    whole = keys(pictures, 400)
     assert len(set(whole[:200])) == len(set(whole[200:])) == 200
     assert whole[:200] != whole[200:]
     assert keys_from(remote(server, cache=6, shuffle=3), 130, 20) == whole[130:150]
-    assert keys(remote(server, cache=6, shuffle=2), 100) != whole[:100]
+    assert keys(remote(server, cache=6, shuffle=2), 60) != whole[:60]
     assert [remote.url[-6:-4] for remote in pictures.coming(70, 1)] == [*dict.fromkeys(
         remote.url[-6:-4] for remote in pictures.coming(119, 2))][:3]
     assert {remote.url[-6:-4] for remote in pictures.coming(0, 1)} == {key[:2] for key in whole[:60]}
@@ -2462,8 +2462,8 @@ def test_a_pass_over_remote_shards_is_block_by_block_and_exact_to_resume(server)
     disk = open_source(server.folder, size=8, held_out=0)
     source = disk.sources[0]
     order = [source.key(permute(position % 200, 200, f"0 0 {position // 200}".encode()))
-             for position in range(400)]
-    assert keys(disk, 400) == order
+             for position in range(150, 250)]
+    assert keys_from(disk, 150, 100) == order
 
 
 def keys_from(pictures, start, count):
@@ -2498,6 +2498,40 @@ def test_a_run_killed_while_it_fetches_goes_on_as_if_undisturbed(server, workers
         run.join()
     assert found == expected
     assert len(copies()) <= 6                           # a kill comes between one more and one less
+
+
+TRAIN = """--size 16 --channels 32 --channel-mult 1 1 --attn-resolutions 8 --patch 1 --head-dim 16
+--text-length 32 --byte-width 32 --byte-layers 1 --dtype fp32 --batch-size 4 --steps 40 --warmup 2
+--cooldown 4 --device cpu --workers 2 --val-every 20 --val-images 4 --held-out 4 --sample-every 0
+--log-every 1 --save-every 8 --shuffle-shards 2"""
+
+
+@pytest.mark.slow
+def test_a_training_killed_while_it_fetches_ends_as_an_undisturbed_one(server, tmp_path):
+    def train(out):
+        folder = Path(data.__file__).parent
+        command = [sys.executable, str(folder / "train.py"), *TRAIN.split(), "--data",
+                   f"{server.url}/{{00..09}}.tar", "--shard-cache", str(tmp_path / "kept"),
+                   "--shard-cache-size", str(shards_size(server, 4)), "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def weights(out):
+        return (tmp_path / out / "checkpoints" / "000040" / "ema.safetensors").read_bytes()
+
+    assert train("straight").wait(600) == 0
+    server.faults = disturbed
+    server.pause = 0.05
+    for step in (8, 24):
+        process = train("killed")
+        while not (tmp_path / "killed" / "checkpoints" / f"{step:06}").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert train("killed").wait(600) == 0
+    tensors = [safetensors.torch.load(weights(out)) for out in ("straight", "killed")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 def test_a_shard_that_stays_away_is_told_and_its_pictures_are_replaced_by_keys(server, monkeypatch):
@@ -2551,17 +2585,18 @@ def test_filters_and_held_out_pictures_of_remote_shards(server):
     for i in range(10):
         with tarfile.open(server.folder / f"{i:02}.tar", "w") as tar:
             for j in range(100):
-                add(tar, f"{j:05}.png", encoded(flat((i, j, 0))))
+                add(tar, f"{j:05}.png", encoded(flat((i, j, 0), (8, 8))))
                 add(tar, f"{j:05}.json", json.dumps({"score": j}).encode())
-    pictures = remote(server, cache=20, filter=["score>=90"])
-    assert sorted(keys(pictures, 100)) == [f"{i:02}/{j:05}" for i in range(10) for j in range(90, 100)]
+    pictures = remote(server, cache=20, filter=["score>=98"])
+    assert sorted(keys(pictures, 20)) == [f"{i:02}/{j:05}" for i in range(10) for j in range(98, 100)]
 
     val = remote(server, cache=20, held_out=8, split="val")
     train = remote(server, cache=20, held_out=8)
     shown = {item["key"] for item in stream(val, len(val))}
     assert 8 <= len(shown) <= 20
     assert len({key[:2] for key in shown}) <= 4         # few shards are fetched for it
-    assert shown.isdisjoint(keys(train, len(train)))
+    rest = {train.sources[0].key(int(row)) for row in train.rows[0]}
+    assert shown.isdisjoint(rest)
     assert len(train) + len(val) == 1000
 
 
@@ -2597,6 +2632,13 @@ def test_any_url_of_fsspec_is_read(server, tmp_path):
         assert there.fingerprint == with_url.fingerprint
         assert keys(there, 40) == keys(with_url, 40)
         assert len([*kept.glob("*.tar")]) == 10
+
+
+def test_remote_shards_are_checked(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["--check", f"{server.url}/0{{0,1}}.tar", "--shard-cache", "kept", "--sample", "8"]) == 0
+    assert f"{server.url}/0{{0,1}}.tar: 40 pictures" in capsys.readouterr().out
+    assert len([*(tmp_path / "kept").glob("*.tar")]) == 2
 
 
 def test_remote_shards_are_copied_with_something_beside_each_picture(server, tmp_path):
