@@ -453,10 +453,8 @@ class Remote(namedtuple("Remote", "url folder limit")):
                 file = open(self.copy, "rb", buffering=0)       # noqa: SIM115
                 self.here()
                 return file
-            self.fetch()
-            reason = self.away()
-            if reason:
-                raise Away(reason)
+            if not self.fetch() and self.away():
+                raise Away(self.away())
 
 
 def opened(path: str | Remote, buffering: int = -1) -> io.IOBase:
@@ -1227,8 +1225,8 @@ def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | No
     source = Files(path, config)
     numbers = {source.row(i)[1][0][1]: i for i in range(len(source))}
     unfinished = f"{target}.part"
-
-    with opened(source.parts[0].files[0][0], buffering=0) as old, open(unfinished, "wb") as new:
+    file, _ = source.parts[0].files[0]
+    with opened(file, buffering=0) as old, open(unfinished, "wb") as new:
         for member in members(old):
             if not member.name.lower().endswith(".t5.safetensors"):
                 old.seek(member.start)
