@@ -1,4 +1,4 @@
-"""Pictures in and out: folders, tar shards, built-in ones; captions, caches, the loader; sheets.
+"""Pictures in and out: folders, tar shards, remote ones, built-in ones; captions, caches, the loader; sheets.
 
 Every random choice is a pure function of (seed, purpose, position), so the stream has no state:
 position p shows the same picture, crop and caption for any number of ranks and workers, and to
@@ -22,10 +22,12 @@ import sys
 import tarfile
 import tempfile
 import textwrap
+import threading
 import time
+import urllib.request
 import warnings
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +72,7 @@ RECODED = "not UTF-8"                     # a field of meta: the encoding of its
 
 @dataclass
 class DataConfig:
-    data: list[str] = field(default_factory=list)  # folders, tars, patterns: PATH or PATH:WEIGHT; or built-in
+    data: list[str] = field(default_factory=list)  # paths, patterns, URLs: PATH or PATH:WEIGHT; or built-in
     caption_key: str = ""  # field of the metadata that holds the captions, "" = the usual ones
     class_names: str = ""  # file of captions, one a line, for pictures with the number of a class, NAME.cls
     filter: list[str] = field(default_factory=list)  # filters of the metadata: "aesthetic>5" "license==cc0"
@@ -80,6 +82,9 @@ class DataConfig:
     min_crop: float = 1.0  # smallest part of the short side a random crop keeps, 1 = all, centred [0.01..1]
     crops: int = 0  # different random crops of each picture, 0 = a new one in each pass [0..1000]
     latent_cache: str = ""  # folder that keeps the latents of --vae of each crop, computed once
+    shard_cache: str = ""  # folder of copies of remote shards, "" = one in the user's cache folder
+    shard_cache_size: float = 100.0  # of that folder; the copies used least recently go [GB]
+    shuffle_shards: int = 16  # remote shards that are mixed at a time, each is fetched once a pass [1..10000]
     max_bad: float = 0.05  # largest share of unreadable pictures before training stops [0..1]
     min_size: int = 8  # a picture that gives a smaller square is refused before decoding [1..65536 pixels]
     picture_mode: Literal["colour", "grey"] = "colour"  # of the pictures, 3 channels or 1
@@ -140,6 +145,16 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
 
         position -= before
         total -= weight
+
+
+@lru_cache(16)
+def arrange(bounds: tuple[int, ...], key: bytes) -> tuple[list[int], list[int]]:
+    """Shards, whose pictures begin and end at `bounds`, in an order by a key: their numbers, without empty
+    ones, and where each of them begins in a pass in that order, and the last one ends."""
+    sizes = [last - first for first, last in pairwise(bounds)]
+    order = [permute(i, len(sizes), key) for i in range(len(sizes))]
+    order = [shard for shard in order if sizes[shard]]
+    return order, [*accumulate((sizes[shard] for shard in order), initial=0)]
 
 
 # ----------------------------------------------------------------------------------------- decoding
@@ -315,6 +330,151 @@ def labels(captions: list[str], transcriptions: list[str]) -> list[str]:
     return [f"{caption}\n{written}".rstrip() for caption, written in zip(captions, transcriptions)]
 
 
+# ------------------------------------------------------------------------------------ remote shards
+WAITS = (0.5, 1, 2, 4, 8, 16, 32, 0)        # behind each time that a shard could not be fetched [seconds]
+AWAY = 600                                  # and then its pictures are replaced so long [seconds]
+BEGAN = time.time()
+
+
+@contextmanager
+def streamed(url: str) -> Iterator[tuple]:
+    """The stream of a remote file, its size [bytes], and what changes with its content, if anything does."""
+    if url.startswith("http"):                      # without the package that fsspec needs
+        with urllib.request.urlopen(url, timeout=30) as stream:
+            yield stream, int(stream.headers["Content-Length"] or 0), stream.headers["ETag"]
+        return
+
+    import fsspec
+    disk, path = fsspec.url_to_fs(url)
+    found = disk.info(path)
+    with disk.open(path, "rb", block_size=2**24) as stream:
+        yield stream, found["size"], found.get("ETag", found.get("etag"))
+
+
+def make_room(folder: Path, limit: float) -> None:
+    """Keep so many bytes of copies, those that were used last, and nothing that killed processes left. One
+    stays however large it is."""
+    sweep(folder)
+    copies = []
+    for path in folder.glob("[!.]*.tar"):           # .tmp-*: not yet there
+        with suppress(FileNotFoundError):           # another process removed it
+            found = path.stat()
+            copies.append((found.st_atime_ns, found.st_size, path))
+
+    kept = 0
+    for _, size, path in sorted(copies, reverse=True):
+        kept += size
+        if kept > max(limit, size):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Alone among all processes and threads, or, without `wait`, False. A killed process holds no lock."""
+    with open(path, "wb") as lock:
+        try:
+            import fcntl
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+            fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
+        except ImportError:                         # Windows: each fetches for itself
+            yield True
+        except BlockingIOError:
+            yield False
+
+
+class Away(OSError):
+    """A remote shard could not be fetched."""
+
+
+class Remote(namedtuple("Remote", "url folder limit")):
+    """A shard behind a URL, and its copy in a folder of a limited size [bytes], which all runs, ranks and
+    workers share."""
+
+    @property
+    def copy(self) -> Path:
+        return self.folder / f"{hash_of(self.url.encode())}.tar"
+
+    def here(self) -> bool:
+        """Whether there is a copy, which is the one used last from now on."""
+        with suppress(FileNotFoundError):
+            found = self.copy.stat()
+            os.utime(self.copy, ns=(time.time_ns(), found.st_mtime_ns))
+            return True
+        return False
+
+    def away(self) -> str:
+        """Why it could not be fetched in this run, a while ago, else ""."""
+        note = self.copy.with_suffix(".away")
+        with suppress(FileNotFoundError):
+            if note.stat().st_mtime > max(BEGAN, time.time() - AWAY):
+                return note.read_text("utf-8")
+        return ""
+
+    def download(self) -> None:
+        """The copy appears whole or not at all; its time stands for the version, and so tells its content."""
+        unfinished = self.folder / f".tmp-{os.getpid()}-{self.copy.name}"
+        with streamed(self.url) as (stream, size, version), open(unfinished, "wb") as file:
+            shutil.copyfileobj(stream, file, 2**20)
+            if file.tell() != size:
+                raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
+            file.flush()
+            os.fsync(file.fileno())
+        os.utime(unfinished, (time.time(), zlib.crc32(str(version).encode()) // 2))
+        os.replace(unfinished, self.copy)
+        make_room(self.folder, self.limit)
+
+    def fetch(self, wait: bool = True) -> bool:
+        """Whether it was fetched now: not where it is here or away, nor, without `wait`, where another one is
+        at it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.copy.with_suffix(".lock"), wait) as alone:
+            if not alone or self.here() or self.away():
+                return False
+
+            gone = 0
+            for pause in WAITS:
+                try:
+                    self.download()
+                    return True
+                except Exception as error:          # file systems raise nearly anything
+                    reason = one_line(error)
+                    gone += isinstance(error, FileNotFoundError) or getattr(error, "code", 0) == 404
+                    if gone == 3:
+                        break
+                time.sleep(pause)
+            self.copy.with_suffix(".away").write_text(f"{self.url}: {reason}", "utf-8")
+            return False
+
+    def open(self) -> io.RawIOBase:
+        """The copy, fetched where it is not here; Away where that fails."""
+        while True:
+            with suppress(FileNotFoundError):       # not here, or another process just removed it
+                file = open(self.copy, "rb", buffering=0)       # noqa: SIM115
+                self.here()
+                return file
+            if not self.fetch() and self.away():
+                raise Away(self.away())
+
+
+def opened(path: str | Remote, buffering: int = -1) -> io.IOBase:
+    return path.open() if isinstance(path, Remote) else open(path, "rb", buffering=buffering)
+
+
+def listed(url: str) -> list[str]:
+    """The remote tars that a URL, maybe with *, stands for; ValueError where its protocol lacks a package."""
+    if not url.lower().endswith(".tar"):
+        raise ValueError(f"--data {printable(url)} is no .tar; of remote files only shards are read")
+    if url.startswith("http"):
+        return [url]
+    import fsspec
+    try:
+        disk, path = fsspec.url_to_fs(url)
+        return sorted(map(disk.unstrip_protocol, disk.glob(path))) if "*" in path else [url]
+    except Exception as error:                      # file systems raise nearly anything
+        raise ValueError(f"--data {printable(url)}: {one_line(error)}") from None
+
+
 # ------------------------------------------------------------------------------------------ sources
 Sample = namedtuple("Sample", "picture captions meta")
 
@@ -339,6 +499,7 @@ class Source:
     embedded = False            # set from outside: meta["embeddings"] is wanted
     columns = ()                # fields of the metadata, by which --filter chooses
     told = ""                   # what it dropped
+    far = ()                    # remote shards, whose pictures are mixed by blocks of --shuffle-shards
     endless = False             # there are samples behind the end, too: the held-out ones
 
     def sample(self, i: int) -> Sample:
@@ -515,13 +676,13 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
         at = end
 
 
-def scan_tar(path: str, total: int) -> tuple:
+def scan_tar(path: str | Remote, total: int) -> tuple:
     """Parts of samples in a tar of so many bytes, a count by kind of what is left out, and what is damaged.
     Names are only keys: nothing is extracted, no link is followed."""
     parts = []
     left = Counter()
     problem = ""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         try:
             for member in members(file):
                 named = member.plain and split(member.name, left)
@@ -554,7 +715,7 @@ def reading(files: list[tuple]) -> Iterator[Callable]:
                 path, indexed = files[file]
                 stack.close()
                 last = None
-                stream = stack.enter_context(open(path, "rb", buffering=0))
+                stream = stack.enter_context(opened(path, buffering=0))
                 if state(stream.fileno()) != indexed:
                     raise ValueError("changed since it was indexed")
                 last = file
@@ -615,9 +776,14 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     left = Counter()
     parts = shard.parts
     problem = ""
+    files = shard.files
     if parts is None:
-        (path, (total, _)), = shard.files
-        parts, left, problem = scan_tar(path, total)
+        (path, found), = files
+        if isinstance(path, Remote):
+            with opened(path) as file:
+                found = state(file.fileno())
+            files = [(path, found)]
+        parts, left, problem = scan_tar(path, found[0])
     rows, keys, warned = join(shard.name, parts)
     if problem:
         warned.append(f"{shard.name}: damaged after {len(rows)} pictures ({problem}); using those")
@@ -625,7 +791,7 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     keys = np.char.add(shard.prefix.encode(), keys) if len(keys) else keys
     hashes = hash_keys(map(bytes.decode, keys.tolist()))
     held = np.flatnonzero(hashes < held_below(1))
-    columns = columns_of(rows, shard.files)
+    columns = columns_of(rows, files)
     sizes = rows[:, :3, 2].copy()
     sizes[:, 1] += rows[:, PARTS["caption"], 2]     # .caption beside .txt
     letters = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
@@ -633,6 +799,7 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     if columns:
         arrays["columns"] = np.stack([*columns.values()])
     notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
+    notes["state"] = files[0][1]
     notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
     notes["held"] = list(zip(held.tolist(), hashes[held].tolist()))
     return arrays, notes
@@ -659,22 +826,26 @@ def open_index(index: tuple[Path, str]) -> tuple[dict, dict]:
     file = safetensors.safe_open(place, "np")
     meta = file.metadata()
     made_of, notes = json.loads(meta["notes"])
-    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
+    lacks = {"rows", "checks", "keys"}.difference(file.keys())
+    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"] or lacks:
         raise ValueError("changed since it was indexed")
     return {name: file.get_slice(name) for name in file.keys()}, notes      # noqa: SIM118
 
 
 def indexed(shard: Shard) -> bool:
+    """Whether its index is there; not that of another file than the copy of a remote shard."""
+    path, _ = shard.files[0]
     with suppress(Exception):                       # not there, or torn
-        open_index(shard.index)
-        return True
+        _, notes = open_index(shard.index)
+        return not isinstance(path, Remote) or not path.copy.exists() or notes["state"] == [*state(path.copy)]
     return False
 
 
 def index(shard: Shard) -> None:
-    """Keep what a scan gives, unless another process has by now."""
-    if not indexed(shard):
-        save_index(shard.index, *scan(shard))
+    """Keep what a scan gives, unless another process has by now; of a shard that stays away there is none."""
+    with suppress(Away):
+        if not indexed(shard):
+            save_index(shard.index, *scan(shard))
 
 
 def fold(name: str) -> str:
@@ -695,7 +866,7 @@ def parse_filter(text: str) -> tuple[str, Callable, float]:
 def narrow(shard: Shard, config: DataConfig) -> Shard:
     """The shard with only the pictures that pass each --filter: an index of its own, kept as well."""
     place, mark = shard.index
-    rule = f"{config.filter} {config.missing}"
+    rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
     place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
     narrowed = shard._replace(index=(place, f"{mark} {rule}"))
     if indexed(narrowed):
@@ -763,6 +934,10 @@ def watched(items: Iterable, what: str, total: int | None = None) -> Iterable:
     return tqdm(items, what, total, delay=1, disable=not seen)
 
 
+def cache_home() -> str:
+    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+
+
 @cache
 def index_folder(home: str) -> Path:
     """Where indexes are kept: in the user's cache folder or, if it cannot be written or its disk is nearly
@@ -797,15 +972,17 @@ def lines_of(path: str, folder: str, number: int, left: Counter) -> list[tuple]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The paths a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
-    ValueError where one is not there."""
+    """The paths or URLs a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
+    ValueError where a path is not there."""
     exists = os.path.exists(pattern)
     brace = re.search(r"\{([^{}]*)\}", pattern)
+    if "://" in pattern and not brace:
+        return listed(pattern)
     if exists or not brace:
         found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"--data {printable(pattern)} is not on a local disk; "
-                             "give folders, tars, patterns")
+                             "give folders, tars, patterns or URLs")
         return found
 
     choices = brace[1].split(",")
@@ -830,6 +1007,7 @@ class Files(Source):
         self.config = config or DataConfig()
         self.name = printable(pattern)
         self.warned = []
+        self.far = []
         self.classes = []
         if self.config.class_names:
             text, _ = read_text(Path(self.config.class_names).read_bytes())
@@ -842,7 +1020,7 @@ class Files(Source):
         shards = []
         for path, name in watched(self.walk(pattern, left), "files"):
             count += 1
-            file = (path, state(path))
+            file = (self.remote(path), None) if "://" in path else (path, state(path))
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
                 shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
                 continue
@@ -859,8 +1037,9 @@ class Files(Source):
             loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
             shards.append(self.shard(self.name, pattern, files, parts=loose))
         index_all(shards)
+        open_index.cache_clear()                            # there may be newer ones
 
-        self.parts = [shard._replace(parts=None) for shard in shards]
+        self.parts = [*filter(None, map(self.known, shards))]
         dropped = self.gather(left)
         if left:
             kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
@@ -893,20 +1072,36 @@ class Files(Source):
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
         return dropped
 
+    def remote(self, url: str) -> Remote:
+        folder = Path(self.config.shard_cache or index_folder(cache_home()) / "shards")
+        return Remote(url, folder, self.config.shard_cache_size * 10**9)
+
+    def known(self, shard: Shard) -> Shard | None:
+        """A shard without what only its scan needs; a remote one as it was then, None if it stays away."""
+        path, _ = shard.files[0]
+        if isinstance(path, Remote):
+            if not indexed(shard):
+                self.warned.append(f"{path.away()}; left out")
+                return None
+            _, notes = open_index(shard.index)
+            shard = shard._replace(files=[(path, tuple(notes["state"]))])
+            self.far.append(path)
+        return shard._replace(parts=None)
+
     def shard(self, name: str, path: str, files: list, inside: str = "", parts=None) -> Shard:
         """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
         prefix = printable(inside[:-4]) + "/" if inside else ""
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        place = f"4 {prefix} {os.path.abspath(path)}".encode("utf-8", "surrogateescape")
+        path = path if "://" in path else os.path.abspath(path)
+        place = f"4 {prefix} {path}".encode("utf-8", "surrogateescape")
         states = [found for _, found in files]
         mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
-        file = index_folder(home) / f"{hash_of(place)}.index"
+        file = index_folder(cache_home()) / f"{hash_of(place)}.index"
         return Shard(name, prefix, files, parts, (file, mark))
 
     def look(self) -> None:
-        """Warn of captions that are missing in up to 256 of the pictures.
+        """Warn of captions that are missing in up to 256 of the pictures, none of a remote shard.
         What these captions say is kept for the fingerprint."""
-        looked = range(0, len(self), len(self) // 256 + 1)
+        looked = range(0, 0 if self.far else len(self), len(self) // 256 + 1)
         self.looked = []
         empty = 0
         for i in looked:
@@ -925,7 +1120,7 @@ class Files(Source):
             self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
 
         for root in expand(pattern):
-            if os.path.isfile(root):
+            if "://" in root or os.path.isfile(root):
                 yield root, os.path.basename(root)
                 continue
 
@@ -1007,9 +1202,12 @@ class Files(Source):
 
     def held(self, share):
         rows = []
+        below = held_below(1 if self.far else share)
         for start, shard in zip(self.starts, self.parts):
             _, notes = open_index(shard.index)
-            rows += [start + row for row, known in notes["held"] if known < held_below(share)]
+            rows += [start + row for row, known in notes["held"] if known < below]
+            if self.far and len(rows) >= share * len(self):         # of few shards: they are fetched often
+                break
         return np.array(rows, np.int64)
 
     def fingerprint(self):
@@ -1017,7 +1215,7 @@ class Files(Source):
 
     def shards(self) -> list[str]:
         """The files that pictures lie in."""
-        return [shard.files[0][0] for shard in self.parts]
+        return [far.url for far in self.far] or [shard.files[0][0] for shard in self.parts]
 
 
 def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | None = None) -> None:
@@ -1027,8 +1225,8 @@ def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | No
     source = Files(path, config)
     numbers = {source.row(i)[1][0][1]: i for i in range(len(source))}
     unfinished = f"{target}.part"
-
-    with open(path, "rb", buffering=0) as old, open(unfinished, "wb") as new:
+    file, _ = source.parts[0].files[0]
+    with opened(file, buffering=0) as old, open(unfinished, "wb") as new:
         for member in members(old):
             if not member.name.lower().endswith(".t5.safetensors"):
                 old.seek(member.start)
@@ -1292,6 +1490,7 @@ class Pictures:
             self.warnings += source.warned
         self.check_filters()
         self.rows = [self.choose(source) for source in self.sources]
+        self.bounds = [self.divide(source, rows) for source, rows in zip(self.sources, self.rows)]
 
         if None in weights:
             weights = [Fraction(len(rows)) for rows in self.rows]
@@ -1331,6 +1530,47 @@ class Pictures:
                                  "validating on them")
             return range(count)
         return held if self.split == "val" else Rest(count, held)
+
+    def divide(self, source: Source, rows: Sequence) -> tuple[int, ...]:
+        """Where the shards of a source begin among its pictures of this split, and their end: of a remote one
+        in training, the others are as one. ValueError where the cache does not hold two blocks."""
+        if not source.far or self.split == "val":
+            return 0, len(rows)
+        most = self.config.shuffle_shards
+        sizes = [shard.files[0][1][0] for shard in source.parts]
+        needed = min(2 * most, len(sizes)) * max(sizes) / 10**9
+        if needed > self.config.shard_cache_size:
+            raise ValueError(f"--shuffle-shards {most} of {source.name}: the cache must hold twice as many; "
+                             f"give --shard-cache-size {needed:.3g}, or fewer")
+        return tuple(bisect_left(rows, start) for start in source.starts)
+
+    def block(self, chosen: int, visit: int) -> tuple[list[int], list[int]]:
+        """The shards of the block that a visit to a source is in, and the visits at which each of them begins
+        and the last one ends."""
+        count = len(self.rows[chosen])
+        most = self.config.shuffle_shards
+        turn, index = divmod(visit, count)
+        order, starts = arrange(self.bounds[chosen], f"{self.seed} {chosen} shards {turn}".encode())
+        first = (bisect_right(starts, index) - 1) // most * most
+        return order[first:first + most], [turn * count + start for start in starts[first:first + most + 1]]
+
+    def coming(self, position: int, most: int = 2) -> list[Remote]:
+        """The remote shards of the block of each source at a position in training, and of those behind it."""
+        found = []
+        for chosen, source in enumerate(self.sources):
+            visit = position * self.weights[chosen] // sum(self.weights)
+            for _ in range(most if source.far and self.split == "train" else 0):
+                shards, starts = self.block(chosen, visit)
+                found += [source.far[shard] for shard in shards]
+                visit = starts[-1]
+        return found
+
+    def fetch_ahead(self, position: int) -> None:
+        """Fetch the first that is missing of the coming shards, in a thread of which a process has one."""
+        coming = self.coming(position)
+        if coming and "fetch" not in [thread.name for thread in threading.enumerate()]:
+            fetched = (remote.fetch(wait=False) for remote in coming)
+            threading.Thread(target=any, args=(fetched,), name="fetch", daemon=True).start()
 
     def shards(self) -> list[str]:
         """The tar files of all sources, to be copied; ValueError where this is not all there is."""
@@ -1409,15 +1649,19 @@ class Pictures:
         source = self.sources[chosen]
         source.embedded = self.embedded
         rows = self.rows[chosen]
-        turn, index = divmod(visit, len(rows))
+        turn = visit // len(rows)
+        shards, starts = self.block(chosen, visit)
         if self.split == "train":
-            index = permute(index, len(rows), f"{self.seed} {chosen} {turn}".encode())
+            first, last = starts[0], starts[-1]
+            key = f"{self.seed} {chosen} {Fraction(first, len(rows))}"
+            visit = first + permute(visit - first, last - first, key.encode())
 
         rng = keyed(self.seed, self.split, position)
         *drawn, which = rng.random(4).tolist()
         replaced = []
-        for _ in range(MAX_TRIES):
-            row = int(rows[index])
+        for tries in range(1, MAX_TRIES + 1):
+            place = bisect_right(starts, visit) - 1
+            row = int(rows[self.bounds[chosen][shards[place]] + visit - starts[place]])
             key = source.key(row)
             try:
                 picture, texts, meta = source.sample(row)
@@ -1438,7 +1682,9 @@ class Pictures:
                 item |= self.texts(caption, embeddings, written)
             except Exception as error:              # decoders raise nearly anything on garbage
                 replaced.append(f"{key}: {one_line(error)}")
-                index = int(rng.integers(len(rows)))
+                if tries % 4 == 0:                  # its whole block may be away
+                    shards, starts = self.block(chosen, starts[-1])
+                visit = int(rng.integers(starts[0], starts[-1]))
                 continue
 
             item |= {"position": position, "key": key, "replaced": replaced, "recoded": RECODED in meta}
@@ -1520,6 +1766,7 @@ class Pictures:
 
 def collect(dataset: Pictures, first: int, last: int) -> dict:
     """The batch of positions first..last-1."""
+    dataset.fetch_ahead(first)
     return dataset.batch([dataset[position] for position in range(first, last)])
 
 
@@ -1630,6 +1877,10 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
     seen = 0
     bad = 0
     try:
+        coming = dataset.coming(start, 1)           # before any worker is waited for
+        for _ in watched(map(Remote.fetch, coming), "shards", len(coming)):
+            pass
+
         for worker in range(workers):
             team.append(start_worker(dataset, firsts[worker::workers], share, stop))
 
@@ -2116,16 +2367,16 @@ def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
-    parser.add_argument("--check", nargs="+", required=True, dest="data", help="folders, tars, patterns")
+    parser.add_argument("--check", nargs="+", required=True, dest="data", help="as of --data")
     parser.add_argument("--filter", nargs="*", help="as of train.py")
     parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
-    for name in ("caption-key", "class-names"):
+    for name in ("caption-key", "class-names", "shard-cache"):
         parser.add_argument(f"--{name}", help="as of train.py")
     parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
     parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
-    pictures = Pictures(DataConfig(**options, held_out=0), 64, 0)
+    pictures = Pictures(DataConfig(**options, held_out=0, shuffle_shards=1), 64, 0)
     if any(source.endless for source in pictures.sources):
         raise ValueError("--check built-in has no end; give folders, tars, patterns")
     table, reasons, tiles = survey(pictures, most)

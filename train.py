@@ -168,7 +168,7 @@ CLIP = dict(
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
            "prompts", "save_minutes", "keep_best",
-           "text_cache", "text_shards", "latent_cache", "allow_bin"}
+           "text_cache", "text_shards", "latent_cache", "allow_bin", "shard_cache", "shard_cache_size"}
 SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
@@ -1836,10 +1836,16 @@ class Trainer:
             self.meter.add(**{name: (len(batch[name]), 1)})
 
     def tell(self, batch: dict) -> None:
-        """Name what was replaced, the first ten pictures and each thousandth; once that captions are cut."""
+        """Name what was replaced, the first ten pictures and each thousandth, and each shard that is away;
+        once that captions are cut."""
         for note in batch["replaced"]:
             self.replaced += 1
-            if self.replaced <= 10 or self.replaced % 1000 == 0:
+            _, _, reason = note.partition(": ")
+            named = self.replaced <= 10 or self.replaced % 1000 == 0
+            if "://" in reason:
+                named = reason not in self.told
+                self.told.add(reason)
+            if named:
                 say(f"warning: {note}; replaced")
         for name, what in TOLD.items():
             if batch[name] and name not in self.told:
@@ -2030,8 +2036,9 @@ def main(argv: list[str]) -> None:
         state = State(objective, cfg.weight_decay, cfg.clip, cfg.ema_decay, cfg.dtype == "fp16", cfg.profiles,
                       cfg.train_only, objective.matrices() if cfg.optimizer == "muon" else None)
         first, images = (0, 0) if cfg.dry_run else resume(out, state, configs, train_set, objective)
-        if not ranks.equal(zlib.crc32(f"{first} {configs}".encode())):
-            raise ValueError(f"ranks differ in flags, or not all see the same --out {out} (step {first})")
+        if not ranks.equal(zlib.crc32(f"{first} {configs} {train_set.fingerprint}".encode())):
+            raise ValueError(f"ranks differ in flags or pictures, or not all see the same --out {out} "
+                             f"(step {first})")
         if first >= cfg.steps:
             return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
         announce(cfg, train_set, state, first)

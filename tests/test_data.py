@@ -1,6 +1,7 @@
 """data.py: the order of the data, decoding, captions, sources, caches, workers, sheets, built-in pictures."""
 import copy
 import errno
+import http.server
 import io
 import itertools
 import json
@@ -173,7 +174,7 @@ def test_sources_are_mixed_by_weight(tmp_path):
     assert Counter(item["caption"] for item in stream(pictures, 100)) == {"a": 70, "b": 30}
 
 
-@pytest.mark.parametrize("entries", [["a:0.5", "b"], ["a:0", "b:1"], ["a:0"], ["s3://b/x.tar"], ["missing"],
+@pytest.mark.parametrize("entries", [["a:0.5", "b"], ["a:0", "b:1"], ["a:0"], ["missing"],
                                      ["a:nan"], ["a:-1"], ["{0..3}.tar"], [""]])
 def test_bad_sources_are_one_line(tmp_path, monkeypatch, entries):
     monkeypatch.chdir(tmp_path)
@@ -2255,6 +2256,398 @@ def test_shared_memory_is_not_used():
     now = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
     batches.close()
     assert not [name for name in now - before if "torch" in name]
+
+
+# ---------------------------------------------------------------------------------------- remote shards
+
+
+class Shaky(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder with their sizes and versions, and what `faults` say of a request, by its number."""
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        with server.lock:
+            number = len(server.asked)
+            server.asked.append(self.path[1:])
+        fault = server.faults(number, self.path[1:])
+        path = server.folder / self.path[1:]
+        if fault == "drop":
+            return self.connection.close()
+        if isinstance(fault, int) or not path.exists():
+            return self.send_error(fault or 404)
+        content = path.read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{zlib.crc32(content)}"')
+        self.end_headers()
+        if fault == "cut":
+            content = content[:len(content) // 2]
+        for start in range(0, len(content), 2**14):
+            self.wfile.write(content[start:start + 2**14])
+            time.sleep(server.pause)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Ten shards of 20 pictures behind a URL; `faults`, `pause` and `asked` may be set."""
+    monkeypatch.setattr(data, "WAITS", (0.01,) * 8)
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Shaky)
+    found.folder = tmp_path / "far"
+    found.folder.mkdir()
+    for i in range(10):
+        noisy_tar(found.folder / f"{i:02}.tar", 20, 20 * i)
+    found.lock, found.asked, found.pause, found.faults = threading.Lock(), [], 0.0, lambda number, path: None
+    found.url = f"http://127.0.0.1:{found.server_port}"
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+def noisy_tar(path, count, start=0):
+    with tarfile.open(path, "w") as tar:
+        for i in range(start, start + count):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), np.uint8)
+            add(tar, f"{i:05}.png", encoded(Image.fromarray(pixels)))
+            add(tar, f"{i:05}.txt", f"picture {i}".encode())
+    return path
+
+
+def shards_size(server, count):
+    """A cache of so many shards [GB]."""
+    return count * (server.folder / "00.tar").stat().st_size / 1e9
+
+
+def remote(server, pattern="{00..09}.tar", cache=2, shuffle=1, **options):
+    options = {"held_out": 0} | options
+    return open_source(f"{server.url}/{pattern}", size=8, shard_cache_size=shards_size(server, cache),
+                       shuffle_shards=shuffle, **options)
+
+
+def copies():
+    return [*Path(os.environ["XDG_CACHE_HOME"], "limn", "shards").glob("[!.]*.tar")]
+
+
+def emptied(server):
+    """The cache, once nothing is fetched any more."""
+    for thread in threading.enumerate():
+        if thread.name == "fetch":
+            thread.join()
+    for path in copies():
+        path.unlink()
+    server.asked.clear()
+
+
+def forget():
+    """Neither copies nor indexes are left."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"])
+    data.open_index.cache_clear()
+
+
+def disturbed(number, path):
+    """One request in ten is dropped; some others are cut or answered 500 or 404."""
+    return {3: "cut", 5: 500, 7: 404}.get(number % 37, "drop" if number % 10 == 9 else None)
+
+
+def test_remote_pictures_arrive_as_from_disk_from_a_server_that_fails(server, tmp_path):
+    for i in range(10):
+        noisy_tar(server.folder / f"{i:02}.tar", 100, 100 * i)
+    server.faults = disturbed
+    server.pause = 0.001
+    pictures = remote(server)
+    assert len(pictures) == 1000
+    disk = {item["key"]: item for item in stream(open_source(server.folder, size=8, held_out=0), 1000)}
+    batches = [*loader(pictures, 0, 1000, 50, workers=2)]
+    assert not any(batch["replaced"] for batch in batches)
+    for batch in batches:
+        for key, caption, picture in zip(batch["keys"], batch["captions"], batch["picture"]):
+            item = disk.pop(key)
+            assert (picture.numpy() == item["picture"]).all()
+            assert caption == item["caption"]
+    assert not disk
+    assert len(copies()) <= 2
+    assert len(server.asked) > 20
+
+
+def test_each_remote_shard_is_fetched_once_a_pass_and_ranks_and_runs_share_a_cache(server):
+    remote(server, cache=20)
+    assert sorted(server.asked) == sorted(path.name for path in server.folder.iterdir())
+    tight = remote(server, cache=6, shuffle=3)
+    assert len(server.asked) == 10                      # the index is kept
+
+    emptied(server)
+    expected = [*loader(tight, 0, 200, 8)]
+    assert len(Counter(server.asked)) == 10
+    assert 10 <= len(server.asked) <= 13                # a block of the next pass
+
+    emptied(server)
+    pictures = remote(server, cache=10, shuffle=3)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+
+    def follow(run, rank):
+        batches = loader(pictures, 0, 200, 8, rank, 2, workers=1)
+        queue.put((run, rank, [batch["keys"] for batch in batches]))
+
+    team = [context.Process(target=follow, args=(run, rank)) for run in range(2) for rank in range(2)]
+    for process in team:
+        process.start()
+    found = {}
+    for _ in team:
+        run, rank, keys = queue.get(timeout=60)
+        found[run, rank] = keys
+    for process in team:
+        process.join()
+    for run in range(2):
+        for turn, batch in enumerate(expected):
+            assert found[run, 0][turn] + found[run, 1][turn] == batch["keys"]
+    assert len(server.asked) == 10
+
+
+@pytest.mark.slow
+def test_training_does_not_wait_for_a_link_that_carries_a_third_more(server, monkeypatch):
+    for i in range(10):
+        noisy_tar(server.folder / f"{i:02}.tar", 200, 200 * i)
+    pictures = remote(server, cache=4, shuffle=2)
+    emptied(server)
+    size = (server.folder / "00.tar").stat().st_size
+    link = threading.Lock()
+    seconds = 2.0                                       # that a shard takes, by all connections together
+
+    def sleep(pause, rest=time.sleep):
+        if pause == 1.0:                                # the server's
+            with link:
+                rest(seconds * 2**14 / size)
+        else:
+            rest(pause)
+
+    server.pause = 1.0
+    monkeypatch.setattr(time, "sleep", sleep)
+    batches = loader(pictures, 0, 2000, 10, workers=2)
+    next(batches)
+    waits = []
+    began = time.perf_counter()
+    due = began
+    for _ in range(199):
+        due = max(due, time.perf_counter()) + 1.3 * seconds * 10 / 200
+        sleep(max(0.0, due - time.perf_counter()))
+        asked = time.perf_counter()
+        next(batches)
+        waits.append(time.perf_counter() - asked)
+    share = sum(waits) / (time.perf_counter() - began)
+    print(f"waited {share:.2%}, most {np.round(sorted(waits)[::-20], 4)} s a batch")
+    assert share < 0.02
+
+
+def test_a_pass_over_remote_shards_is_block_by_block_and_exact_to_resume(server):
+    pictures = remote(server, cache=6, shuffle=3)
+    whole = keys(pictures, 400)
+    for turn in range(2):
+        shards = [key[:2] for key in whole[200 * turn:][:200]]
+        assert sorted(Counter(shards).values()) == [20] * 10
+        for first, last in itertools.pairwise((0, 60, 120, 180, 200)):
+            assert len(set(shards[first:last])) == (last - first) // 20
+            assert len(set(shards[first:first + 12])) > 1 or first == 180
+    assert len(set(whole[:200])) == len(set(whole[200:])) == 200
+    assert whole[:200] != whole[200:]
+    assert keys_from(remote(server, cache=6, shuffle=3), 130, 20) == whole[130:150]
+    assert keys(remote(server, cache=6, shuffle=2), 60) != whole[:60]
+    assert [remote.url[-6:-4] for remote in pictures.coming(70, 1)] == [*dict.fromkeys(
+        remote.url[-6:-4] for remote in pictures.coming(119, 2))][:3]
+    assert {remote.url[-6:-4] for remote in pictures.coming(0, 1)} == {key[:2] for key in whole[:60]}
+
+    # On a disk the whole pass is one block.
+    disk = open_source(server.folder, size=8, held_out=0)
+    source = disk.sources[0]
+    order = [source.key(permute(position % 200, 200, f"0 0 {position // 200}".encode()))
+             for position in range(150, 250)]
+    assert keys_from(disk, 150, 100) == order
+
+
+def keys_from(pictures, start, count):
+    return [item["key"] for item in stream(pictures, count, start)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_while_it_fetches_goes_on_as_if_undisturbed(server, workers):
+    context = multiprocessing.get_context("fork")
+
+    def follow(first, pipe):
+        for batch in loader(remote(server, cache=4, shuffle=2), first, 200, 4, workers=workers):
+            pipe.send([*batch["keys"], data.hash_of(batch["picture"].numpy())])
+
+    pictures = remote(server, cache=4, shuffle=2)
+    expected = []
+    for batch in loader(pictures, 0, 200, 4):
+        expected.append([*batch["keys"], data.hash_of(batch["picture"].numpy())])
+    emptied(server)
+
+    server.faults = disturbed
+    server.pause = 0.01
+    found = []
+    while len(found) < len(expected):
+        ours, theirs = context.Pipe()
+        run = context.Process(target=follow, args=(4 * len(found), theirs))
+        run.start()
+        for _ in range(min(12, len(expected) - len(found))):
+            assert ours.poll(60)
+            found.append(ours.recv())
+        run.kill()
+        run.join()
+    assert found == expected
+    assert len(copies()) <= 6                           # a kill comes between one more and one less
+
+
+TRAIN = """--size 16 --channels 32 --channel-mult 1 1 --attn-resolutions 8 --patch 1 --head-dim 16
+--text-length 32 --byte-width 32 --byte-layers 1 --dtype fp32 --batch-size 4 --steps 40 --warmup 2
+--cooldown 4 --device cpu --workers 2 --val-every 20 --val-images 4 --held-out 4 --sample-every 0
+--log-every 1 --save-every 8 --shuffle-shards 2"""
+
+
+@pytest.mark.slow
+def test_a_training_killed_while_it_fetches_ends_as_an_undisturbed_one(server, tmp_path):
+    def train(out):
+        folder = Path(data.__file__).parent
+        command = [sys.executable, str(folder / "train.py"), *TRAIN.split(), "--data",
+                   f"{server.url}/{{00..09}}.tar", "--shard-cache", str(tmp_path / "kept"),
+                   "--shard-cache-size", str(shards_size(server, 4)), "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    def weights(out):
+        return (tmp_path / out / "checkpoints" / "000040" / "ema.safetensors").read_bytes()
+
+    assert train("straight").wait(600) == 0
+    server.faults = disturbed
+    server.pause = 0.05
+    for step in (8, 24):
+        process = train("killed")
+        while not (tmp_path / "killed" / "checkpoints" / f"{step:06}").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert train("killed").wait(600) == 0
+    tensors = [safetensors.torch.load(weights(out)) for out in ("straight", "killed")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_a_shard_that_stays_away_is_told_and_its_pictures_are_replaced_by_keys(server, monkeypatch):
+    everything = keys(remote(server, cache=10, shuffle=4), 200)
+    emptied(server)
+    server.faults = lambda number, path: 404 if path == "03.tar" else None
+    pictures = remote(server, cache=10, shuffle=4, max_bad=1.0)
+    batches = [*loader(pictures, 0, 200, 8, workers=2)]
+    found = list(itertools.chain(*(batch["keys"] for batch in batches)))
+    assert [key if key[:2] != "03" else "" for key in everything] == [
+        key if old[:2] != "03" else "" for key, old in zip(found, everything)]
+    reasons = {note.partition(": ")[2] for batch in batches for note in batch["replaced"]}
+    assert reasons == {f"{server.url}/03.tar: HTTP Error 404: Not Found"}
+    assert server.asked.count("03.tar") == 3
+
+    # With blocks of one shard a whole one is away, and the pictures are those of the next ones.
+    alone = remote(server, cache=2, max_bad=1.0)
+    assert all(item["key"][:2] != "03" for item in stream(alone, 200))
+
+    # One that was never seen is left out, until it is there.
+    forget()
+    without = remote(server, cache=10, shuffle=4)
+    assert without.warnings == [f"{server.url}/03.tar: HTTP Error 404: Not Found; left out"]
+    assert len(without) == 180
+    server.faults = lambda number, path: None
+    assert len(remote(server, cache=10, shuffle=4)) == 180        # it is not asked for again in this run
+    monkeypatch.setattr(data, "BEGAN", time.time() + 1)
+    assert len(remote(server, cache=10, shuffle=4)) == 200
+    server.faults = lambda number, path: 500
+    forget()
+    with pytest.raises(ValueError, match=r"^no pictures in .*HTTP Error 500") as error:
+        remote(server, "0{0,1}.tar")
+    assert "\n" not in str(error.value)
+
+
+def test_a_remote_shard_that_changes_is_noticed_and_indexed_again_at_the_next_start(server):
+    pictures = remote(server, "00.tar")
+    key = pictures[0]["key"]
+    emptied(server)
+    content = bytearray((server.folder / "00.tar").read_bytes())
+    content[600] ^= 1                                   # of the same size, within a picture
+    (server.folder / "00.tar").write_bytes(content)
+    with pytest.raises(ValueError, match="changed since it was indexed"):
+        pictures[0]
+    again = remote(server, "00.tar", filter=[])
+    assert len(again) == 20
+    assert again[0]["key"] == key or again[0]["replaced"]
+
+
+def test_filters_and_held_out_pictures_of_remote_shards(server):
+    for i in range(10):
+        with tarfile.open(server.folder / f"{i:02}.tar", "w") as tar:
+            for j in range(100):
+                add(tar, f"{j:05}.png", encoded(flat((i, j, 0), (8, 8))))
+                add(tar, f"{j:05}.json", json.dumps({"score": j}).encode())
+    pictures = remote(server, cache=20, filter=["score>=98"])
+    assert sorted(keys(pictures, 20)) == [f"{i:02}/{j:05}" for i in range(10) for j in range(98, 100)]
+
+    val = remote(server, cache=20, held_out=8, split="val")
+    train = remote(server, cache=20, held_out=8)
+    shown = {item["key"] for item in stream(val, len(val))}
+    assert 8 <= len(shown) <= 20
+    assert len({key[:2] for key in shown}) <= 4         # few shards are fetched for it
+    rest = {train.sources[0].key(int(row)) for row in train.rows[0]}
+    assert shown.isdisjoint(rest)
+    assert len(train) + len(val) == 1000
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ("s3://bucket/a.tar", r"^--data s3://bucket/a.tar: Install s3fs to access S3$"),
+    ("gs://bucket/{0..3}.tar", r"^--data gs://bucket/0.tar: .*gcsfs"),
+    ("nothing://a.tar", r"^--data nothing://a.tar: .*nothing"),
+    ("http://127.0.0.1:9/a.zip", r"^--data http://127.0.0.1:9/a.zip is no .tar"),
+    ("memory://empty/*.tar", r"^no pictures in memory://empty/\*.tar"),
+])
+def test_a_wrong_url_is_one_line(entry, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_source(entry)
+    assert "\n" not in str(error.value)
+
+
+def test_a_cache_that_holds_no_two_blocks_is_one_line(server):
+    with pytest.raises(ValueError, match=r"^--shuffle-shards 2 of http.*; give --shard-cache-size 0\.000205"):
+        remote(server, cache=3, shuffle=2)
+    assert len(remote(server, cache=10, shuffle=16)) == 200
+
+
+def test_any_url_of_fsspec_is_read(server, tmp_path):
+    import fsspec
+
+    disk = fsspec.filesystem("memory")
+    for path in server.folder.iterdir():
+        disk.pipe(f"/shards/{path.name}", path.read_bytes())
+    with_url = remote(server, cache=20)
+    for pattern in ("memory://shards/*.tar", "memory://shards/{00..09}.tar"):
+        kept = tmp_path / str(len(pattern))
+        there = open_source(pattern, size=8, held_out=0, shuffle_shards=1, shard_cache=str(kept))
+        assert there.fingerprint == with_url.fingerprint
+        assert keys(there, 40) == keys(with_url, 40)
+        assert len([*kept.glob("*.tar")]) == 10
+
+
+def test_remote_shards_are_checked(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["--check", f"{server.url}/0{{0,1}}.tar", "--shard-cache", "kept", "--sample", "8"]) == 0
+    assert f"{server.url}/0{{0,1}}.tar: 40 pictures" in capsys.readouterr().out
+    assert len([*(tmp_path / "kept").glob("*.tar")]) == 2
+
+
+def test_remote_shards_are_copied_with_something_beside_each_picture(server, tmp_path):
+    pictures = remote(server, "0{0,1}.tar")
+    for url in pictures.shards():
+        data.copy_shard(url, str(tmp_path / Path(url).name), lambda texts: texts[0].encode(), pictures.config)
+    copied = open_source(tmp_path / "00.tar", size=8, held_out=0)
+    copied.sources[0].embedded = True
+    assert copied.sources[0].sample(3).meta["embeddings"] == b"picture 3"
 
 
 # ------------------------------------------------------------------------------------ pictures to be enlarged

@@ -2083,6 +2083,18 @@ def test_an_unreadable_caption_is_replaced_beside_a_cache_too(byt5, tmp_path, mo
     assert "warning: 3: [Errno 5] Input/output error; replaced" in capsys.readouterr().out
 
 
+def test_a_remote_shard_that_is_away_is_named_once(capsys):
+    trainer = types.SimpleNamespace(replaced=0, cut=0, captions=0, told=set())
+    batch = {name: [] for name in train.TOLD} | {"cut": torch.zeros(4), "captions": ["a"] * 4}
+    notes = [f"{i}: broken" for i in range(20)]
+    for url in ("s3://a/0.tar: HTTP Error 404", "s3://a/1.tar: HTTP Error 404"):
+        notes += [f"00/{i}: {url}" for i in range(20)]
+    for start in range(0, len(notes), 4):
+        train.Trainer.tell(trainer, batch | {"replaced": notes[start:start + 4]})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"warning: {note}; replaced" for note in [*notes[:10], notes[20], notes[40]]]
+
+
 def test_captions_that_are_cut_are_said_once(byt5, tmp_path, capsys):
     for i, cache in enumerate(((), ("--text-cache cache",))):
         run(f"run{i}", f"--text-encoder {byt5}", "--limit 64", "--text-length 8", *cache)
