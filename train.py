@@ -76,7 +76,7 @@ class TrainConfig:
     lr: float = 1e-3              # learning rate between warm-up and cooldown [1e-12..1]
     warmup: int = 100             # the rate rises linearly over the first so many steps [steps]
     cooldown: int = 1000          # and falls linearly to 0 over the last so many [steps]
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices inside the U-Net; AdamW of all else
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices in the U-Net, of any --model; AdamW of others
     weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none [0..1]
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
     ema_decay: float = 0.999      # of the averaged weights, plain up to 1 / (1 - it) updates [0..0.999999]
@@ -809,6 +809,7 @@ class Contrastive(Denoising):
 # ------------------------------------------------------------------------------------- optimizer and averages
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
+TOGETHER = 4                                                   # matrices in a product: it rounds by how many
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -932,8 +933,8 @@ class State:
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for weights, momentum in self.stacks:
-            self.turn(weights, momentum, lr * (1 - bad))
+        if self.stacks:
+            self.turn(lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -947,19 +948,29 @@ class State:
             follow(average, self.weights, weight)
         return norm, bad
 
-    def turn(self, weights: list[Tensor], momentum: Tensor, lr: Tensor) -> None:
-        """Muon, of momentum (n, rows, columns); lr () 0: nothing moves. AdamW then finds no gradient here."""
-        grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
-        grads = grads.view_as(momentum)
-        momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
-        ahead = grads.lerp_(momentum, 0.95)                                   # Nesterov's
-        size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
-        steps = (orthogonal(ahead) * size).float()
+    def turn(self, lr: Tensor) -> None:
+        """Muon; lr () 0: nothing moves. Ranks deal out the passes, TOGETHER matrices at a time, so that one
+        rank computes the same bits, and meet once. AdamW then finds no gradient here."""
+        ranks, dealt = Ranks(), itertools.count()
+        sizes = [momentum.numel() for _, momentum in self.stacks]
+        turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
+        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
+            grads = grads.view_as(momentum)
+            momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
+            ahead = grads.lerp_(momentum, 0.95)                               # Nesterov's
+            for some, result in zip(ahead.split(TOGETHER), part.view_as(ahead).split(TOGETHER)):
+                if next(dealt) % ranks.world == ranks.rank:
+                    result.copy_(orthogonal(some))
+            for p in weights:
+                p.grad = None
+
+        ranks.sum_(turned)                                     # of each matrix all ranks but one have 0
         decay = self.optimizer.param_groups[0]["weight_decay"]
-        torch._foreach_mul_(weights, 1 - lr * decay)
-        torch._foreach_sub_(weights, unstacked(steps, weights))
-        for p in weights:
-            p.grad = None
+        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+            size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
+            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_sub_(weights, unstacked((part * size).float(), weights))
 
     def count(self) -> int:
         """Parameters, text encoder and all."""

@@ -1657,6 +1657,25 @@ def test_two_ranks_are_one_and_may_come_and_go(tmp_path, monkeypatch, straight):
     assert digest(out) == straight
 
 
+def test_two_ranks_share_the_passes_of_muon_and_are_one_bit_for_bit(tmp_path):
+    """And each of them turns about half of the matrices. One rank in its own process: of one thread."""
+    code = ("real = train.orthogonal\n"
+            "def orthogonal(x):\n    if x.shape[1] <= x.shape[2]:\n"             # else it turns x.mT
+            "        print(len(x), file=open(f'{sys.argv[-1]}.{rank}', 'a'))\n"
+            "    return real(x)\ntrain.orthogonal = orthogonal")
+    changes = ("--steps 24", "--channel-mult 1 2", "--optimizer muon", "--micro-batch 4", "--lr 3e-3")
+    runs = {tmp_path / "one": 0, tmp_path / "two": 2}
+    started = [start(out, *changes, f"--out {out}", ranks=ranks, code=code) for out, ranks in runs.items()]
+    for process in started:
+        status, _, err = finish(process)
+        assert (status, err) == (0, "")
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    counts = [path.read_text().split() for path in sorted(tmp_path.glob("*.[01]"))]
+    alone, first, second = (sum(map(int, count)) for count in counts)
+    assert first + second == alone
+    assert 0.4 * alone < first < 0.6 * alone
+
+
 def test_two_ranks_are_warned_of_nothing(tmp_path):
     process = start(tmp_path / "run", "--steps 2", "--channel-mult 1 2", "--optimizer muon", ranks=2)
     status, _, err = finish(process)
