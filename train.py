@@ -7,6 +7,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import gc
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ def follow_parent() -> None:
 
 if __name__ == "__main__":
     follow_parent()                                            # before the imports that take seconds
+    gc.disable()                                               # for them it looks at all of torch in vain
 
 import numpy as np
 import safetensors.torch
@@ -2115,6 +2117,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show
     try:
