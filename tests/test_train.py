@@ -2939,6 +2939,37 @@ def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values
     assert sample.load_stage(out / "checkpoints/best", torch.device("cpu")).step == best
 
 
+def test_a_run_is_scored_while_it_trains_and_goes_on_where_it_is_not(tmp_path, monkeypatch, capfd):
+    torch.jit.script(nn.AvgPool2d(60)).save("see.pt")
+    during(monkeypatch, lambda state: Path("see.pt").unlink(), at=2)
+    score = "--features see.pt --limit 8 --sample-steps 2"
+    argv = [*flags(tmp_path / "run", "--steps 2", "--score-every 1", "--keep-best kernel"), "--score", score]
+    train.main(argv)
+    shown, err = capfd.readouterr()
+    assert "error: --features see.pt is no TorchScript" in err.splitlines()[-1]
+    assert "warning: no score of step 2, see above; training continues" in shown
+
+    first, of_losses = metrics(tmp_path / "run")
+    assert first["step"] == 1
+    assert set(first) > {"frechet", "kernel", "precision", "recall"}
+    assert "frechet" not in of_losses
+    _, meta = model.load_tensors(tmp_path / "run/checkpoints/best/ema.safetensors")
+    assert (meta["step"], meta["kernel"]) == ("1", str(first["kernel"]))
+    assert "see.pt" not in meta["config"]
+
+    held_out = data.Pictures(train.parse(argv)[1], 16, 0, "val")
+    captions = np.load("run/scored.npz")["captions"].tolist()
+    assert captions == [held_out[i]["caption"] for i in range(8)]
+
+
+@pytest.mark.parametrize("command", [
+    "--score-every 5", "--score-every 5 --score=--limit", "--keep-best kernel",
+    "--keep-best frechet --score=--features", "--score-every 5 --score=--features --lowres 8"])
+def test_a_score_that_cannot_be_is_one_line(command):
+    with pytest.raises(ValueError, match="scores a stage that draws"):
+        train.parse([*flags("run"), *command.split()])
+
+
 # ------------------------------------------------------------------------------ what is written in pictures
 
 
