@@ -1716,8 +1716,8 @@ def scored(step: int, cfg: TrainConfig) -> dict:
     """What sample.py says of the checkpoint of this step, a line for metrics.jsonl: of pictures of held-out
     captions, from seeds that stay, against held-out pictures, unless --score says otherwise."""
     command = [sys.executable, str(Path(__file__).with_name("sample.py")), f"--device={cfg.device}"]
-    command += [f"--{name}={cfg.out}" for name in ("ckpt", "prompts", "against")]
-    command += [f"--npz={cfg.out}/scored.npz", *shlex.split(cfg.score)]
+    command += [f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz"]
+    command += [f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
     alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}      # not a rank of torchrun
     done = subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True)
     if done.returncode:
