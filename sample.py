@@ -5,6 +5,7 @@ depends on its prompt, its seed and the settings, not on the others of its batch
 import argparse
 import base64
 import ctypes
+import gc
 import html
 import inspect
 import io
@@ -24,6 +25,7 @@ from typing import NoReturn
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)               # during the imports that take seconds
+    gc.disable()                                               # for them it looks at all of torch in vain
 
 import numpy as np
 import torch
@@ -1337,6 +1339,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")          # a name that the terminal cannot show
     try:

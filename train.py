@@ -7,15 +7,18 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import gc
 import itertools
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -40,6 +43,7 @@ def follow_parent() -> None:
 
 if __name__ == "__main__":
     follow_parent()                                            # before the imports that take seconds
+    gc.disable()                                               # for them it looks at all of torch in vain
 
 import numpy as np
 import safetensors.torch
@@ -58,6 +62,7 @@ import text_encoder
 
 Objective = Literal["denoise", "clip"]
 Model = Literal["tiny", "small", "base", "large", "sd15", "sd21", "sdxl"]
+SCORES = "frechet", "kernel", "cmmd", "precision", "recall", "clip_score"      # of sample.py
 
 
 @dataclasses.dataclass
@@ -76,7 +81,7 @@ class TrainConfig:
     lr: float = 1e-3              # learning rate between warm-up and cooldown [1e-12..1]
     warmup: int = 100             # the rate rises linearly over the first so many steps [steps]
     cooldown: int = 1000          # and falls linearly to 0 over the last so many [steps]
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of the matrices inside the U-Net; AdamW of all else
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices in the U-Net, of any --model; AdamW of others
     weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none [0..1]
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
     ema_decay: float = 0.999      # of the averaged weights, plain up to 1 / (1 - it) updates [0..0.999999]
@@ -101,7 +106,9 @@ class TrainConfig:
     save_every: int = 500         # a checkpoint, 0 = only at the end; now: touch OUT/save [steps]
     save_minutes: float = 0       # one when the last is so old, 0 = never [0..1e6 minutes]
     keep: int = 2                 # checkpoints kept [1..99]
-    keep_best: Literal["", "val_loss", "val_gap"] = ""  # and as checkpoints/best the best one by this
+    score_every: int = 0          # save, and let sample.py score the averaged weights, 0 = never [steps]
+    score: str = ""               # by these flags of it: "--features inception.pt --limit 500", see README
+    keep_best: Literal["", "val_loss", "val_gap", *SCORES] = ""  # and as checkpoints/best the best by this
     timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
 
@@ -163,11 +170,11 @@ PUBLISHED = dict(
 # A CLIP is the network of the stage that it guides, but sees whole pictures, at all times alike.
 CLIP = dict(
     lowres=0, crop=0, conv_only=False, pretrained="", learn_sigma=False, loss_weight="uniform",
-    t_density="uniform", uncond_prob=0.0, sample_every=0, transcription="")
+    t_density="uniform", uncond_prob=0.0, sample_every=0, score_every=0, transcription="")
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
-           "prompts", "save_minutes", "keep_best",
+           "prompts", "save_minutes", "keep_best", "score_every", "score",
            "text_cache", "text_shards", "latent_cache", "allow_bin", "shard_cache", "shard_cache_size"}
 SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
@@ -415,6 +422,10 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if cfg.warmup + cfg.cooldown > cfg.steps:
         say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
             f"{cfg.steps}: the rate never reaches --lr")
+    scored = cfg.score_every and "--features" in str(shlex.split(cfg.score)) and not data_cfg.lowres
+    if (cfg.score_every or cfg.keep_best in SCORES) and not scored:
+        raise ValueError(f"--score-every {cfg.score_every} --score '{cfg.score}' --keep-best {cfg.keep_best} "
+                         "scores a stage that draws every so many steps by --score '--features FILE'")
     if cfg.reinit and not (cfg.init or cfg.pretrained):
         raise ValueError(f"--reinit {cfg.reinit} has no effect without --init or --pretrained")
     if model_cfg.weave_resolutions and not text_cfg.transcription:
@@ -812,6 +823,7 @@ class Contrastive(Denoising):
 # ------------------------------------------------------------------------------------- optimizer and averages
 # Three passes of x -> a x + b (x x^T) x + c (x x^T)^2 x bring singular values near 1: from 0.2 to 2.
 PASSES = (8.2872, -23.5959, 17.3004), (4.1071, -2.9478, 0.5448), (3.9487, -2.9089, 0.5518)
+TOGETHER = 4                                                   # matrices in a product: it rounds by how many
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -935,8 +947,8 @@ class State:
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for weights, momentum in self.stacks:
-            self.turn(weights, momentum, lr * (1 - bad))
+        if self.stacks:
+            self.turn(lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -950,19 +962,29 @@ class State:
             follow(average, self.weights, weight)
         return norm, bad
 
-    def turn(self, weights: list[Tensor], momentum: Tensor, lr: Tensor) -> None:
-        """Muon, of momentum (n, rows, columns); lr () 0: nothing moves. AdamW then finds no gradient here."""
-        grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
-        grads = grads.view_as(momentum)
-        momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
-        ahead = grads.lerp_(momentum, 0.95)                                   # Nesterov's
-        size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
-        steps = (orthogonal(ahead) * size).float()
+    def turn(self, lr: Tensor) -> None:
+        """Muon; lr () 0: nothing moves. Ranks deal out the passes, TOGETHER matrices at a time, so that one
+        rank computes the same bits, and meet once. AdamW then finds no gradient here."""
+        ranks, dealt = Ranks(), itertools.count()
+        sizes = [momentum.numel() for _, momentum in self.stacks]
+        turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
+        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
+            grads = grads.view_as(momentum)
+            momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
+            ahead = grads.lerp_(momentum, 0.95)                               # Nesterov's
+            for some, result in zip(ahead.split(TOGETHER), part.view_as(ahead).split(TOGETHER)):
+                if next(dealt) % ranks.world == ranks.rank:
+                    result.copy_(orthogonal(some))
+            for p in weights:
+                p.grad = None
+
+        ranks.sum_(turned)                                     # of each matrix all ranks but one have 0
         decay = self.optimizer.param_groups[0]["weight_decay"]
-        torch._foreach_mul_(weights, 1 - lr * decay)
-        torch._foreach_sub_(weights, unstacked(steps, weights))
-        for p in weights:
-            p.grad = None
+        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+            size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
+            torch._foreach_mul_(weights, 1 - lr * decay)
+            torch._foreach_sub_(weights, unstacked((part * size).float(), weights))
 
     def count(self) -> int:
         """Parameters, text encoder and all."""
@@ -1107,7 +1129,7 @@ def without_folders(config: str) -> str:
     recipe = json.loads(config)
     for group in recipe.values():
         for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache",
-                     "prompts", "class_names"):
+                     "prompts", "score", "class_names"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1131,12 +1153,12 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
 
 
 def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> None:
-    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name`, val_loss or val_gap, is
-    the best so far in a line of validation. Training survives a disk that is full, and a damaged old file."""
+    """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name` is the best so far in
+    a line. Training survives a disk that is full, and a damaged old file."""
     path = out / "checkpoints" / "best" / "ema.safetensors"
     own = {name: str(line[name]) for name in ("step", name)}
     own["config"] = without_folders(meta["config"])
-    sign = -1 if name == "val_gap" else 1
+    sign = -1 if name in ("val_gap", "precision", "recall", "clip_score") else 1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = model.load_tensors(path)[1].get(name, "nan") if path.exists() else "nan"
@@ -1703,6 +1725,21 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
+def scored(step: int, cfg: TrainConfig) -> dict:
+    """What sample.py says of the checkpoint of this step, a line for metrics.jsonl: of pictures of held-out
+    captions, from seeds that stay, against held-out pictures, unless --score says otherwise."""
+    command = [sys.executable, str(Path(__file__).with_name("sample.py")), f"--device={cfg.device}"]
+    command += [f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz"]
+    command += [f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
+    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}      # not a rank of torchrun
+    done = subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        say(f"warning: no score of step {step}, see above; training continues")
+        return {}
+    words = done.stdout.splitlines()[-1].split()               # name value  name value
+    return {"step": step} | dict(zip(words[::2], map(float, words[1::2])))
+
+
 def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
     """What grids are drawn of: held-out pictures, with their own captions or with prompts."""
     count = max(2, 1024 // size) if pictures.config.lowres else len(prompts) or 16
@@ -1930,7 +1967,7 @@ class Trainer:
 
 def gist(line: dict) -> str:
     """What of a line is for the eye."""
-    names = "step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1"
+    names = "step", "loss", "raw_loss", "pictures/s", "val_loss", "val_gap", "text_at_1", *SCORES
     return "  ".join(f"{name} {line[name]}" for name in names if name in line)
 
 
@@ -2078,28 +2115,32 @@ def main(argv: list[str]) -> None:
 
             # Time from here on is not that of training.
             drawing = due(cfg.sample_every) or (step == 0 and cfg.prompts and cfg.sample_every)
-            looking = last or wish or drawing or due(cfg.save_every) or due(cfg.val_every)
+            looking = last or wish or drawing or due(cfg.val_every) or due(cfg.save_every)
+            looking = looking or due(cfg.score_every)
             began = clock(device) if looking else 0.0
-            if step > first and (last or wish or due(cfg.save_every)):
+            if step > first and (last or wish or due(cfg.save_every) or due(cfg.score_every)):
                 save(journal, step, state, meta | {"images": str(images)}, cfg.keep, last, ranks)
             if leaving:
                 return say(f"stopping at step {step}; run the same command to continue")
 
-            # Validate and draw samples with the averaged weights.
+            # Validate, score and draw samples with the averaged weights.
+            line = {}
             if due(cfg.val_every):
                 with trainer.autocast:
                     line = validate(step, state.ema, val_set, cfg.val_images, trainer)
+            if due(cfg.score_every) and writes:
+                line |= scored(step, cfg)
+            if line:
                 say(gist(line))
                 journal.put(step, "metrics.jsonl", line)
-                if writes and cfg.keep_best:
+                if writes and cfg.keep_best in line:
                     keep_best(out, state, meta | {"images": str(images)}, line, cfg.keep_best)
-            if drawing:
-                if writes:
-                    with trainer.autocast:
-                        sheet = sample_grid(state.ema, shown, trainer.micro, device)
-                    journal.put(step, f"samples/{step:06d}.png", sheet)
-                ranks.wait()
+            if drawing and writes:
+                with trainer.autocast:
+                    sheet = sample_grid(state.ema, shown, trainer.micro, device)
+                journal.put(step, f"samples/{step:06d}.png", sheet)
             if looking:
+                ranks.wait()
                 trainer.since += clock(device) - began
             if last:
                 return
@@ -2124,6 +2165,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show
     try:

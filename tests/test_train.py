@@ -1691,6 +1691,25 @@ def test_two_ranks_are_one_and_may_come_and_go(tmp_path, monkeypatch, straight):
     assert digest(out) == straight
 
 
+def test_two_ranks_share_the_passes_of_muon_and_are_one_bit_for_bit(tmp_path):
+    """And each of them turns about half of the matrices. One rank in its own process: of one thread."""
+    code = ("real = train.orthogonal\n"
+            "def orthogonal(x):\n    if x.shape[1] <= x.shape[2]:\n"             # else it turns x.mT
+            "        print(len(x), file=open(f'{sys.argv[-1]}.{rank}', 'a'))\n"
+            "    return real(x)\ntrain.orthogonal = orthogonal")
+    changes = ("--steps 24", "--channel-mult 1 2", "--optimizer muon", "--micro-batch 4", "--lr 3e-3")
+    runs = {tmp_path / "one": 0, tmp_path / "two": 2}
+    started = [start(out, *changes, f"--out {out}", ranks=ranks, code=code) for out, ranks in runs.items()]
+    for process in started:
+        status, _, err = finish(process)
+        assert (status, err) == (0, "")
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    counts = [path.read_text().split() for path in sorted(tmp_path.glob("*.[01]"))]
+    alone, first, second = (sum(map(int, count)) for count in counts)
+    assert first + second == alone
+    assert 0.4 * alone < first < 0.6 * alone
+
+
 def test_two_ranks_are_warned_of_nothing(tmp_path):
     process = start(tmp_path / "run", "--steps 2", "--channel-mult 1 2", "--optimizer muon", ranks=2)
     status, _, err = finish(process)
@@ -2964,6 +2983,37 @@ def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values
     assert meta["step"] == str(best)
     assert all(torch.equal(p, tensors[name]) for name, p in ema[best].items())
     assert sample.load_stage(out / "checkpoints/best", torch.device("cpu")).step == best
+
+
+def test_a_run_is_scored_while_it_trains_and_goes_on_where_it_is_not(tmp_path, monkeypatch, capfd):
+    torch.jit.script(nn.AvgPool2d(60)).save("see.pt")
+    during(monkeypatch, lambda state: Path("see.pt").unlink(), at=2)
+    score = "--features see.pt --limit 8 --sample-steps 2"
+    argv = [*flags(tmp_path / "run", "--steps 2", "--score-every 1", "--keep-best kernel"), "--score", score]
+    train.main(argv)
+    shown, err = capfd.readouterr()
+    assert "error: --features see.pt is no TorchScript" in err.splitlines()[-1]
+    assert "warning: no score of step 2, see above; training continues" in shown
+
+    first, of_losses = metrics(tmp_path / "run")
+    assert first["step"] == 1
+    assert set(first) > {"frechet", "kernel", "precision", "recall"}
+    assert "frechet" not in of_losses
+    _, meta = model.load_tensors(tmp_path / "run/checkpoints/best/ema.safetensors")
+    assert (meta["step"], meta["kernel"]) == ("1", str(first["kernel"]))
+    assert "see.pt" not in meta["config"]
+
+    held_out = data.Pictures(train.parse(argv)[1], 16, 0, "val")
+    captions = np.load("run/scored.npz")["captions"].tolist()
+    assert captions == [held_out[i]["caption"] for i in range(8)]
+
+
+@pytest.mark.parametrize("command", [
+    "--score-every 5", "--score-every 5 --score=--limit", "--keep-best kernel",
+    "--keep-best frechet --score=--features", "--score-every 5 --score=--features --lowres 8"])
+def test_a_score_that_cannot_be_is_one_line(command):
+    with pytest.raises(ValueError, match="scores a stage that draws"):
+        train.parse([*flags("run"), *command.split()])
 
 
 # ------------------------------------------------------------------------------ what is written in pictures
