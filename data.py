@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import math
-import mmap
 import multiprocessing
 import os
 import posixpath
@@ -659,8 +658,8 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
 
 @lru_cache(256)
 def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
-    """read(name) -> an array of an index, read(name, i) -> a row of it; and notes. What is not asked for is
-    never in memory. ValueError for an index of another mark, and by read where it is damaged."""
+    """read(name) -> an array of an index, read(name, i) -> a row of it, (1, numbers); and notes. What is not
+    asked for is never in memory. ValueError for one of another mark, and by read where it is damaged."""
     place, mark = index
     file = place.open("rb")
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -670,15 +669,22 @@ def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
     if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
         raise ValueError("changed since it was indexed")
 
-    def read(name: str, which: int | slice = slice(None)) -> np.ndarray:
-        count, width = header[name]["shape"]
-        first, _ = header[name]["data_offsets"]
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        array = np.frombuffer(content, np.int64, count * width, start + first).reshape(count, width)
-        found = array[which].copy()                 # or all that lies near would stay in memory
-        if (check(found[..., :-1]) != found[..., -1]).any():
+    def read(name: str, row: int | None = None) -> np.ndarray:
+        _, width = header[name]["shape"]
+        first, last = header[name]["data_offsets"]
+        if row is not None:
+            first += 8 * width * row
+            last = first + 8 * width
+        if hasattr(os, "pread"):                    # forked processes share the place of a file
+            found = os.pread(file.fileno(), last - first, start + first)
+        else:                                       # on Windows, where none are
+            file.seek(start + first)
+            found = file.read(last - first)
+
+        array = np.frombuffer(found, np.int64).reshape(-1, width)
+        if (check(array[:, :-1]) != array[:, -1]).any():
             raise ValueError(f"{place} is damaged")
-        return found[..., :-1]
+        return array[:, :-1]
     return read, notes
 
 
@@ -856,6 +862,7 @@ class Files(Source):
         self.pattern = pattern
         self.name = printable(pattern)
         self.warned = []
+        self.last = None, None
         self.classes = []
         if self.config.class_names:
             text, _ = read_text(Path(self.config.class_names).read_bytes())
@@ -994,11 +1001,17 @@ class Files(Source):
 
     def row(self, i: int) -> tuple:
         """The files, the places of the parts, and the key of a sample."""
+        known, found = self.last                            # asked for by key, then by sample
+        if known == i:
+            return found
+
         number = bisect_right(self.starts, i) - 1
         shard = self.parts[number]
-        row = self.array(shard, "rows", i - self.starts[number])
+        row, = self.array(shard, "rows", i - self.starts[number])
         key = row[WHERE:].tobytes().rstrip(b"\0")
-        return shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
+        found = shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
+        self.last = i, found
+        return found
 
     def texts(self, read: Callable, row: list) -> tuple:
         """Captions and metadata of a sample."""
