@@ -2121,6 +2121,19 @@ SOURCES = {
 
 
 # ---------------------------------------------------------------------------------------- the check
+def spread(content: bytes, texts: list[str]) -> list[float]:
+    """Of each caption that a KEY.t5.safetensors has, the standard deviation of its embedding's numbers."""
+    size = int.from_bytes(content[:8], "little")
+    names = json.loads(content[8:8 + size])["__metadata__"]["fingerprint"].split(" ")
+    deviations = []
+    for first in range(len(names)):                 # of several encoders, that of the last ends the names
+        cache = Cache("KEY.t5.safetensors", " ".join(names[first:]), content)
+        for text in texts:
+            if cache.key(text) in cache.found:
+                deviations.append(float(cache[text][0].float().std()))
+    return deviations
+
+
 def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
     """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
     stored, texts, meta = source.sample(row)
@@ -2129,10 +2142,16 @@ def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[
     found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
     found["near-black"] = square.mean() < 8
     found["of one colour"] = np.ptp(square) < 8
-    found["without embeddings"] = not meta.pop("embeddings")
+    embeddings = meta.pop("embeddings")
+    found["without embeddings"] = not embeddings
+    if embeddings:
+        deviations = spread(embeddings, texts)
+        found["embeddings of other captions"] = len(deviations) < len(texts)
+        if deviations:
+            found["deviation of embeddings"] = sum(deviations) / len(deviations)
     found["not UTF-8"] = meta.pop(RECODED, False)
     for text in texts:
-        found["characters"] = max(len(text), found.get("characters", 0))
+        found["bytes of a caption"] = max(len(text.encode()), found.get("bytes of a caption", 0))
     for name, value in meta.items():
         found[f"metadata {printable(name)}"] = number_of(value)
     return found, square, texts

@@ -2379,6 +2379,12 @@ def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
     (folder / "4.png").write_bytes(encoded(flat((250, 250, 250))))
     (folder / "5.txt").write_text("")
     (folder / "6.txt").write_bytes(b"caf\xe9")
+    noise8 = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    first, last = (data.Cache("a", f"encoder {name} d=8", b"") for name in "ab")
+    both, meta = first.pack({"number 7": (noise8,)})
+    tensors, more = last.pack({"number 7": (2 * noise8,)}, meta)
+    for i in (6, 7):                                        # two encoders; of number 7, so not of number 6
+        (folder / f"{i}.t5.safetensors").write_bytes(safetensors.torch.save(both | tensors, meta | more))
     done = run_check(tmp_path, folder, tmp_path / "a.zip")
     assert done.returncode == 2
     assert done.stderr.startswith("data.py: error: --data ")
@@ -2393,10 +2399,13 @@ def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
     assert sums["unreadable"] == 1
     assert (sums["near-black"], sums["of one colour"]) == (1, 2)
     assert (sums["without caption"], sums["caption of another"], sums["not UTF-8"]) == (1, 1, 1)
-    assert sums["without embeddings"] == 7
+    assert sums["without embeddings"] == 5
+    assert report["table"]["embeddings of other captions"] == [2, 0, 1, 1]
+    deviation = 2 * noise8.float().std().item()
+    assert report["table"]["deviation of embeddings"] == pytest.approx([1, deviation, deviation, deviation])
     assert report["table"]["metadata aesthetic"] == [7, 1, 28, 7]
     assert report["table"]["width"] == [7, 32, 5 * 60 + 64, 60]
-    assert report["table"]["characters"] == [6, 4, 4 + 8 * 5, 8]
+    assert report["table"]["bytes of a caption"] == [6, 5, 5 + 8 * 5, 8]
     assert re.search(r"metadata aesthetic +7 +1 +4 +7\n", done.stdout)
     assert Image.open(tmp_path / "check.png").width > 200
     few = run_check(tmp_path, folder, "--filter", "aesthetic>3", "--max-bad", "0.2", "--sample", "2")
