@@ -636,7 +636,8 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     letters = keys.astype(f"S{8 * width}").view(np.int64).reshape(len(keys), width)
     arrays = {"rows": np.hstack([rows.reshape(len(rows), WHERE), letters])}
     arrays["held"] = np.column_stack([held, hashes[held].view(np.int64)])
-    arrays["columns"] = np.reshape([*columns.values()], (len(columns), len(rows))).T.view(np.int64)
+    table = np.reshape([*columns.values()], (len(columns), len(rows)))
+    arrays["columns"] = table.T.view(np.int64)
     notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
     notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
     return arrays, notes
@@ -689,10 +690,11 @@ def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
 
 
 def indexed(shard: Shard) -> bool:
+    """Whether there is an index of the shard as it is; then it is marked as in use, see index_folder."""
     with suppress(Exception):                       # not there, or torn
         open_index(shard.index)
         with suppress(OSError):                     # another user's
-            os.utime(shard.index[0])                # it is in use, see index_folder
+            os.utime(shard.index[0])
         return True
     return False
 
