@@ -6,6 +6,7 @@ resume is to start at p. Letters: H W pixels, B pictures in a batch, N pictures 
 Pictures are uint8 (3, H, W), RGB. `python data.py --check PATH ...` tells what is wrong with one's own."""
 import argparse
 import atexit
+import gc
 import glob
 import hashlib
 import io
@@ -544,6 +545,7 @@ PACKED = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z", ".parquet
 HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
                     re.IGNORECASE)
 Member = namedtuple("Member", "name plain start at size end")   # of a tar: its place [bytes]
+WHERE = 3 * (PARTS["jsonl"] + 1)          # numbers that tell where the parts of a sample lie
 HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")   # of a tar: name, size, checksum, type, prefix
 
 
@@ -579,7 +581,7 @@ def join(name: str, parts: list[tuple]) -> tuple:
         runs[-1][part] = where
         last = key
 
-    rows = np.zeros((len(runs_of), PARTS["jsonl"] + 1, 3), np.int64)
+    rows = np.zeros((len(runs_of), WHERE // 3, 3), np.int64)
     rows[:, :, 0] = -1
     keys = []
     twice = 0
@@ -626,7 +628,7 @@ def tar_header(block: bytes) -> tuple[str, bytes, int]:
     with suppress(ValueError):
         rest = sum(check) - 8 * ord(" ") + int(check.strip(b" \0"), 8)
         whole = zlib.adler32(block, 0) % 2**16 == rest % 65521         # half of it is the sum of the bytes
-        if whole and kind == b"0" and not prefix.strip(b"\0"):
+        if whole and kind == b"0" and not prefix[0]:
             name, _, _ = name.partition(b"\0")
             return name.decode("utf-8", "surrogateescape"), kind, int(size.strip(b" \0"), 8)
 
@@ -652,9 +654,10 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
 
         name, kind, size = tar_header(block)
         at += 512
-        size = int(said.get(b"size", size))
         if kind in b"123456":                       # links, devices and folders have no content
             size = 0
+        elif said:
+            size = int(said.get(b"size", size))
         if size < 0:
             raise ValueError("a size below 0")
 
@@ -669,7 +672,7 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
             said |= {b"path": text.partition(b"\0")[0]} if kind == b"L" else pax_fields(text)
         elif kind not in b"Kg":
             name = said.get(b"path", b"").decode("utf-8", "surrogateescape") or name
-            sparse = any(field.startswith(b"GNU.sparse") for field in said)
+            sparse = said and b"GNU.sparse" in b" ".join(said)
             yield Member(name, kind in b"0\x007" and not sparse, start, at, size, end)
             start = end
             said = {}
@@ -771,8 +774,9 @@ def columns_of(rows: np.ndarray, files: list[tuple]) -> dict:
 
 
 def scan(shard: Shard) -> tuple[dict, dict]:
-    """Arrays and notes of an index. Of N samples, "rows" are the places of their parts, int64
-    (N, parts, 3): file, start, size; file -1 for none."""
+    """Arrays, int64 (rows, numbers), and notes of an index. Of N samples, "rows" are the places of their
+    parts, WHERE numbers: file, start and size of each; file -1 for none; and the letters of their
+    keys. "held": rows and hashes of those that may be held out. "columns" (N, columns): see columns_of."""
     left = Counter()
     parts = shard.parts
     problem = ""
@@ -794,21 +798,21 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     columns = columns_of(rows, files)
     sizes = rows[:, :3, 2].copy()
     sizes[:, 1] += rows[:, PARTS["caption"], 2]     # .caption beside .txt
-    letters = keys.view(np.uint8).reshape(len(keys), keys.itemsize)
-    arrays = {"rows": rows, "checks": check(rows), "keys": letters}
-    if columns:
-        arrays["columns"] = np.stack([*columns.values()])
+    width = -(-keys.itemsize // 8)                  # of the keys [8 bytes]
+    letters = keys.astype(f"S{8 * width}").view(np.int64).reshape(len(keys), width)
+    arrays = {"rows": np.hstack([rows.reshape(len(rows), WHERE), letters])}
+    arrays["held"] = np.column_stack([held, hashes[held].view(np.int64)])
+    table = np.reshape([*columns.values()], (len(columns), len(rows)))
+    arrays["columns"] = table.T.view(np.int64)
     notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
     notes["state"] = files[0][1]
     notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
-    notes["held"] = list(zip(held.tolist(), hashes[held].tolist()))
     return arrays, notes
 
 
 def check(rows: np.ndarray) -> np.ndarray:
     """Checksums of the rows of an index: one flipped bit changes them."""
-    powers = 3 ** np.arange(3 * rows.shape[-2]).reshape(-1, 3)
-    return (rows * powers).sum((-2, -1))
+    return (rows * 3 ** np.arange(rows.shape[-1])).sum(-1)
 
 
 def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
@@ -816,27 +820,51 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
     place, mark = index
     text = json.dumps([mark, notes])
     place.parent.mkdir(parents=True, exist_ok=True)         # somebody may have emptied the cache folder
+    arrays = {name: np.c_[array, check(array)].copy() for name, array in arrays.items()}
     write(place, safetensors.numpy.save(arrays, {"notes": text, "checksum": hash_of(text.encode())}))
 
 
 @lru_cache(256)
-def open_index(index: tuple[Path, str]) -> tuple[dict, dict]:
-    """Arrays, mapped, to be read by slices, and notes of an index; an error for one of another mark."""
+def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
+    """read(name) -> an array of an index, read(name, i) -> a row of it, (1, numbers); and notes. What is not
+    asked for is never in memory. ValueError for one of another mark, and by read where it is damaged."""
     place, mark = index
-    file = safetensors.safe_open(place, "np")
-    meta = file.metadata()
+    file = place.open("rb")
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    start = file.tell()
+    meta = header["__metadata__"]
     made_of, notes = json.loads(meta["notes"])
-    lacks = {"rows", "checks", "keys"}.difference(file.keys())
+    lacks = {"rows", "held", "columns"}.difference(header)
     if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"] or lacks:
         raise ValueError("changed since it was indexed")
-    return {name: file.get_slice(name) for name in file.keys()}, notes      # noqa: SIM118
+
+    def read(name: str, row: int | None = None) -> np.ndarray:
+        _, width = header[name]["shape"]
+        first, last = header[name]["data_offsets"]
+        if row is not None:
+            first += 8 * width * row
+            last = first + 8 * width
+        if hasattr(os, "pread"):                    # forked processes share the place of a file
+            found = os.pread(file.fileno(), last - first, start + first)
+        else:                                       # on Windows, where none are
+            file.seek(start + first)
+            found = file.read(last - first)
+
+        array = np.frombuffer(found, np.int64).reshape(-1, width)
+        if (check(array[:, :-1]) != array[:, -1]).any():
+            raise ValueError(f"{place} is damaged")
+        return array[:, :-1]
+    return read, notes
 
 
 def indexed(shard: Shard) -> bool:
-    """Whether its index is there; not that of another file than the copy of a remote shard."""
+    """Whether there is an index of the shard as it is, or as the copy of a remote one is; then it is marked
+    as in use, see index_folder."""
     path, _ = shard.files[0]
     with suppress(Exception):                       # not there, or torn
         _, notes = open_index(shard.index)
+        with suppress(OSError):                     # another user's
+            os.utime(shard.index[0])
         return not isinstance(path, Remote) or not path.copy.exists() or notes["state"] == [*state(path.copy)]
     return False
 
@@ -863,8 +891,9 @@ def parse_filter(text: str) -> tuple[str, Callable, float]:
     return found[1], COMPARE[found[2]], value
 
 
-def narrow(shard: Shard, config: DataConfig) -> Shard:
-    """The shard with only the pictures that pass each --filter: an index of its own, kept as well."""
+def narrow(shard: Shard, config: DataConfig, read: Callable) -> Shard:
+    """The shard with only the pictures that pass each --filter: an index of its own, kept as well.
+    read(name) -> an array of the shard's."""
     place, mark = shard.index
     rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
     place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
@@ -872,7 +901,8 @@ def narrow(shard: Shard, config: DataConfig) -> Shard:
     if indexed(narrowed):
         return narrowed
 
-    arrays, notes = open_index(shard.index)
+    rows, held, columns = map(read, ("rows", "held", "columns"))
+    _, notes = open_index(shard.index)
     numbers = {name: number for number, name in enumerate(notes["columns"])}
     alike = {fold(name): number for name, number in numbers.items()}
     kept = np.ones(notes["count"], bool)
@@ -882,7 +912,7 @@ def narrow(shard: Shard, config: DataConfig) -> Shard:
         column = np.full(len(kept), np.nan)
         number = numbers.get(name, alike.get(fold(name)))
         if number is not None:
-            column = arrays["columns"][number]
+            column = columns[:, number].view(float)
         bits = column.view(np.uint64)
         missing = np.isnan(column) & (bits >> 48 != WORD)
         if math.isnan(value):                       # a word
@@ -896,9 +926,9 @@ def narrow(shard: Shard, config: DataConfig) -> Shard:
     places = np.cumsum(kept) - 1
     notes = notes | {"count": int(kept.sum()), "dropped": dropped}
     notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
-    notes["held"] = [(int(places[row]), known) for row, known in notes["held"] if kept[row]]
-    rest = {name: arrays[name][:][kept] for name in ("rows", "checks", "keys")}
-    save_index(narrowed.index, rest, notes)
+    held = held[kept[held[:, 0]]]
+    held[:, 0] = places[held[:, 0]]
+    save_index(narrowed.index, {"rows": rows[kept], "held": held}, notes)
     return narrowed
 
 
@@ -908,6 +938,7 @@ def index_all(shards: list[Shard]) -> None:
     rank = os.environ.get("RANK", "0")
     missing = [shard for shard in shards if not indexed(shard)]
     missing.sort(key=lambda shard: hash_of(f"{rank} {shard.index}".encode()))
+    gc.freeze()                                     # or a third of the time is spent on what is there already
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     helpers = min(cores, len(missing) // 4)
     if helpers < 2:
@@ -940,12 +971,13 @@ def cache_home() -> str:
 
 @cache
 def index_folder(home: str) -> Path:
-    """Where indexes are kept: in the user's cache folder or, if it cannot be written or its disk is nearly
-    full, in one of this run."""
+    """Where indexes are kept, those that nobody uses for 30 days: in the user's cache folder or, if it cannot
+    be written or its disk is nearly full, in one of this run."""
     folder = Path(home, "limn")
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        sweep(folder, "*.index", 30 * 86400)
         if shutil.disk_usage(folder).free > 2**28:
             return folder
 
@@ -1003,11 +1035,14 @@ def expand(pattern: str) -> list[str]:
 class Files(Source):
     """Loose pictures with captions beside them, and tar shards, read by offset: a --data entry."""
 
-    def __init__(self, pattern: str, config: DataConfig | None = None):
+    def __init__(self, pattern: str, config: DataConfig | None = None, again: bool = False):
+        self.again = again                                  # only for its indexes
         self.config = config or DataConfig()
+        self.pattern = pattern
         self.name = printable(pattern)
         self.warned = []
         self.far = []
+        self.last = None, None
         self.classes = []
         if self.config.class_names:
             text, _ = read_text(Path(self.config.class_names).read_bytes())
@@ -1051,7 +1086,8 @@ class Files(Source):
         wanted = self.config.caption_key
         if wanted and wanted not in self.columns:
             raise ValueError(f"--caption-key {wanted} is no field of {self.name}{self.fields()}")
-        self.look()
+        if not again:
+            self.look()
 
     def gather(self, left: Counter) -> Counter:
         """Filter the pictures, and take from the heads of their indexes what concerns all of them."""
@@ -1060,7 +1096,7 @@ class Files(Source):
         self.columns = set()
         dropped = Counter()
         if self.config.filter:
-            self.parts = [narrow(shard, self.config) for shard in self.parts]
+            self.parts = [narrow(shard, self.config, partial(self.array, shard)) for shard in self.parts]
         for shard in self.parts:
             _, notes = open_index(shard.index)
             self.columns |= set(notes["columns"])
@@ -1092,7 +1128,7 @@ class Files(Source):
         """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
         prefix = printable(inside[:-4]) + "/" if inside else ""
         path = path if "://" in path else os.path.abspath(path)
-        place = f"4 {prefix} {path}".encode("utf-8", "surrogateescape")
+        place = f"5 {prefix} {path}".encode("utf-8", "surrogateescape")
         states = [found for _, found in files]
         mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
         file = index_folder(cache_home()) / f"{hash_of(place)}.index"
@@ -1143,17 +1179,36 @@ class Files(Source):
     def __len__(self):
         return self.starts[-1]
 
+    def array(self, shard: Shard, *what) -> np.ndarray:
+        """What open_index reads; an index that is damaged or gone is made again."""
+        place, _ = shard.index
+        try:
+            read, _ = open_index(shard.index)
+            return read(*what)
+        except Exception as error:                  # there is nearly anything in garbage
+            if self.again:
+                raise
+            print(f"warning: {one_line(error)}; making {place} again", file=sys.stderr)
+
+        place.unlink(missing_ok=True)
+        open_index.cache_clear()
+        Files(self.pattern, self.config, again=True)
+        read, _ = open_index(shard.index)
+        return read(*what)
+
     def row(self, i: int) -> tuple:
         """The files, the places of the parts, and the key of a sample."""
+        known, found = self.last                            # asked for by key, then by sample
+        if known == i:
+            return found
+
         number = bisect_right(self.starts, i) - 1
         shard = self.parts[number]
-        arrays, _ = open_index(shard.index)
-        row = i - self.starts[number]
-        places = arrays["rows"][row]
-        if check(places) != arrays["checks"][row]:
-            raise ValueError(f"{shard.index[0]} is damaged; delete it")
-        key = arrays["keys"][row].tobytes().rstrip(b"\0")
-        return shard.files, places.tolist(), key.decode()
+        row, = self.array(shard, "rows", i - self.starts[number])
+        key = row[WHERE:].tobytes().rstrip(b"\0")
+        found = shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
+        self.last = i, found
+        return found
 
     def texts(self, read: Callable, row: list) -> tuple:
         """Captions and metadata of a sample."""
@@ -1201,14 +1256,14 @@ class Files(Source):
         return f"{os.path.basename(self.name)} {key}, {size} bytes"
 
     def held(self, share):
-        rows = []
+        held = [np.empty(0, np.int64)]
         below = held_below(1 if self.far else share)
         for start, shard in zip(self.starts, self.parts):
-            _, notes = open_index(shard.index)
-            rows += [start + row for row, known in notes["held"] if known < below]
-            if self.far and len(rows) >= share * len(self):         # of few shards: they are fetched often
+            rows, hashes = self.array(shard, "held").T
+            held.append(start + rows[hashes.view(np.uint64) < below])
+            if self.far and sum(map(len, held)) >= share * len(self):       # of few: they are fetched often
                 break
-        return np.array(rows, np.int64)
+        return np.concatenate(held)
 
     def fingerprint(self):
         return repr((self.digests, self.looked)).encode()
@@ -1262,11 +1317,11 @@ def write(path: Path, content: bytes) -> None:
             os.close(folder)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed writers left: .tmp-PID-* that nobody has written to for an hour."""
-    for path in folder.glob(".tmp-[0-9]*"):
+def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
+    """Remove what killed writers left: .tmp-PID-* that nobody has written to for an hour [seconds]."""
+    for path in folder.glob(pattern):
         with suppress(OSError):                     # another one swept it
-            if time.time() - path.stat().st_mtime > 3600:
+            if time.time() - path.stat().st_mtime > age:
                 path.unlink()
 
 
@@ -2319,6 +2374,19 @@ SOURCES = {
 
 
 # ---------------------------------------------------------------------------------------- the check
+def spread(content: bytes, texts: list[str]) -> list[float]:
+    """Of each caption that a KEY.t5.safetensors has, the standard deviation of its embedding's numbers."""
+    size = int.from_bytes(content[:8], "little")
+    names = json.loads(content[8:8 + size])["__metadata__"]["fingerprint"].split(" ")
+    deviations = []
+    for first in range(len(names)):                 # of several encoders, that of the last ends the names
+        cache = Cache("KEY.t5.safetensors", " ".join(names[first:]), content)
+        for text in texts:
+            if cache.key(text) in cache.found:
+                deviations.append(float(cache[text][0].float().std()))
+    return deviations
+
+
 def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
     """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
     stored, texts, meta = source.sample(row)
@@ -2327,10 +2395,16 @@ def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[
     found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
     found["near-black"] = square.mean() < 8
     found["of one colour"] = np.ptp(square) < 8
-    found["without embeddings"] = not meta.pop("embeddings")
+    embeddings = meta.pop("embeddings")
+    found["without embeddings"] = not embeddings
+    if embeddings:
+        deviations = spread(embeddings, texts)
+        found["embeddings of other captions"] = len(deviations) < len(texts)
+        if deviations:
+            found["deviation of embeddings"] = sum(deviations) / len(deviations)
     found["not UTF-8"] = meta.pop(RECODED, False)
     for text in texts:
-        found["characters"] = max(len(text), found.get("characters", 0))
+        found["bytes of a caption"] = max(len(text.encode()), found.get("bytes of a caption", 0))
     for name, value in meta.items():
         found[f"metadata {printable(name)}"] = number_of(value)
     return found, square, texts

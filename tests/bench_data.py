@@ -1,16 +1,17 @@
-"""What the data costs on one core: python tests/bench_data.py
+"""What the data costs: python tests/bench_data.py [--pictures 200 --side 512 --size 64 --pairs 7
+                                                 --many 1000000 --old CHECKOUT --folder FOLDER]
 
-    [--pictures 400 --side 512 --size 64 --pairs 7 --many 100000 --folder FOLDER]
-
-Decoding: positions of the stream (index, reading, captions, decoding) in pairs with the least that Pillow
-takes to make the same squares of bytes in memory, and with webdataset where it is installed. Indexes: a
-tenth of `--many` pictures of 8x8 pixels with their .txt and .json in shards of 10,000, then all: the first
-start, the second, memory and looking up, each in a process of its own. Processor seconds hold on a machine
-that is shared.
+Decoding, on one core: positions of the stream (index, reading, captions, decoding) in pairs with Pillow, that
+makes the same squares, to the bit, of bytes in memory; with nothing but its decoder, at the same scale; and
+with webdataset on the same shards, where it is installed. Indexes: a tenth of `--many` pictures of 8x8 pixels
+with their .txt and .json in shards of 10,000, then all: the first start, the second, memory and looking up,
+each in a process of its own; with --old, of another checkout in turn. Processor seconds hold on a machine
+that is shared, those of the clock on a quiet one, where all takes about three minutes. Prints Markdown.
 """
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import statistics
@@ -29,9 +30,15 @@ import data
 
 ROOT = Path(data.__file__).parent
 START = """
-import resource, sys, time
+import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
 import data
+
+def memory():
+    found = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(found[name].split()[0]) / 1024 for name in ("VmRSS", "RssAnon")]
+
+bare = memory()
 began, worked = time.perf_counter(), time.process_time()
 pictures = data.Pictures(data.DataConfig(data=[sys.argv[2]]), 64, 0)
 children = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -41,9 +48,7 @@ worked = time.process_time()
 for position in range(2000):
     pictures.sources[0].key(int(pictures.rows[0][data.permute(position, len(pictures), b"bench")]))
 look_up = (time.process_time() - worked) / 2000
-anonymous = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
-print(len(pictures), wall, spent, 1e6 * look_up, anonymous / 1024,
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(json.dumps({"wall": wall, "spent": spent, "look up": 1e6 * look_up, "bare": bare, "memory": memory()}))
 """
 
 
@@ -77,76 +82,111 @@ def shard(path: Path, first: int, count: int, picture) -> None:
             put(tar, f"{i:09}.json", json.dumps(meta).encode())
 
 
-def bare(content: bytes, size: int) -> np.ndarray:
-    """The least that Pillow takes to make the square: drafted, cut in the middle, resized."""
+def opened(content: bytes, size: int) -> Image.Image:
+    """A picture, to be decoded at the scale that decode takes."""
     image = Image.open(io.BytesIO(content))
     scale = 2 * size / min(image.size)
-    image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    return image
+
+
+def square(image: Image.Image, size: int, **how) -> np.ndarray:
+    """What any trainer needs: cut in the middle, resized."""
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=1.0))
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    small = image.crop((left, top, left + side, top + side))
+    small = small.resize((size, size), Image.Resampling.BICUBIC, **how)
+    return np.asarray(small)
+
+
+def row(*cells) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def decoding(args, folder: Path) -> None:
     shard(folder / "photographs.tar", 0, args.pictures, lambda i: photograph(i, args.side))
-    pictures = data.Pictures(data.DataConfig(data=[str(folder)], held_out=0), args.size, 0)
+    pictures = data.Pictures(data.DataConfig(data=[str(folder)], held_out=0), args.size, 0, "val")
     with tarfile.open(folder / "photographs.tar") as tar:
         contents = [tar.extractfile(member).read() for member in tar if member.name.endswith("jpg")]
+    for position, content in enumerate(contents):
+        expected = square(opened(content, args.size), args.size, reducing_gap=1.0)
+        if not np.array_equal(pictures[position]["picture"], expected.transpose(2, 0, 1)):
+            raise ValueError(f"picture {position} is not what Pillow makes of it")
 
     def stream():
         for position in range(len(pictures)):
             pictures[position]
 
-    def pillow():
+    def same():
         for content in contents:
-            bare(content, args.size)
+            square(opened(content, args.size), args.size, reducing_gap=1.0)
+
+    def decoder():
+        for content in contents:
+            opened(content, args.size).load()
 
     def webdataset():
         import webdataset
         source = webdataset.WebDataset(str(folder / "photographs.tar"), shardshuffle=False, empty_check=False)
         for image, _ in source.shuffle(100).decode("pil").to_tuple("jpg", "txt"):
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            np.asarray(square.resize((args.size, args.size), Image.Resampling.BICUBIC))
+            square(image, args.size)
 
     def seconds(run) -> float:
         began = time.process_time()
         run()
         return time.process_time() - began
 
-    for name, other in (("Pillow alone", pillow), ("webdataset", webdataset)):
+    row(f"decoding {args.side} -> {args.size}, one core", "pictures/s", "limn", "times as fast", "from", "to")
+    row(*["---"] * 6)
+    others = {"Pillow, same squares": same, "Pillow, decoder alone": decoder, "webdataset": webdataset}
+    for name, other in others.items():
         try:
-            ratios = [seconds(other) / seconds(stream) for _ in range(args.pairs)]
+            other()
         except ImportError:
-            print(f"{name}: not installed")
+            row(name, "not installed", *[""] * 4)
             continue
-        speed = args.pictures / seconds(stream)
-        print(f"decoding {args.side} -> {args.size}: {speed:.0f} pictures/s and core, "
-              f"{statistics.median(ratios):.2f} of {name} ({min(ratios):.2f} to {max(ratios):.2f})")
+        pairs = [(seconds(other), seconds(stream)) for _ in range(args.pairs)]
+        ratios = [theirs / ours for theirs, ours in pairs]
+        best = [f"{args.pictures / min(times):.0f}" for times in zip(*pairs)]
+        row(name, *best, *(f"{ratio:.2f}" for ratio in (statistics.median(ratios), min(ratios), max(ratios))))
+    print()
+
+
+def start(root: Path, many: Path, cache: Path) -> dict:
+    env = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", START, str(root), str(many)], env=env, check=True,
+                          stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout)
 
 
 def indexing(args, folder: Path) -> None:
     tiny = encoded(np.full((8, 8, 3), 99, np.uint8))
+    shard(folder / "shard.tar", 0, 10_000, lambda i: tiny)
     for count in (args.many // 10, args.many):
-        many = folder / str(count)
-        many.mkdir()
-        for first in range(0, count, 10_000):
-            shard(many / f"{first // 10_000:05}.tar", first, min(10_000, count - first), lambda i: tiny)
-        env = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-        for start in ("first", "second"):
-            done = subprocess.run([sys.executable, "-c", START, str(ROOT), str(many)], env=env, check=True,
-                                  capture_output=True, text=True)
-            pictures, wall, spent, look_up, anonymous, most = map(float, done.stdout.split())
-            print(f"{start:6} start, {pictures:9,.0f} pictures: {wall:6.2f} s, {spent:6.2f} s of processors, "
-                  f"looking up {look_up:.1f} us, {anonymous:.0f} MB its own, {most:.0f} MB at most")
+        (folder / str(count)).mkdir()
+        for first in range(0, count, 10_000):               # one file by many names
+            os.link(folder / "shard.tar", folder / str(count) / f"{first // 10_000:05}.tar")
+
+    row("start", "pictures", "s", "s of processors", "looking up us", "MB in memory", "its own", "bare: MB",
+        "its own")
+    row(*["---"] * 9)
+    starts = [("limn", ROOT, args.many // 10), ("limn", ROOT, args.many)]
+    if args.old:
+        starts.insert(1, ("old", Path(args.old), args.many // 10))
+        starts = 2 * starts[:2] + starts
+    for turn, (name, root, count) in enumerate(starts):
+        for which in ("first", "second"):
+            found = start(root, folder / str(count), folder / f"cache-{turn}")
+            sizes = found["memory"] + found["bare"]
+            row(f"{name}, {which}", f"{count:,}", f"{found['wall']:.2f}", f"{found['spent']:.2f}",
+                f"{found['look up']:.0f}", *map(round, sizes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag, default in (("pictures", 400), ("side", 512), ("size", 64), ("pairs", 7), ("many", 100_000)):
+    for flag, default in (("pictures", 200), ("side", 512), ("size", 64), ("pairs", 7), ("many", 1_000_000)):
         parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--old", help="another checkout, to be compared with")
     parser.add_argument("--folder", help="of what is made, and removed")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-", dir=args.folder))
