@@ -834,8 +834,7 @@ def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
     start = file.tell()
     meta = header["__metadata__"]
     made_of, notes = json.loads(meta["notes"])
-    lacks = {"rows", "held", "columns"}.difference(header)
-    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"] or lacks:
+    if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
         raise ValueError("changed since it was indexed")
 
     def read(name: str, row: int | None = None) -> np.ndarray:
