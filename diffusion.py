@@ -687,9 +687,9 @@ def classifier_guidance(
     interval: tuple[float, float] = (0.0, 1.0),
 ) -> Callable:
     """x0 + scale sigma^2 / alpha grad log p(y | x_t) (Dhariwal & Nichol 2021, 2105.05233, algorithm
-    2) where t is in the interval, else x0. `log_prob(x_t, t)` -> (B,), t (B,). The factor is 2e4
-    near t = 1, where a network's gradient is not as small: so, unlike there, the root mean square of
-    what is added to a picture is at most 1, as that of an x0. Put a threshold around it."""
+    2) where t is in the interval, else x0. `log_prob(x_t, t)` -> (B,), t (B,). The true gradient
+    shrinks as alpha does near t = 1, and a network's does not: so, unlike there, alpha counts as 0.1
+    at least. Put a threshold around it."""
     first, last = interval
 
     def pushed(x_t, t):
@@ -700,9 +700,7 @@ def classifier_guidance(
             total = log_prob(x, per_row(t, x)).sum()
             gradient = torch.autograd.grad(total, x)[0]
         alpha, sigma = schedule.alpha_sigma(t, x_t)
-        push = scale * sigma**2 / alpha * gradient
-        size = push.square().mean(inner(push), keepdim=True).sqrt()
-        return denoise(x_t, t) + push / size.clamp(min=1)
+        return denoise(x_t, t) + scale * sigma**2 / alpha.clamp(min=0.1) * gradient
 
     return pushed
 

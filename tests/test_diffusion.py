@@ -1324,9 +1324,9 @@ def test_classifier_guidance_draws_the_posterior():
                         for interval in ((0.5, 1.0), (0.0, 0.499)))
     assert torch.equal(elsewhere, prior(x, t[0]))
     assert torch.equal(there, denoise(x, t[0]))
-    end = torch.ones((), dtype=F64)                            # there the factor is beyond all bounds
+    end = torch.ones((), dtype=F64)                            # there sigma^2 / alpha is beyond all bounds
     steep = diffusion.classifier_guidance(prior, lambda x, t: 7 * x.flatten(1).sum(1), schedule, 1.0)
-    torch.testing.assert_close(steep(x, end) - prior(x, end), torch.ones_like(x))
+    torch.testing.assert_close(steep(x, end) - prior(x, end), torch.full_like(x, 70))
     out = diffusion.heun(denoise, x, even(200), None, schedule)
     var = 1 / (1 / std**2 + 1 / noise_std**2)
     assert out.mean().item() == pytest.approx(var * y / noise_std**2, abs=0.01)
