@@ -236,8 +236,9 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
             raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels "
                              f"or under {least}")
 
-        scale = 2 * size / kept
-        image.draft(None, (math.ceil(width * scale), math.ceil(height * scale)))
+        scale = 2 * size / kept                     # of the long side rounded down, or 4:3 is never reduced
+        wanted = math.ceil(min(width, height) * scale)
+        image.draft(None, (max(wanted, int(width * scale)), max(wanted, int(height * scale))))
 
         side = max(1, round(keep * min(image.size)))
         left = round(right * (image.width - side))

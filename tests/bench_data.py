@@ -11,7 +11,6 @@ that is shared, those of the clock on a quiet one, where all takes about three m
 import argparse
 import io
 import json
-import math
 import os
 import shutil
 import statistics
@@ -86,7 +85,7 @@ def opened(content: bytes, size: int) -> Image.Image:
     """A picture, to be decoded at the scale that decode takes."""
     image = Image.open(io.BytesIO(content))
     scale = 2 * size / min(image.size)
-    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+    image.draft(None, (int(image.width * scale), int(image.height * scale)))
     return image
 
 

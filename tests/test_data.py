@@ -505,6 +505,17 @@ def test_jpeg_draft_gives_the_same_picture():
     assert np.abs(slow.astype(int) - fast).mean() < 3
 
 
+@pytest.mark.parametrize("shape", [(682, 512), (512, 682), (512, 512), (511, 400), (2000, 512)])
+def test_jpeg_is_decoded_at_the_smallest_scale_that_leaves_twice_the_size(shape, monkeypatch):
+    """Of the short side, whatever the long one is."""
+    loaded = []
+    real = Image.Image.crop
+    monkeypatch.setattr(Image.Image, "crop", lambda image, box: loaded.append(image.size) or real(image, box))
+    decode(encoded(Image.new("RGB", shape), "JPEG"), 64)
+    scale = 4 if min(shape) >= 512 else 2
+    assert loaded[0] == tuple(math.ceil(side / scale) for side in shape)
+
+
 BAD = {
     "truncated jpeg": lambda: encoded(NOISE, "JPEG")[:1500],
     "truncated png": lambda: encoded(NOISE)[:3000],
