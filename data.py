@@ -73,7 +73,7 @@ RECODED = "not UTF-8"                     # a field of meta: the encoding of its
 
 @dataclass
 class DataConfig:
-    data: list[str] = field(default_factory=list)  # paths, patterns, URLs: PATH or PATH:WEIGHT; or built-in
+    data: list[str] = field(default_factory=list)  # built-in, or paths, patterns, URLs: PATH or PATH:WEIGHT
     caption_key: str = ""  # field of the metadata that holds the captions, "" = the usual ones
     class_names: str = ""  # file of captions, one a line, for pictures with the number of a class, NAME.cls
     filter: list[str] = field(default_factory=list)  # filters of the metadata: "aesthetic>5" "license==cc0"
