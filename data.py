@@ -236,9 +236,8 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
             raise ValueError(f"{width}x{height} is over {MAX_PIXELS >> 20} megapixels "
                              f"or under {least}")
 
-        scale = 2 * size / kept                     # of the long side rounded down, or 4:3 is never reduced
-        wanted = math.ceil(min(width, height) * scale)
-        image.draft(None, (max(wanted, int(width * scale)), max(wanted, int(height * scale))))
+        wanted = math.ceil(2 * size / keep)         # of the short side, whatever the long one is
+        image.draft(None, (wanted, wanted))
 
         side = max(1, round(keep * min(image.size)))
         left = round(right * (image.width - side))
@@ -340,7 +339,8 @@ BEGAN = time.time()
 
 @contextmanager
 def streamed(url: str) -> Iterator[tuple]:
-    """The stream of a remote file, its size [bytes], and what changes with its content, if anything does."""
+    """The stream of a remote file, its size [bytes], 0 = not said, and what changes with its content, if
+    anything does."""
     if url.startswith("http"):                      # without the package that fsspec needs
         with urllib.request.urlopen(url, timeout=30) as stream:
             yield stream, int(stream.headers["Content-Length"] or 0), stream.headers["ETag"]
@@ -373,16 +373,22 @@ def make_room(folder: Path, limit: float) -> None:
 @contextmanager
 def locked(path: Path, wait: bool) -> Iterator[bool]:
     """Alone among all processes and threads, or, without `wait`, False. A killed process holds no lock."""
+    try:
+        import fcntl
+    except ImportError:                             # Windows: each fetches for itself
+        yield True
+        return
+
     with open(path, "wb") as lock:
+        alone = True
         try:
-            import fcntl
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-            fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
-        except ImportError:                         # Windows: each fetches for itself
-            yield True
         except BlockingIOError:
-            yield False
+            alone = False
+        try:
+            yield alone
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
 
 
 class Away(OSError):
@@ -418,7 +424,7 @@ class Remote(namedtuple("Remote", "url folder limit")):
         unfinished = self.folder / f".tmp-{os.getpid()}-{self.copy.name}"
         with streamed(self.url) as (stream, size, version), open(unfinished, "wb") as file:
             shutil.copyfileobj(stream, file, 2**20)
-            if file.tell() != size:
+            if size and file.tell() != size:
                 raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
             file.flush()
             os.fsync(file.fileno())

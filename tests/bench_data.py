@@ -84,8 +84,7 @@ def shard(path: Path, first: int, count: int, picture) -> None:
 def opened(content: bytes, size: int) -> Image.Image:
     """A picture, to be decoded at the scale that decode takes."""
     image = Image.open(io.BytesIO(content))
-    scale = 2 * size / min(image.size)
-    image.draft(None, (int(image.width * scale), int(image.height * scale)))
+    image.draft(None, (2 * size, 2 * size))
     return image
 
 

@@ -2332,7 +2332,8 @@ class Shaky(http.server.SimpleHTTPRequestHandler):
             return self.send_error(fault or 404)
         content = path.read_bytes()
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        if fault != "size unsaid":
+            self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{zlib.crc32(content)}"')
         self.end_headers()
         if fault == "cut":
@@ -2366,6 +2367,20 @@ def noisy_tar(path, count, start=0):
             add(tar, f"{i:05}.png", encoded(Image.fromarray(pixels)))
             add(tar, f"{i:05}.txt", f"picture {i}".encode())
     return path
+
+
+def test_a_remote_server_need_not_say_the_size(server):
+    server.faults = lambda number, path: "size unsaid"
+    pictures = remote(server, "00.tar")
+    assert len(pictures) == 20
+    assert pictures[0]["replaced"] == []
+
+
+def test_a_lock_is_free_after_an_error_and_is_not_waited_for(tmp_path):
+    with pytest.raises(BlockingIOError, match="inside"), data.locked(tmp_path / "a.lock", True):
+        raise BlockingIOError("inside")
+    with data.locked(tmp_path / "a.lock", True) as first, data.locked(tmp_path / "a.lock", False) as second:
+        assert (first, second) == (True, False)
 
 
 def shards_size(server, count):
