@@ -1324,7 +1324,8 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
-    """Remove what killed writers left: .tmp-PID-* that nobody has written to for an hour [seconds]."""
+    """Remove files that nobody has written to for so long [seconds]: if not told otherwise, .tmp-PID-*, which
+    killed writers left."""
     for path in folder.glob(pattern):
         with suppress(OSError):                     # another one swept it
             if time.time() - path.stat().st_mtime > age:

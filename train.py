@@ -422,8 +422,8 @@ def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int)
     if cfg.warmup + cfg.cooldown > cfg.steps:
         say(f"warning: --warmup {cfg.warmup} and --cooldown {cfg.cooldown} do not fit into --steps "
             f"{cfg.steps}: the rate never reaches --lr")
-    scored = cfg.score_every and "--features" in str(shlex.split(cfg.score)) and not data_cfg.lowres
-    if (cfg.score_every or cfg.keep_best in SCORES) and not scored:
+    can_score = cfg.score_every and "--features" in str(shlex.split(cfg.score)) and not data_cfg.lowres
+    if (cfg.score_every or cfg.keep_best in SCORES) and not can_score:
         raise ValueError(f"--score-every {cfg.score_every} --score '{cfg.score}' --keep-best {cfg.keep_best} "
                          "scores a stage that draws every so many steps by --score '--features FILE'")
     if cfg.reinit and not (cfg.init or cfg.pretrained):
@@ -1731,8 +1731,8 @@ def scored(step: int, cfg: TrainConfig) -> dict:
     command = [sys.executable, str(Path(__file__).with_name("sample.py")), f"--device={cfg.device}"]
     command += [f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz"]
     command += [f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
-    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}      # not a rank of torchrun
-    done = subprocess.run(command, env=alone, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}           # not a rank of torchrun
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         say(f"warning: no score of step {step}, see above; training continues")
         return {}
