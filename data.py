@@ -1653,6 +1653,15 @@ class Pictures:
     def __len__(self) -> int:
         return sum(map(len, self.rows))
 
+    def enough(self) -> int:
+        """After so many pictures the share of unreadable ones tells something of all: of remote shards after
+        two blocks, since one that is away is more of its block than of the data."""
+        enough = 1000
+        for bounds in self.bounds:
+            if len(bounds) > 2:
+                enough = max(enough, 2 * bounds[-1] * self.config.shuffle_shards // (len(bounds) - 1))
+        return enough
+
     def captions(self) -> Iterator[str]:
         """Every caption that can be drawn; of built-in pictures they do not end without --limit."""
         for source, rows in zip(self.sources, self.rows):
@@ -1938,6 +1947,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
     seen = 0
     bad = 0
+    enough = dataset.enough()
     try:
         coming = dataset.coming(start, 1)           # before any worker is waited for
         for _ in watched(map(Remote.fetch, coming), "shards", len(coming)):
@@ -1956,7 +1966,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
-            if bad > dataset.config.max_bad * max(seen, 1000):
+            if bad > dataset.config.max_bad * max(seen, enough):
                 last = batch["replaced"][-1]
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
@@ -2394,6 +2404,42 @@ def spread(content: bytes, texts: list[str]) -> list[float]:
     return deviations
 
 
+def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
+    """The reader of each --text-encoder, and what --text-cache has of it, or None. The check alone asks for
+    text_encoder.py, and only where one is named: else this file needs no other."""
+    if folder and not names:
+        raise ValueError(f"--text-cache {folder} needs the --text-encoder that it is of")
+    if not names:
+        return []
+    import text_encoder
+    found = []
+
+    def look(number: int, encoder, load: Callable) -> None:
+        cache = Cache(Path(folder, str(number)), encoder.fingerprint) if folder else None
+        found.append((encoder.reader, cache))
+
+    text_encoder.load_text_encoder(text_encoder.TextConfig(names, text_length=length), look)
+    return found
+
+
+def told_of(text: str, readers: list[tuple]) -> dict:
+    """What text encoders make of a caption, {name: number}; numbered where they are several."""
+    found = {}
+    for number, (reader, cache) in enumerate(readers, 1):
+        which = f" of encoder {number}" if len(readers) > 1 else ""
+        reader.counts.clear()
+        entry = reader.read(text)
+        found[f"tokens{which}"] = len(entry["ids"])
+        found[f"unknown tokens{which}"] = reader.counts["unknown"]
+        found[f"captions cut{which}"] = entry["cut"]
+        if cache:
+            cached = cache.key(text) in cache.found
+            found[f"not in the cache{which}"] = not cached
+            if cached:
+                found[f"deviation in the cache{which}"] = float(cache[text][0].float().std())
+    return found
+
+
 def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
     """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
     stored, texts, meta = source.sample(row)
@@ -2417,9 +2463,9 @@ def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[
     return found, square, texts
 
 
-def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
-    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread; why
-    some are unreadable; up to 16 squares with captions."""
+def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str], list]:
+    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread, and of
+    what text encoders make of their captions; why some are unreadable; up to 16 squares with captions."""
     table = {}
     reasons = []
     tiles = []
@@ -2429,6 +2475,7 @@ def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
         source.embedded = True
         for i in watched(range(0, len(rows), step), source.name):
             found = {"unreadable": 0}
+            texts = []
             try:
                 more, square, texts = facts(source, int(rows[i]), pictures.config.min_size)
                 found |= more | {"caption of another": not seen.isdisjoint(texts)}
@@ -2438,7 +2485,8 @@ def survey(pictures: Pictures, most: int) -> tuple[dict, list[str], list]:
             except Exception as error:              # decoders raise nearly anything on garbage
                 found["unreadable"] = 1
                 reasons.append(f"{source.key(int(rows[i]))}: {one_line(error)}")
-            for name, value in found.items():
+            told = [told_of(text, readers) for text in texts]
+            for name, value in chain(found.items(), *(each.items() for each in told)):
                 if value == value:                  # a word is none
                     count, least, total, largest = table.get(name, (0, value, 0, value))
                     table[name] = count + 1, min(least, value), total + value, max(largest, value)
@@ -2453,17 +2501,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
     for name in ("caption-key", "class-names", "shard-cache"):
         parser.add_argument(f"--{name}", help="as of train.py")
+    parser.add_argument("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
+    parser.add_argument("--text-length", type=int, default=128, help="as of train.py")
+    parser.add_argument("--text-cache", default="", help="as of train.py: what it has of these captions")
     parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
     parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
+    readers = readers_of(*(options.pop(name) for name in ("text_encoder", "text_length", "text_cache")))
     pictures = Pictures(DataConfig(**options, held_out=0, shuffle_shards=1), 64, 0)
     if any(source.endless for source in pictures.sources):
         raise ValueError("--check built-in has no end; give folders, tars, patterns")
-    table, reasons, tiles = survey(pictures, most)
+    table, reasons, tiles = survey(pictures, readers, most)
 
     print(pictures.summary, *pictures.warnings, *reasons[:10], sep="\n")
-    print(f"{'':32}{'pictures':>12}{'least':>12}{'mean':>12}{'largest':>12}")
+    print(f"{'':32}{'counted':>12}{'least':>12}{'mean':>12}{'largest':>12}")
     for name, (count, least, total, largest) in table.items():
         print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
     report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table}

@@ -2635,6 +2635,23 @@ def test_a_shard_that_stays_away_is_told_and_its_pictures_are_replaced_by_keys(s
     assert "\n" not in str(error.value)
 
 
+def test_a_shard_may_be_away_that_is_too_much_of_its_block_but_not_of_all(server, monkeypatch):
+    """Of ten shards in blocks of five: two blocks are waited for."""
+    pictures = remote(server, cache=10, shuffle=5, max_bad=0.12)
+    emptied(server)
+    (first, *_), _ = pictures.block(0, 0)
+    server.faults = lambda number, path: 404 if path == f"{first:02}.tar" else None
+    assert len(list(loader(pictures, 0, 600, 10))) == 60
+    assert pictures.enough() == 1000                              # they are small
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "enough", lambda: 10)
+        with pytest.raises(ValueError, match="404: Not Found.*--max-bad 0.12 allows fewer"):
+            list(loader(pictures, 0, 600, 10))
+    pictures.bounds = [tuple(1000 * bound for bound in pictures.bounds[0])]
+    assert pictures.enough() == 2 * 5 * 20 * 1000
+
+
 def test_a_remote_shard_that_changes_is_noticed_and_indexed_again_at_the_next_start(server):
     pictures = remote(server, "00.tar")
     key = pictures[0]["key"]

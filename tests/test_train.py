@@ -1944,6 +1944,45 @@ def test_training_from_the_text_cache_never_reads_the_encoder(byt5, tmp_path, mo
         run(tmp_path / "other", *cached)
 
 
+def test_the_check_counts_the_tokens_of_an_encoder_and_what_its_cache_lacks(byt5, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    before = shards_of(tmp_path / "before")
+    same = [f"--text-encoder {byt5}", "--text-length 64", f"--text-cache {tmp_path / 'cache'}"]
+    run(tmp_path / "run", *same, f"--data {before}", "--steps 1", "--held-out 0")
+    said = sorted(caption for i in range(48) for caption in data.captions(data.scene(i)))
+    more = tmp_path / "more"
+    more.mkdir()
+    for name, caption in (("a", said[0]), ("b", "never seen " * 9)):
+        Image.new("RGB", (16, 16), "red").save(more / f"{name}.png")
+        (more / f"{name}.txt").write_text(caption)
+    capsys.readouterr()
+
+    def check(*flags):
+        status = data.main(["--check", *" ".join(map(str, flags)).split()])
+        return status, json.loads(Path("check.json").read_text())["table"]
+
+    status, table = check(before, *same)
+    lengths = [len(caption) + 1 for caption in said]                          # bytes, and the end
+    assert (status, table["tokens"]) == (0, [len(said), min(lengths), sum(lengths), max(lengths)])
+    assert [table[name][2] for name in ("unknown tokens", "captions cut", "not in the cache")] == [0, 0, 0]
+    count, least, total, _ = table["deviation in the cache"]
+    assert count == len(said)
+    assert 0 < least < total / count
+    assert "captions cut" in capsys.readouterr().out
+
+    status, table = check(more, *same)
+    assert table["tokens"] == [2, len(said[0]) + 1, len(said[0]) + 1 + 64, 64]
+    assert table["captions cut"] == table["not in the cache"] == [2, 0, 1, 1]
+    assert table["deviation in the cache"][0] == 1
+
+    _, table = check(more, f"--text-encoder {byt5} {byt5}", "--text-length 32")
+    assert table["captions cut of encoder 2"][2] == sum(len(text) > 31 for text in (said[0], "never seen " * 9))
+    with pytest.raises(ValueError, match="was made with .*length=64.*, not .*length=32.* Delete it"):
+        check(more, *same, "--text-length 32")
+    with pytest.raises(ValueError, match=r"--text-cache cache needs the --text-encoder"):
+        check(more, "--text-cache cache")
+
+
 def shards_of(folder, count=2, size=24):
     """Shards of built-in pictures, each with all of its captions."""
     folder.mkdir()
