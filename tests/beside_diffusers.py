@@ -5,8 +5,8 @@
     python sample.py --score theirs.npz --against runs/clipart --features inception.pt
 
 Trained on what the run trains on, and as long as is asked for: a UNet2DConditionModel on pixels with our byte
-encoder, DDPM of 1,000 steps, AdamW at a constant rate after 500 steps, the average that its examples keep. Then
-it draws the captions that the run has held out, by DPM-Solver++ and guidance. Each hundred steps a line.
+encoder, DDPM of 1,000 steps, AdamW at a constant rate after 500 steps, the average that its examples keep.
+Then it draws the captions that the run has held out, by DPM-Solver++ and guidance. Each hundred steps a line.
 """
 import argparse
 import sys
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60, help="of the processor [minutes]")
     parser.add_argument("--npz", required=True, help="what it draws")
     parser.add_argument("--limit", type=int, default=500, help="captions that are drawn")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 128], help="channels of each level")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 128], help="channels")
     parser.add_argument("--layers", type=int, default=1, help="residual blocks of a level")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-4)

@@ -2646,7 +2646,7 @@ def test_a_shard_may_be_away_that_is_too_much_of_its_block_but_not_of_all(server
 
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "enough", lambda: 10)
-        with pytest.raises(ValueError, match="404: Not Found.*--max-bad 0.12 allows fewer"):
+        with pytest.raises(ValueError, match=r"404: Not Found.*--max-bad 0.12 allows fewer"):
             list(loader(pictures, 0, 600, 10))
     pictures.bounds = [tuple(1000 * bound for bound in pictures.bounds[0])]
     assert pictures.enough() == 2 * 5 * 20 * 1000
