@@ -1577,14 +1577,36 @@ def test_the_order_and_the_lines_of_letters_matter(a, b):
     assert (said["transcription_pooled"][0] - said["transcription_pooled"][1]).abs().max() > 1e-3
 
 
-def test_letters_stand_at_their_place_in_their_line():
+@torch.no_grad()
+def test_letters_stand_at_their_place_in_their_line_from_both_ends():
     torch.manual_seed(0)
     letters = T.LetterEmbedding(8, 16)
-    ids = torch.tensor([T.ByteTokenizer().encode("AB\nAB")])
-    a, b, _, again, after = letters(ids)[0]
+    encode = T.ByteTokenizer().encode
+    a, b, _, again, after, _, end, *_ = letters(torch.tensor([[*encode("AB\nABC"), 1, 0, 0]]))[0]
     line, place = letters.line.weight, letters.place.weight
-    torch.testing.assert_close(again - a, line[1] - line[0] + place[1] - place[0])
-    torch.testing.assert_close(after - b, line[1] - line[0] + place[2] - place[1])
+    lines_left, places_left = letters.lines_left.weight, letters.places_left.weight
+    moved = line[1] - line[0] + place[1] - place[0] + lines_left[0] - lines_left[1]
+    torch.testing.assert_close(again - a, moved + places_left[3] - places_left[2])
+    torch.testing.assert_close(after - b, line[1] - line[0] + place[2] - place[1]
+                               + lines_left[0] - lines_left[1] + places_left[2] - places_left[1])
+    last = lines_left[0] + places_left[0]
+    torch.testing.assert_close(end, letters.bytes.weight[1] + line[1] + place[4] + last)
+    short = letters(torch.tensor([[*encode("AB\nABC"), 1]]))[0]
+    torch.testing.assert_close(short, letters(torch.tensor([[*encode("AB\nABC"), 1, 0, 0]]))[0, :7])
+
+
+@torch.no_grad()
+def test_blocks_that_say_of_all_letters_the_same_do_not_silence_them():
+    """What training does to them first: a vector that all share grew to 30 times what tells letters apart."""
+    encoder = streams()
+    common = 30 * torch.randn(32)
+    last = encoder.transcription.tower.encoder.block[-1]
+    last.register_forward_hook(lambda block, given, said: said + common)
+    said = encoder.encode([""] * 26, "cpu", [chr(65 + i) for i in range(26)])
+    letters = said["transcription_context"][:, 0]
+    assert letters.std(0).mean() > 0.3 * letters.square().mean().sqrt()
+    pooled = said["transcription_pooled"]
+    assert pooled.std(0).mean() > 0.15 * pooled.square().mean().sqrt()
 
 
 def test_every_weight_of_both_streams_learns_and_without_text_has_a_gradient():
