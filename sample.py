@@ -18,7 +18,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -183,6 +183,9 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
 
 
 # ------------------------------------------------------------------------------------- checkpoint to stage
+CONFIGS = model.ModelConfig, diffusion.DiffusionConfig, data.DataConfig, text_encoder.TextConfig
+
+
 @dataclass
 class Stage:
     """What a checkpoint holds, ready to draw."""
@@ -241,10 +244,10 @@ def last_places(path: Path) -> tuple[list[str], str]:
     of its run is there."""
     for folder in [path, *path.absolute().parents][:3]:
         try:
-            stored = json.loads((folder / "config.json").read_text("utf-8"))
+            stored = model.read_config(folder)
             encoders = [str(name) for name in stored["TextConfig"]["text_encoder"] if name != "bytes"]
             return encoders, str(stored["ModelConfig"].get("vae", ""))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue
     return [], ""
 
@@ -290,10 +293,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         tensors |= reconstruct((run / "profiles").resolve(), int(meta["step"]), ema)
     with model.reading(path):
         stored = json.loads(meta["config"])
-        shape = model.configured(model.ModelConfig, stored["ModelConfig"])
-        config = model.configured(diffusion.DiffusionConfig, stored["DiffusionConfig"])
-        pictures = model.configured(data.DataConfig, stored["DataConfig"])
-        text = model.configured(text_encoder.TextConfig, stored["TextConfig"])
+        shape, config, pictures, text = (model.configured(cls, stored[cls.__name__]) for cls in CONFIGS)
         size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
         made_in = meta["space"] if shape.vae else ""
         model.check("size", size, int, "[8..4096]")
@@ -399,9 +399,9 @@ def read_picture(path: str, size: int = 0) -> Tensor:
 
 def read_mask(path: str, init: str, size: int) -> Tensor:
     """How much of --init stays at each pixel, (size, size) from 0 (white) to 1 (black), sharp where it is."""
-    shapes = [f"{width}x{height}" for width, height in (Image.open(name).size for name in (init, path))]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"--init is {shapes[0]} pixels, --mask {shapes[1]}. Give both the same size")
+    whole, own = ("{}x{}".format(*Image.open(name).size) for name in (init, path))
+    if whole != own:
+        raise ValueError(f"--init is {whole} pixels, --mask {own}. Give both the same size")
     mask = read_picture(path).float().mean(0)
     return 1 - F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0] / 255
 
@@ -446,11 +446,6 @@ def small_condition(stage: Stage, pictures: Tensor, keys: Tensor, aug: float) ->
     return diffusion.augmented(small, eps, small.new_full((len(small),), aug), stage.small_schedule)
 
 
-def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
-    """What the network said last of the prompts, whose rows come first."""
-    return network.fraction[:rows]
-
-
 def sampler_of(s: Settings) -> Callable:
     """The sampler, with the fresh noise that is wanted; ValueError where it has none of that kind."""
     sampler = diffusion.SAMPLERS[s.sampler]
@@ -493,9 +488,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
-    init = read_picture(s.init, stage.size)[None] if s.init else None
+    init = [read_picture(s.init, stage.size)] if s.init else []
     shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
-    keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
+    keep = read_mask(s.mask, s.init, shape[-1]).to(stage.device) if s.mask else None
     beside, lines = companions(stage, s, times), lines_of(stage, s, len(prompts))
 
     # The sampler, and the network that it asks.
@@ -514,8 +509,8 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         small, guesses, run = {}, [], sampler
         if truth is not None:
             x = space.encode(truth[part].to(stage.device))
-        if learned:
-            run = partial(sampler, variance=partial(variance_of, network, len(x)))
+        if learned:                                            # what it said last of the prompts, the first rows
+            run = partial(sampler, variance=lambda rows=len(x): network.fraction[:rows])
         if small_side:
             small = small_condition(stage, lowres[part], keys[part], s.aug)
         if s.init:
@@ -523,8 +518,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
             known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            stays = keep.to(x.device).expand(len(x), 1, -1, -1)
-            run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
+            run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, beside, s, prompts[part], small, lines[part])
             x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
@@ -622,7 +616,7 @@ def clip_scores(name: str, pictures: Tensor, prompts: list[str], device: torch.d
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts; for the rest see
     clip_towers."""
     see, read = clip_towers(name, device, encoders)
-    scores = [torch.empty(0)]
+    scores = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         scores.append(clip_score(see(pictures[part]), read(prompts[part])))
@@ -689,16 +683,13 @@ def side_of(source: data.Source) -> int:
     """The short side of the first picture that can be read [pixels]. ValueError where there is none."""
     for i in range(len(source)):
         try:
-            picture, *_ = source.sample(i)
-            if isinstance(picture, np.ndarray):
-                return min(picture.shape[1:])
-            return min(Image.open(io.BytesIO(picture)).size)
+            return min(data.size_of(source.sample(i).picture))
         except Exception:                                      # decoders raise nearly anything on garbage
             continue
     raise ValueError(f"{source.name} has no picture that can be read")
 
 
-def picture_set(name: str) -> data.Pictures:
+def picture_set(name: str | Path) -> data.Pictures:
     """The pictures that a run keeps for validation, those of an .npz, or all that --data reads."""
     if Path(name, "config.json").is_file():
         return data.Pictures(*recipe_of(Path(name)), 0, "val")
@@ -743,7 +734,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
 def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """What a network sees in the first --limit of a set, (N, F), float64, and their captions; kept in the
     folder --keep-features, and read from there."""
-    count = len(range(len(pictures))[:args.limit or None])
+    count = min(len(pictures), args.limit or math.inf)
     if count < 8:
         raise ValueError(f"{pictures.summary}: scores need 8 or more")
     network = Path(args.features).absolute(), data.state(args.features), args.feature_input
@@ -810,10 +801,10 @@ def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> floa
     return means[0] + means[1] - 2 * means[2]
 
 
-def share_near(a: Tensor, b: Tensor, neighbours: int = 3) -> float:
+def share_near(a: Tensor, b: Tensor) -> float:
     """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is:
     precision where b is real, recall where a is (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1, 2)."""
-    radii = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1024)]
+    radii = [torch.cdist(part, b).kthvalue(4).values for part in b.split(1024)]          # the first is itself
     radii = torch.cat(radii)
     near = [(torch.cdist(part, b) <= radii).any(1) for part in a.split(1024)]
     return float(torch.cat(near).double().mean())
@@ -881,74 +872,78 @@ def threshold_name(word: str) -> str:
     return word
 
 
-# Settings that take a value for each stage, 5,2: the flag and the type of a value.
-LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
-         "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name),
-         "clip": ("--clip", str), "clip_scale": ("--clip-scale", float)}
+# Fields that take a value for each stage, 5,2: the type of a value.
+LISTS = {"guidance_scale": float, "steps": int, "seed": int, "sampler": sampler_name,
+         "threshold": threshold_name, "clip": str, "clip_scale": float}
 
 
-def score_flags(add: Callable) -> None:
-    """The flags that pictures are scored by."""
-    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
-    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
-    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
-    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
-    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
-    add("--keep-features", default="", metavar="DIR", help="keep them there, for the next score")
-    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
+@dataclass
+class Flags:
+    """What the command line takes beside the prompt and Settings: a field is a flag."""
+    interactive: bool = False  # ask for prompts, and draw each
+    prompts: str | None = None  # a file of prompts, one a line, or a run: its held-out captions
+    ckpt: str = ""  # run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest
+    stop_at: int = 0  # the last stage, 0 = all there are [0..4096 pixels]
+    lowres: str = ""  # a picture: enlarge this one instead of drawing the first
+    keep_stages: bool = False  # write those below, too
+    validate: int = 0  # first compare held-out pictures with what is made of them, by --aug [0..10000 images]
+    nll: int = 0  # print the bits per dimension of held-out pictures, over --sample-steps [0..1000000 images]
+    compare: tuple[str, ...] = ()  # draw from each of these runs, side by side: compare.html
+    ema: float = 0.0  # another width of the averaged weights, 0 = own [0..0.28]
+    n: int = 1  # pictures of a prompt, seeds SEED, SEED + 1, ...; of a scored set or .npz all [1..10000 images]
+    text_encoder: tuple[str, ...] = ()  # folders where frozen text encoders lie now
+    vae: str = ""  # folder where the VAE of the latents lies now
+    export: str = ""  # write a run's published U-Net for diffusers into this folder, then leave
+    rank: str = ""  # a CLIP, published or a run, whose score is noted
+    best: int = 0  # keep so many of --n by that score, 0 = all [0..10000 images]
+    score: str = ""  # score a set: .npz, folder, shards, or a run's held-out pictures
+    against: str = ""  # by this set; without --score it is what is drawn
+    features: str = ""  # of this TorchScript file, or CLIP's folder
+    feature_input: str = "auto"  # how it takes pictures
+    score_size: int = 0  # side of both, 0 = of the smaller [0..4096 pixels]
+    keep_features: str = ""  # keep them in this folder, for the next score
+    limit: int = 0  # the first so many of each of these, 0 = all [images]
+    seed: int = 0  # of the noise [0..9223372036854775807]
+    out: str = "."  # a folder, or the name of a .png
+    grid: bool = False  # one sheet with captions
+    npz: str = ""  # all pictures in this file, and PNG with --grid only
+    batch_size: int = 16  # pictures drawn at once [1..4096 images]
+    device: str = ""  # cuda, mps or cpu; the first of them there is when not given
+    dtype: str = "fp32"  # of the matrix products
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    name = {"guidance_scale": "guidance", "steps": "sample-steps"}.get(name, name)
+    return "--" + name.replace("_", "-")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags: those of the program, and each field of Settings. [1..9] in a help are limits."""
+    """The flags: each field of Flags and of Settings. [1..9] in a help are limits."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = die
-    add, switch = p.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    add("prompt", nargs="?", help="what to draw")
-    add("-i", "--interactive", **switch, help="ask for prompts, and draw each")
-    add("--prompts", metavar="FILE", help="a file of prompts, one a line, or a run: its held-out captions")
-    which = p.add_mutually_exclusive_group().add_argument
-    which("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
-    which("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [0..4096 pixels]")
-    add("--lowres", default="", metavar="PICTURE", help="enlarge this one instead of drawing the first")
-    add("--keep-stages", **switch, help="write those below, too")
-    add("--validate", type=int, default=0, metavar="N", help="first compare N held-out pictures, made small, "
-        "with what the last stage makes of them, over levels of --aug [0..10000 images]")
-    add("--nll", type=int, default=0, metavar="N", help="print the bits per dimension of N held-out "
-        "pictures, over --sample-steps [0..1000000 images]")
-    add("--compare", nargs="*", default=[], metavar="RUN", help="draw from each, side by side: compare.html")
-    add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
-    add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ...; of a set that is "
-        "scored or an .npz no two are equal [1..10000 images]")
-    add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
-    add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
-    add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
-    add("--rank", default="", metavar="DIR", help="a CLIP, published or a run, whose score is noted")
-    add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
-    score_flags(add)
+    p.add_argument("prompt", nargs="?", help="what to draw")
+    which = p.add_mutually_exclusive_group()
 
-    helps = model.helps(Settings)
+    choices = {"grid_times": ["auto", *diffusion.GRIDS], "feature_input": ["auto", "bytes", *INPUTS],
+               "dtype": text_encoder.DTYPES}
+    helps = model.helps(Flags) | model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
-    for field in fields(Settings):
-        options = {"dest": field.name, "default": field.default, "help": helps[field.name]}
-        if field.name in LISTS:                                # read by `arguments`
-            add(LISTS[field.name][0], **options)
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if field.name == "grid_times":
-            options["choices"] = ["auto", *diffusion.GRIDS]
-        if isinstance(field.default, tuple):
-            add(flag, type=float, nargs=2, **options)
-        else:
-            add(flag, type=type(field.default), **options)
-
-    add("--seed", default=0, help="of the noise [0..9223372036854775807]")
-    add("--out", default=".", help="a folder, or the name of a .png")
-    add("--grid", **switch, help="one sheet with captions")
-    add("--npz", default="", metavar="FILE", help="all pictures in this file, and PNG with --grid only")
-    add("--batch-size", type=int, default=16, help="pictures drawn at once [1..4096 images]")
-    add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
-    add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
+    for field in [*fields(Flags), *fields(Settings)]:
+        name, default = field.name, field.default
+        options = {"dest": name, "default": default, "help": helps[name]}
+        if name in choices:
+            options["choices"] = choices[name]
+        elif isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": len(default) or "*", "type": float if default else str}
+        elif isinstance(default, int | float) and name not in LISTS:          # those `arguments` reads
+            options["type"] = type(default)
+        short = ["-i"] if name == "interactive" else []
+        group = which if name in ("ckpt", "stop_at") else p
+        group.add_argument(*short, flag_of(name), **options)
     return p
 
 
@@ -977,18 +972,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     promptless = args.export or args.score or args.interactive or args.nll
     if not promptless and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    args.usual = set()                                         # what is given is still text
-    for name in ("guidance_scale", "steps"):
-        if getattr(args, name) == getattr(Settings, name):
-            args.usual.add(name)
-
+    args.usual = set()
     for action in p._actions:
         values = getattr(args, action.dest, None)
         flag = "".join(action.option_strings[:1])
         if action.dest in LISTS:
-            _, kind = LISTS[action.dest]
+            if values == action.default:                       # what is given is still text
+                args.usual.add(action.dest)
             try:
-                values = tuple(kind(word) for word in str(values).split(","))
+                values = tuple(map(LISTS[action.dest], str(values).split(",")))
             except ValueError:
                 die(f"{flag} {values} is none of: {action.help}; or of these one a stage, a,b")
             setattr(args, action.dest, values)
@@ -1017,20 +1009,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
     """The settings of the i-th stage that is drawn, and its seed: a list's last value counts for the rest."""
     chosen = {}
-    for field in fields(Settings):
-        value = getattr(args, field.name)
-        if field.name in LISTS:
+    for name, usual in {"seed": 0, **vars(Settings())}.items():
+        value = getattr(args, name)
+        if name in LISTS:
             value = value[min(i, len(value) - 1)]
-        if field.name in FIRST and i > 0:
-            value = field.default
-        chosen[field.name] = value
+        if name in FIRST and i > 0:
+            value = usual
+        chosen[name] = value
     if (stage.data.lowres and "guidance_scale" in args.usual) or i >= len(args.guidance_scale):
         chosen["guidance_scale"] = 1.0
     if i >= len(args.clip):
         chosen["clip"] = ""
     if stage.data.lowres and "steps" in args.usual:            # the small picture says most of it
         chosen["steps"] = 2
-    chosen["seed"] = args.seed[min(i, len(args.seed) - 1)]
     return chosen
 
 
@@ -1106,9 +1097,8 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         picture = read_picture(args.lowres, stage.data.lowres or stage.size)
         below = torch.stack([picture] * len(prompts))
 
-    turn = args.n
-    if args.npz or args.against:                               # a set to be scored has no noise twice
-        turn = len(prompts)
+    scored = args.npz or args.against                          # such a set has no noise twice
+    turn = len(prompts) if scored else args.n
     seeds = [seed + k % turn for k in range(len(prompts))]
     dtype = text_encoder.DTYPES[args.dtype]
     draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
@@ -1125,8 +1115,7 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
 
-    common = settings | {"ema": args.ema, "dtype": args.dtype}
-    common |= {"checkpoint": stage.digest, "step": stage.step}
+    common = settings | {"ema": args.ema, "dtype": args.dtype, "checkpoint": stage.digest, "step": stage.step}
     for name in ("autoguide", "clip", "init", "mask"):         # no folders of this machine
         common[name] = Path(common[name]).name
     return pictures, [common | {"prompt": prompt, "seed": k} for prompt, k in zip(prompts, seeds)]
@@ -1174,7 +1163,7 @@ def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
         die(f"--validate or --nll needs the config.json of the run of {path}, which names its pictures")
-    pictures = data.Pictures(*recipe_of(runs[0]), 0, "val")
+    pictures = picture_set(runs[0])
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
@@ -1242,18 +1231,9 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     print(page)
 
 
-def typed() -> Iterator[str]:
-    """The lines of a terminal, up to its end."""
-    while True:
-        try:
-            yield input("prompt: ")
-        except EOFError:
-            return
-
-
-def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
+def export(path: Path, load: Callable, args: argparse.Namespace) -> None:
     """Write the published U-Net of a run. ValueError where it has limn's own."""
-    stage = load_stage(path, device, args.ema, encoders=args.text_encoder, vae=args.vae)
+    stage = load(path, ema=args.ema)
     if not isinstance(stage.unet, model.UNet2DConditionModel):
         raise ValueError(f"--export is for published U-Nets, and {path} is of limn's own")
     model.save_published(Path(args.export, "unet"), stage.unet)
@@ -1317,22 +1297,25 @@ def main(argv: list[str]) -> None:
     check_places(args, device)
     paths = [Path(path) for path in args.compare or args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    for name, (flag, _) in LISTS.items():
+    for name in LISTS:
         given = len(getattr(args, name))
         if given > len(paths):
-            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
-    if args.export:
-        return export(paths[-1], device, args)
+            raise ValueError(f"{flag_of(name)} has {given} values for {len(paths)} stage(s)")
     plain = partial(load_stage, device=device, encoders=args.text_encoder, vae=args.vae)
+    if args.export:
+        return export(paths[-1], plain, args)
     if args.interactive:
         plain = cache(plain)
     if args.nll:
         held = held_out(paths[-1], args.nll, False)
         return print_bits(plain(paths[-1], ema=args.ema), held, args)
     if args.interactive:
-        for prompt in typed():
+        while True:
+            try:
+                prompt = input("prompt: ")
+            except EOFError:
+                return None
             draw(paths, plain, args, device, [prompt] * args.n, {})
-        return None
     if not all(prompt.strip() for prompt in args.wanted):
         print("note: empty prompt, drawing without one")
     held = held_out(paths[-1], args.validate) if args.validate else {}
