@@ -62,14 +62,13 @@ def sides(config: ModelConfig, size: int) -> list[int]:
 def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, scale: int = 1) -> None:
     """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built.
     scale: pixels of a picture per position of its latents."""
-    def must(right: bool, message: str) -> None:
+    def must(right, message):
         if not right:
-            raise ValueError(f"--{message}")
+            raise ValueError("--" + message.replace("_", "-"))
 
     for name in ("patch", "channel_mult", "num_res_blocks"):
         value = getattr(config, name)
-        flag = name.replace("_", "-")
-        must(min(np.atleast_1d(value), default=0) > 0, f"{flag} {value} must be at least 1")
+        must(min(np.atleast_1d(value), default=0) > 0, f"{name} {value} must be at least 1")
     levels = len(config.channel_mult)
     must(np.size(config.num_res_blocks) in (1, levels),
          f"num-res-blocks {config.num_res_blocks} must be one number, or {levels} as --channel-mult")
@@ -90,16 +89,14 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, 
 
     for name in ("channels", "emb_dim"):
         width = getattr(config, name)
-        flag = name.replace("_", "-")
         near = max(32, width // 32 * 32)
-        must(width >= 32 and width % 32 == 0, f"{flag} {width} must be a multiple of 32. Try {near}")
+        must(width >= 32 and width % 32 == 0, f"{name} {width} must be a multiple of 32. Try {near}")
     must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
          f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
     here = sides(config, size // scale)
     for name in ("attn_resolutions", "weave_resolutions"):
-        flag = name.replace("_", "-")
         for side in getattr(config, name):
-            must(side in here, f"{flag} {side} is not a side of a feature map here. Choose from {here}")
+            must(side in here, f"{name} {side} is not a side of a feature map here. Choose from {here}")
     must(not (config.conv_only and config.weave_resolutions),
          f"weave-resolutions {config.weave_resolutions} is for whole pictures. Leave --conv-only away")
 
@@ -188,7 +185,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
-        """x (B, C, H, W); context (B, L+1, E), text and null; hidden (B, L+1), 0 = visible, -inf = not."""
+        """x (B, C, H, W); context (B, L+1, E) and hidden (B, 1, 1, L+1), as with_null gives them."""
         B, C, H, W = x.shape
         heads = C // self.head_dim
         tokens = self.norm(x).flatten(2).transpose(1, 2)                              # (B, N, C)
@@ -207,11 +204,10 @@ class Attention(nn.Module):
         if not self.local:
             k = torch.cat([self.k_norm(own[1]), k], 1)                                # (B, N+L+1, K, ...)
             v = torch.cat([own[2], v], 1)
-            hidden = F.pad(hidden, (H * W, 0))
+            hidden = F.pad(hidden, (H * W, 0))                                        # (B, 1, 1, N+L+1)
 
-        bias = hidden[:, None, None].to(v.dtype)                                      # (B, 1, 1, N+L+1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)                 # (B, K, N, head_dim)
         h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
         return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
 
@@ -256,8 +252,8 @@ class Weave(nn.Module):
         read = y + reads * self.read(self.read_norm(y), tokens)                       # (B, L, D)
         read = read + feeds * self.feed(read)
 
-        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), (B, L+1)
-        h = self.write(tokens, keys, hidden[:, None, None])                           # (B, N, C)
+        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), ...
+        h = self.write(tokens, keys, hidden)                                          # (B, N, C)
         x = x + writes * h.transpose(1, 2).view_as(x)
         return x, read if self.carried else y
 
@@ -266,7 +262,7 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
     Coordinates as channels (Liu et al. 2018, arXiv:1807.03247). Times 4, or the noise drowns them: it doubled
     the gap between right and wrong captions."""
-    def centres(n: int) -> Tensor:
+    def centres(n):
         return (torch.arange(n, device=device) + 0.5) / n * 2 - 1
 
     y, x = torch.meshgrid(centres(height), centres(width), indexing="ij")
@@ -291,11 +287,20 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 def with_null(context: Tensor, null: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The keys of the text (B, L, E), behind them the null (1, 1, E) that is always visible; and what hides
-    them (B, L+1): 0 = visible, -inf = not."""
+    them (B, 1, 1, L+1), of their type: 0 = visible, -inf = not."""
     null = null.expand(len(context), -1, -1).to(context.dtype)
     context = torch.cat([context, null], 1)                                           # (B, L+1, E)
     hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-    return context, F.pad(hidden, (0, 1))
+    bias = F.pad(hidden, (0, 1))[:, None, None]
+    return context, bias.to(context.dtype)
+
+
+def read_text(net: nn.Module, context: Tensor, mask: Tensor, pooled: Tensor) -> tuple:
+    """What a network makes of text by its `context`, `null` and `pooled`: keys and what hides them, as with_null,
+    and a vector (B, E). Without any token the pooled vector counts as zero."""
+    if net.pooled is not None:
+        pooled = net.pooled(torch.where(mask.any(1, keepdim=True), pooled, 0))
+    return *with_null(net.context(context), net.null, mask), pooled
 
 
 def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
@@ -305,13 +310,13 @@ def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
     return block(*inputs)
 
 
-def matrices_of(parts: Iterable[nn.Module], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
-    """The weight matrices of some parts, and of how many each is made: those of the layers `twos` of two."""
+def matrices(net: nn.Module) -> dict[nn.Parameter, int]:
+    """The weight matrices in the blocks of a U-Net, ours or a published one, and of how many each is made: scale
+    and shift (`emb`), keys and values of the text, value and gate of a feed-forward (`proj`) are two."""
     found = {}
-    for part in parts:
-        for name, p in part.named_parameters():
-            if p.ndim > 1:
-                found[p] = 2 if name.split(".")[-2] in twos else 1
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and re.match("down|mid|up", name):
+            found[p] = 2 if name.split(".")[-2] in ("emb", "text_kv", "proj") else 1
     return found
 
 
@@ -329,6 +334,7 @@ class UNet(nn.Module):
     written_dim: D and P of a second stream, of what is written in pictures, 0 for none.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
     activations in the backward pass."""
+    matrices = matrices
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
                  lowres: int = 0, learn_sigma: bool = False, written_dim: int = 0):
@@ -408,22 +414,13 @@ class UNet(nn.Module):
                     nn.init.zeros_(m.bias)
 
         # Blocks start as the identity, the output as 0.
-        nn.init.zeros_(self.conv_out.weight)
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight)
-            if isinstance(m, Attention):
-                nn.init.zeros_(m.out.weight)
-            if isinstance(m, Weave):
-                nn.init.zeros_(m.write.to_out[0].weight)
+        for name, p in self.named_parameters():
+            if re.search(r"(conv2|\.out|conv_out|write\.to_out\.0)\.weight", name):
+                nn.init.zeros_(p)
 
         if not self.null.is_meta:                  # there it would import the compiler, which takes seconds
             nn.init.normal_(self.null, std=0.5)
         self.to(memory_format=torch.channels_last)
-
-    def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks: scale and shift (`emb`), keys and values of the text are two."""
-        return matrices_of((self.down, self.mid, self.up), ("emb", "text_kv"))
 
     def _run(self, blocks: nn.ModuleList, h: Tensor, told: dict[type, list[Tensor]]) -> Tensor:
         for block in blocks:
@@ -458,21 +455,20 @@ class UNet(nn.Module):
         smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. written: transcription_context, _mask and
         _pooled, the same of what is written in the picture, whose keys join those of the text, and which
         weaves read. Returns (B, planes, H, W) float32, with learn_sigma twice the planes."""
-        # The vector of time and text. Without text the vector is that of zero.
+        # The vector of time and text, and the keys: the tokens of the text that are there, and the null.
         time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
         if lowres is not None:
             time = time + self.lowres_time(timestep_embedding(lowres_t, self.config.emb_dim // 4))
-        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
-        time = time + self.pooled(pooled)
+        context, hidden, vector = read_text(self, context, mask, pooled)              # (B, L+1, E), ...
+        time = time + vector
 
-        # The keys: the tokens of the text that are there, and the null; then those of what is written.
-        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        # Behind them those of what is written.
         parts = []
         if written:
             parts = [written[f"transcription_{name}"] for name in ("context", "mask", "pooled")]
             keys, hides, vector = self.transcription(*parts)
             context = torch.cat([context, keys], 1)
-            hidden = torch.cat([hidden, hides], 1)
+            hidden = torch.cat([hidden, hides], -1)
             time = time + vector
         emb = F.silu(time)                                                            # (B, E)
         told = {ResBlock: [emb], Attention: [context, hidden], Weave: [*parts[:2], emb]}
@@ -777,7 +773,8 @@ def embedding_mlp(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class TextAdapter(nn.Module):
-    """What lets a published U-Net read another text encoder: projections to its widths, a learned null.
+    """What lets a published U-Net read another text encoder: projections to its widths, a learned null. Its
+    pooled vector is as it came, not (B, pooled_width), where the U-Net reads none.
     text_dim, pooled_dim: D and P of that encoder; width, pooled_width: what the U-Net reads, 0 = none."""
 
     def __init__(self, text_dim: int, width: int, pooled_dim: int, pooled_width: int):
@@ -791,11 +788,7 @@ class TextAdapter(nn.Module):
         if real:
             nn.init.normal_(self.context[1].weight, std=1 / math.sqrt(text_dim))
 
-    def forward(self, context, mask, pooled):
-        """-> context (B, L+1, width), what hides it (B, L+1), pooled (B, pooled_width)."""
-        if self.pooled is not None:
-            pooled = self.pooled(torch.where(mask.any(1, keepdim=True), pooled, 0))
-        return *with_null(self.context(context), self.null, mask), pooled
+    forward = read_text
 
 
 class UNet2DConditionModel(nn.Module):
@@ -805,11 +798,12 @@ class UNet2DConditionModel(nn.Module):
     config: what config.json says, or a row of UNETS; ValueError where that cannot be built.
     Set `checkpointing` to recompute activations in the backward pass, and `empty` to (context (1, L, D),
     pooled (1, P)) of the empty prompt: it stands for captions that are not told."""
+    matrices = matrices
 
     def __init__(self, config: dict, text_dim: int = 0, pooled_dim: int = 0):
         super().__init__()
         shape = read_fields(config, UNET_FIELDS)
-        self.config = {**vars(shape), **config}
+        self.config = vars(shape) | config
         self.checkpointing = False
         self.empty = None
         if shape.in_channels != shape.out_channels:
@@ -888,10 +882,6 @@ class UNet2DConditionModel(nn.Module):
         width = self.config["cross_attention_dim"]
         self.adapter = TextAdapter(text_dim, width, pooled_dim, self.pooled_width)
 
-    def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks: the feed-forward's value and gate (`proj`) are two."""
-        return matrices_of((self.down_blocks, self.mid_block, self.up_blocks), ("proj",))
-
     def embedding(self, x_t: Tensor, t: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         """The vector of time, and in SDXL of pooled text and sizes, see `forward`."""
         timestep = (1000 * t.float() - 1).clamp(min=0)
@@ -916,8 +906,7 @@ class UNet2DConditionModel(nn.Module):
         Returns (B, C, H, W) float32."""
         bias = None
         if self.adapter is not None:
-            context, hidden, pooled = self.adapter(context, mask, pooled)
-            bias = hidden[:, None, None].to(context.dtype)                            # (B, 1, 1, L+1)
+            context, bias, pooled = self.adapter(context, mask, pooled)               # bias (B, 1, 1, L+1)
         elif self.empty is not None:
             told = mask.any(1, keepdim=True)
             context = torch.where(told[..., None], context, self.empty[0].to(context))
@@ -953,7 +942,7 @@ class Latents(nn.Module):
     def __init__(self, config: dict, table: dict):
         super().__init__()
         self.shape = read_fields(config, table)
-        self.config = {**vars(self.shape), **config}
+        self.config = vars(self.shape) | config
         self.channels = self.shape.latent_channels
         levels = next(iter(vars(self.shape).values()))
         self.scale = 2 ** (len(levels) - 1)
@@ -993,7 +982,7 @@ class Latents(nn.Module):
         scale = self.scale
         side = max(2, self.tile // scale)
 
-        def cut(whole: int) -> tuple[list[slice], Tensor]:
+        def cut(whole):
             """Where the squares lie along one side, and how much each of a square's pixels weighs."""
             part = min(side, whole)
             starts = [*range(0, whole - part, part // 2), whole - part]
@@ -1166,10 +1155,8 @@ class CLIP(UNet):
 
     def read(self, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """The features of captions, (B, E) float32 of unit length; arguments as of the U-Net's `forward`."""
-        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
-        bias = hidden[:, None, None].to(context.dtype)                                # (B, 1, 1, L+1)
-        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
-        return self.text_pool(self.pooled(pooled), context, bias)
+        context, bias, vector = read_text(self, context, mask, pooled)                # (B, L+1, E), ...
+        return self.text_pool(vector, context, bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The features of noisy pictures x_t (B, planes, H, W) float32 at times t (B,) float32 in [0, 1]:
@@ -1266,7 +1253,7 @@ Tensors = dict[str, Tensor]                                    # by name
 
 def checksum(tensors: Tensors, meta: dict[str, str]) -> str:
     """SHA-256 of the metadata and of each tensor's name, type, shape and bytes, in the order of names."""
-    def digest(name: str) -> bytes:
+    def digest(name):
         tensor = tensors[name].detach().cpu().contiguous()
         content = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # hashlib lets other threads run meanwhile.
@@ -1315,8 +1302,8 @@ def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
 
 def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
     """Write one safetensors file with `meta` and its own checksum, see `write_tensors`."""
-    meta = {"format": FORMAT, **meta}
-    write_tensors(path, tensors, {**meta, "sha256": checksum(tensors, meta)})
+    meta = {"format": FORMAT} | meta
+    write_tensors(path, tensors, meta | {"sha256": checksum(tensors, meta)})
 
 
 @contextmanager
@@ -1456,7 +1443,7 @@ def open_vae(folder: str | Path) -> tuple[Latents, dict[Path, str]]:
     folder = Path(folder)
     files = {folder / f"{part}.safetensors": f"{part}.layers." for part in ("encoder", "decoder")}
     if all(path.is_file() for path in files):
-        config = {"_class_name": "AutoencoderTiny", **TAEF2}
+        config = TAEF2 | {"_class_name": "AutoencoderTiny"}
     else:
         config = read_config(folder)
         files = weight_files(folder)
@@ -1478,14 +1465,12 @@ def open_pipeline(folder: str | Path) -> dict:
         raise ValueError(f"{folder} has {len(encoders)} text encoders, or two that read empty prompts. Known "
                          "here: Stable Diffusion 1.x, 2.x and XL")
     said = read_config(folder / "scheduler", "scheduler_config.json")
-    usual = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
-                 num_train_timesteps=1000, prediction_type="epsilon")
-    said = usual | said
+    said = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02) | said
     start, end = BETAS.get(str(said["beta_schedule"]), (0, 0))
     known = dict(beta_schedule=list(BETAS), beta_start=[start], beta_end=[end], trained_betas=[None],
                  num_train_timesteps=[1000], prediction_type=list(PREDICTIONS))
-    for name, values in known.items():
-        if said[name] not in values:
+    for name, values in known.items():                         # the usual one first
+        if said.setdefault(name, values[0]) not in values:
             listed = ", ".join(map(str, values))
             raise ValueError(f"{folder}/scheduler: {name} is {said[name]!r:.60}; known here: {listed}")
     return dict(

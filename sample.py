@@ -139,30 +139,29 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
     squares (Karras et al. 2023, arXiv:2312.02696, section 3.2); with sums where they integrate, and shares
     that sum to 1, so that weights that stand still stay what they are. ValueError without a snapshot of that
     step; warns where the snapshots are too few."""
-    found = []
-    for path in sorted(folder.glob("[0-9]*.safetensors")):
-        if int(path.stem) <= step:
-            found.append(path)
-    if not found or int(found[-1].stem) != step:
+    files = {int(path.stem): path for path in folder.glob("[0-9]*.safetensors")}
+    if step not in files:
         raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
 
-    # A column for each average in each file: how much of it each update is.
-    columns, averages, loaded = [], [], {}
-    for path in found:
-        loaded[path], meta = model.load_tensors(path)
-        profiles = {re.findall(r"^profile\.(0\.\d+)\.|$", name)[0] for name in loaded[path]}
-        if "updates" not in meta or not profiles or "" in profiles:
-            raise ValueError(f"{path} is no snapshot of averages. Move it away")
-        updates = int(meta["updates"])
-        for profile in sorted(profiles, key=float):
-            columns.append((updates, float(profile)))
-            averages.append((path, f"profile.{profile}."))
+    # The averages, by the updates that they are of and their widths.
+    averages = {}
+    steps = [number for number in sorted(files) if number <= step]
+    for number in steps:
+        tensors, meta = model.load_tensors(files[number])
+        for name, tensor in tensors.items():
+            match = re.fullmatch(r"profile\.(0\.\d+)\.(.+)", name)
+            if "updates" not in meta or not match:
+                raise ValueError(f"{files[number]} is no snapshot of averages. Move it away")
+            updates = int(meta["updates"])
+            averages.setdefault((updates, float(match[1])), {})[match[2]] = tensor
     edges = np.linspace(0, updates, min(updates, 10000) + 1)
 
-    def weights(n: int, width: float) -> np.ndarray:
+    def weights(n, width):
         return np.diff(np.minimum(edges / n, 1) ** (exponent(width) + 1))
 
-    # Shares sum to 1: fit those but the last one, by what each has beyond the last one.
+    # A column for each: how much of it each update is. Shares sum to 1: fit those but the last one, by what
+    # each has beyond the last one.
+    columns = sorted(averages)
     table = np.stack([weights(*column) for column in columns], 1)
     wanted = weights(updates, width)
     last = table[:, -1:]
@@ -171,14 +170,12 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
     shares = np.append(shares, 1 - shares.sum())
     miss = np.linalg.norm(table @ shares - wanted) / np.linalg.norm(wanted)
     if miss > 0.2:
-        warn(f"{len(found)} snapshots give the average of width {width} with an error of {miss:.0%}")
+        warn(f"{len(steps)} snapshots give the average of width {width} with an error of {miss:.0%}")
 
-    total: model.Tensors = {}
-    for (path, start), share in zip(averages, shares.tolist()):
-        for name, tensor in loaded[path].items():
-            if name.startswith(start):
-                name = name.removeprefix(start)
-                total[name] = total.get(name, 0) + share * tensor
+    total = {}
+    for column, share in zip(columns, shares.tolist()):
+        for name, tensor in averages[column].items():
+            total[name] = total.get(name, 0) + share * tensor
     return total
 
 
@@ -210,10 +207,10 @@ class Stage:
 def reader(prompts: list[str], device: torch.device) -> Callable:
     """For `load_stage`: a frozen text encoder reads the prompts and is freed, before a U-Net needs the room;
     stages share what it said. One prompt at a time: no picture depends on its neighbours."""
-    texts = [text for text in dict.fromkeys(map(text_encoder.clean, prompts)) if text]
-    said: dict[str, dict] = {}
+    texts = dict.fromkeys(filter(None, map(text_encoder.clean, prompts)))
+    said = {}
 
-    def cached(_, encoder: nn.Module, load: Callable) -> Callable:
+    def cached(_, encoder, load):
         key = encoder.fingerprint
         if key not in said:
             load()
@@ -316,17 +313,17 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     # Built without memory, and compared with the file, before anything is allocated.
     small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
     widths = text.dim, text.pooled_dim, space.channels
-    with model.reading(path), torch.device("meta"):
-        if "unet" in meta:
-            unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
-        elif clip:
-            unet = model.CLIP(shape, side, *widths)
-        else:
-            unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
+    with model.reading(path):
+        with torch.device("meta"):
+            if "unet" in meta:
+                unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
+            elif clip:
+                unet = model.CLIP(shape, side, *widths)
+            else:
+                unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
-    with model.reading(path):
         weights = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
         model.fill(parts, weights, device)
         schedule = diffusion.make_schedule(config, side)
@@ -406,32 +403,26 @@ def read_mask(path: str, init: str, size: int) -> Tensor:
     return 1 - F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0] / 255
 
 
-def companions(stage: Stage, settings: Settings, times: Tensor) -> list[Stage | None]:
-    """The stage that --autoguide names and that of --clip; ValueError where one does not fit."""
-    found = []
-    for flag in ("autoguide", "clip"):
-        name = getattr(settings, flag)
-        if not name:
-            found.append(None)
-            continue
-        other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
+def companion(stage: Stage, settings: Settings, flag: str, times: Tensor) -> Stage | None:
+    """The stage that a flag names, autoguide or clip, None without; ValueError where it does not fit."""
+    name = getattr(settings, flag)
+    if not name:
+        return None
+    other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
 
-        def process(of: Stage) -> tuple:
-            alpha, _ = of.schedule.alpha_sigma(times)
-            return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
+    def process(of):
+        alpha, _ = of.schedule.alpha_sigma(times)
+        return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
 
-        if process(other) != process(stage):
-            raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
-                             f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
-                             f"{stage.size} and {stage.config.schedule}")
-        found.append(other)
-
-    weak, _ = found
+    if process(other) != process(stage):
+        raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
+                         f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
+                         f"{stage.size} and {stage.config.schedule}")
     against = settings.negative or settings.write_guidance >= 0
-    if weak and (against or weak.data.lowres != stage.data.lowres):
+    if flag == "autoguide" and (against or other.data.lowres != stage.data.lowres):
         raise ValueError("--autoguide needs a checkpoint of the same --lowres, and no --negative nor "
                          "--write-guidance")
-    return found
+    return other
 
 
 def noise_key(seed: int) -> int:
@@ -488,17 +479,20 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
-    init = [read_picture(s.init, stage.size)] if s.init else []
-    shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
-    keep = read_mask(s.mask, s.init, shape[-1]).to(stage.device) if s.mask else None
-    beside, lines = companions(stage, s, times), lines_of(stage, s, len(prompts))
+    side = stage.size // space.scale
+    shape = (space.channels, side, side)
+    if s.init:
+        init = resized([read_picture(s.init, stage.size)], stage.data.picture_mode)
+        known = space.encode(init.to(stage.device))                                   # (1, C, side, side)
+    if s.mask:
+        keep = read_mask(s.mask, s.init, side).to(stage.device)
+    beside = [companion(stage, s, flag, times) for flag in ("autoguide", "clip")]
+    lines = lines_of(stage, s, len(prompts))
 
     # The sampler, and the network that it asks.
-    network = stage.network()
     sampler = sampler_of(s) if truth is None else diffusion.nll
     learned = stage.config.learn_sigma and "variance" in inspect.signature(sampler).parameters
-    if learned:
-        network = diffusion.LearnedVariance(network)
+    network = diffusion.LearnedVariance(stage.network()) if learned else stage.network()
 
     keys = torch.tensor([noise_key(seed) for seed in seeds])
     drawn = [] if kept == () else kept
@@ -509,16 +503,14 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         small, guesses, run = {}, [], sampler
         if truth is not None:
             x = space.encode(truth[part].to(stage.device))
-        if learned:                                            # what it said last of the prompts, the first rows
-            run = partial(sampler, variance=lambda rows=len(x): network.fraction[:rows])
+        if learned:                                            # what it said last of the prompts, first rows
+            run = partial(sampler, variance=lambda x=x: network.fraction[:len(x)])
         if small_side:
             small = small_condition(stage, lowres[part], keys[part], s.aug)
         if s.init:
-            known = resized(init, stage.data.picture_mode).to(stage.device)
-            known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            run = partial(diffusion.inpaint, run, known=known, keep=keep, resample=s.resample)
+            run = partial(diffusion.inpaint, run, known=known.expand_as(x), keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, beside, s, prompts[part], small, lines[part])
             x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
@@ -535,7 +527,7 @@ def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
     """The denoiser, which keeps what it says each so many calls, 0 = never."""
     calls = itertools.count()
 
-    def denoise_and_note(x_t: Tensor, t: Tensor) -> Tensor:
+    def denoise_and_note(x_t, t):
         x0 = denoise(x_t, t)
         if next(calls) % every == 0:
             guesses.append(x0)
@@ -546,10 +538,10 @@ def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
 def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: Settings, prompts: list[str],
                 small: dict[str, Tensor], lines: list[str]) -> Callable:
     """The denoiser of some prompts and of what is written: guidance and thresholds around the network.
-    beside: see companions."""
+    beside: those of --autoguide and --clip, see companion."""
     weak, clip = beside
 
-    def condition(of: Stage, texts: list[str], *written: list[str]) -> dict[str, Tensor]:
+    def condition(of, texts, *written):
         told = written if of.text.transcriber else ()
         return of.text.encode(texts, stage.device, *told) | small
 
@@ -584,11 +576,11 @@ def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
         clip = load_stage(path, device, encoders=encoders, clip=True)
 
-        def see(pictures: Tensor) -> Tensor:
+        def see(pictures):
             small = resized(pictures, clip.data.picture_mode, clip.size).to(device)
             return clip.unet(clip.space.encode(small), torch.zeros(len(small), device=device))
 
-        def read(captions: list[str]) -> Tensor:
+        def read(captions):
             return clip.unet.read(**clip.text.encode(captions, device))
         return see, read
 
@@ -596,10 +588,10 @@ def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -
     tower = text_encoder.load_image_encoder(name, config).to(device)
     words = text_encoder.load_text_encoder(config).to(device)
 
-    def see(pictures: Tensor) -> Tensor:
+    def see(pictures):
         return F.normalize(tower(pictures.expand(-1, 3, -1, -1).to(device)))
 
-    def read(captions: list[str]) -> Tensor:
+    def read(captions):
         return F.normalize(words.encode(captions, device)["pooled"])
     return see, read
 
@@ -631,11 +623,12 @@ INPUTS = {"inception": (299, 127.5, 127.5),
           "imagenet": (224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))}
 
 
+@dataclass(eq=False)
 class Drawn(data.Source):
     """Pictures that were drawn, uint8 (N, 3, H, W), with their prompts, if they are known."""
-
-    def __init__(self, name: str, pictures: np.ndarray, prompts: list[str]):
-        self.name, self.pictures, self.prompts = name, pictures, prompts
+    pictures: np.ndarray
+    prompts: list[str]
+    name: str
 
     def __len__(self):
         return len(self.pictures)
@@ -666,7 +659,7 @@ def read_npz(path: str, size: int) -> Drawn:
             raise ValueError(f"{pictures.dtype} {pictures.shape}")
     except Exception as e:                                     # zip files raise nearly anything on garbage
         raise ValueError(f"{path} has no arr_0 of uint8 (N, H, W, 3) ({e})") from e
-    return Drawn(path, pictures, prompts)
+    return Drawn(pictures, prompts, path)
 
 
 def recipe_of(run: Path) -> tuple[data.DataConfig, int]:
@@ -714,7 +707,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
     if how == "auto":
         how = "bytes" if named else "inception"
 
-    def see(pictures: Tensor) -> Tensor:
+    def see(pictures):
         x = pictures.to(device)
         if how != "bytes":
             side, *moments = INPUTS[how]
@@ -890,7 +883,7 @@ class Flags:
     nll: int = 0  # print the bits per dimension of held-out pictures, over --sample-steps [0..1000000 images]
     compare: tuple[str, ...] = ()  # draw from each of these runs, side by side: compare.html
     ema: float = 0.0  # another width of the averaged weights, 0 = own [0..0.28]
-    n: int = 1  # pictures of a prompt, seeds SEED, SEED + 1, ...; of a scored set or .npz all [1..10000 images]
+    n: int = 1  # pictures of a prompt, seeds SEED, SEED + 1, ...; in a set all differ [1..10000 images]
     text_encoder: tuple[str, ...] = ()  # folders where frozen text encoders lie now
     vae: str = ""  # folder where the VAE of the latents lies now
     export: str = ""  # write a run's published U-Net for diffusers into this folder, then leave
@@ -1000,7 +993,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             lines = [held[i]["caption"] for i in range(len(held))[:args.limit or None]]
         else:
             lines = read_lines(args.prompts)
-        args.wanted = [line.strip() for line in lines if line.strip()]
+        args.wanted = list(filter(None, map(str.strip, lines)))
         if not args.wanted:
             die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
@@ -1158,7 +1151,7 @@ def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace,
     return (scores.view(-1, args.n).topk(n).indices + first).flatten().tolist()
 
 
-def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
+def held_out(path: Path, count: int) -> dict:
     """Up to `count` pictures that a run keeps for validation, and their small versions, if it enlarges."""
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
@@ -1167,8 +1160,6 @@ def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
-    if enlarges and "lowres" not in held:
-        die(f"--validate checks a stage that enlarges, and {path} is a base")
     return held
 
 
@@ -1182,8 +1173,8 @@ def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
         settings["write"] = held["transcriptions"]
     del settings["seed"]
     small, truth = (torch.from_numpy(held[name]) if name in held else None for name in ("lowres", "picture"))
-    seeds = held["positions"]
-    bits = generate(stage, held["captions"], seeds, args.batch_size, lowres=small, truth=truth, **settings)
+    bits = generate(stage, held["captions"], held["positions"], args.batch_size, lowres=small, truth=truth,
+                    **settings)
     error = bits.std() / len(bits) ** 0.5
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension at most, of {len(bits)} held-out pictures "
           f"in {settings['steps']} steps")
@@ -1208,10 +1199,10 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     their configurations."""
     columns, recipes = [], []
     for path in paths:
-        pictures, notes = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
+        pictures, _ = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
         columns.append(pictures)
         *_, meta = model.read(path)
-        recipe = {"step": notes[0]["step"]}
+        recipe = {"step": meta["step"]}
         for group in json.loads(meta["config"]).values():
             recipe |= group
         recipes.append(recipe)
@@ -1278,7 +1269,7 @@ def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], he
 
     if args.against and place()[0] == 0:
         drawn = pictures.expand(-1, 3, -1, -1).numpy()
-        data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
+        data.SOURCES[DRAWN] = lambda side: Drawn(drawn, [note["prompt"] for note in made], DRAWN)
         score(picture_set(DRAWN), args, device)
 
 
@@ -1307,7 +1298,7 @@ def main(argv: list[str]) -> None:
     if args.interactive:
         plain = cache(plain)
     if args.nll:
-        held = held_out(paths[-1], args.nll, False)
+        held = held_out(paths[-1], args.nll)
         return print_bits(plain(paths[-1], ema=args.ema), held, args)
     if args.interactive:
         while True:
@@ -1316,9 +1307,11 @@ def main(argv: list[str]) -> None:
             except EOFError:
                 return None
             draw(paths, plain, args, device, [prompt] * args.n, {})
-    if not all(prompt.strip() for prompt in args.wanted):
+    if not all(map(str.strip, args.wanted)):
         print("note: empty prompt, drawing without one")
     held = held_out(paths[-1], args.validate) if args.validate else {}
+    if held and "lowres" not in held:
+        die(f"--validate checks a stage that enlarges, and {paths[-1]} is a base")
 
     # Frozen text encoders read everything first.
     prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
