@@ -19,7 +19,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
@@ -88,11 +88,6 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------- which runs, which weights
-def is_clip(recipe: dict) -> bool:
-    """Whether the configuration of a run is that of a CLIP; older ones do not say."""
-    return recipe["TrainConfig"].get("objective") == "clip"
-
-
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
@@ -105,9 +100,9 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
         try:
             recipe = json.loads((run / "config.json").read_text("utf-8"))
             drawn = model.configured(data.DataConfig, recipe["DataConfig"])
-            if not is_clip(recipe):
+            if recipe["TrainConfig"].get("objective") != "clip":                      # older ones do not say
                 ways[drawn.lowres] = run, recipe["TrainConfig"]["size"]
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+        except (OSError, *model.UNFIT) as e:
             raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
 
     starts = [side for side in ways if bool(side) == lowres]
@@ -227,10 +222,10 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
 
 def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
     """Warn of what a text encoder cannot read of the prompts."""
-    words.counts.clear()
+    counts = words.counts
+    counts.clear()
     for prompt in prompts:
         words.read(prompt)
-    counts = words.counts
     if counts["unknown"] or counts["cut"]:
         warn(f"{counts['unknown']} of {counts['tokens']} tokens unknown, {counts['cut']:d} prompts cut to "
              f"{words.length}")
@@ -244,13 +239,12 @@ def last_places(path: Path) -> tuple[list[str], str]:
             stored = model.read_config(folder)
             encoders = [str(name) for name in stored["TextConfig"]["text_encoder"] if name != "bytes"]
             return encoders, str(stored["ModelConfig"].get("vae", ""))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        except (OSError, *model.UNFIT):
             continue
     return [], ""
 
 
-def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None,
-                  ema: float = 0.0) -> Stage:
+def load_pipeline(path: Path, device: torch.device, cached: Callable | None, ema: float) -> Stage:
     """A stage from the folder of a published pipeline: Stable Diffusion 1.x, 2.x or XL. ValueError, one line,
     where it is another one, or a part is missing."""
     if ema:
@@ -286,18 +280,18 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         return load_pipeline(path, device, cached, ema)
     path, tensors, meta = model.read(path, warn)
     if ema:
-        run = (path if path.is_dir() else path.parent) / "../.."
-        tensors |= reconstruct((run / "profiles").resolve(), int(meta["step"]), ema)
+        folder = path if path.is_dir() else path.parent
+        tensors |= reconstruct((folder / "../../profiles").resolve(), int(meta["step"]), ema)
     with model.reading(path):
         stored = json.loads(meta["config"])
         shape, config, pictures, text = (model.configured(cls, stored[cls.__name__]) for cls in CONFIGS)
         size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
         made_in = meta["space"] if shape.vae else ""
         model.check("size", size, int, "[8..4096]")
-    if is_clip(stored) != clip:
+    if (stored["TrainConfig"].get("objective") == "clip") != clip:
         raise ValueError(f"{path} {'draws, and is no CLIP' if clip else 'is a CLIP, for --clip or --rank'}")
 
-    near = [*path.absolute().parents][:4] + [Path()]
+    near = [*path.absolute().parents[:4], Path()]
     lay, vae_lay = last_places(path)
     text = text_encoder.locate(text, made_with, near, [*encoders, *lay])
     text = text_encoder.load_text_encoder(text, cached, device="meta")
@@ -316,7 +310,7 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     with model.reading(path):
         with torch.device("meta"):
             if "unet" in meta:
-                unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
+                unet = model.rebuild(json.loads(meta["unet"]), *widths[:2])
             elif clip:
                 unet = model.CLIP(shape, side, *widths)
             else:
@@ -442,11 +436,12 @@ def sampler_of(s: Settings) -> Callable:
     sampler = diffusion.SAMPLERS[s.sampler]
     takes = inspect.signature(sampler).parameters
     for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
-        if value >= 0 and name not in takes:
+        if value < 0:
+            continue
+        if name not in takes:
             raise ValueError(f"--{name} {value}: {s.sampler} has no fresh noise of that kind. Use "
                              f"--sampler {others}")
-        if value >= 0:
-            sampler = partial(sampler, **{name: value})
+        sampler = partial(sampler, **{name: value})
     return sampler
 
 
@@ -494,7 +489,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     learned = stage.config.learn_sigma and "variance" in inspect.signature(sampler).parameters
     network = diffusion.LearnedVariance(stage.network()) if learned else stage.network()
 
-    keys = torch.tensor([noise_key(seed) for seed in seeds])
+    keys = torch.tensor(list(map(noise_key, seeds)))
     drawn = [] if kept == () else kept
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -712,7 +707,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
         if how != "bytes":
             side, *moments = INPUTS[how]
             mean, deviation = (x.new_tensor(moment, dtype=torch.float32).view(-1, 1, 1) for moment in moments)
-            x = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+            x = F.interpolate(x.float(), side, mode="bilinear", antialias=True)
             x = (x - mean) / deviation
         try:
             return net(x, return_features=True) if named else net(x)
@@ -766,7 +761,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
         roots.append(torch.linalg.qr(centred, mode="r").R)
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    spread = roots[0].square().sum() + roots[1].square().sum()
+    spread = sum(root.square().sum() for root in roots)
     common = torch.linalg.svdvals(roots[0] @ roots[1].mT).sum()
     return float((shift + spread - 2 * common).clamp(min=0))
 
@@ -788,17 +783,18 @@ def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> floa
         total = sum(kernel(part, y).sum() for part in x.split(1024))
         pairs = len(x) * len(y)
         if x is y:                                             # no picture is compared with itself
-            total = total - kernel(x[:, None], x[:, None]).sum()
+            total -= kernel(x[:, None], x[:, None]).sum()
             pairs -= len(x)
         means.append(float(total) / pairs)
     return means[0] + means[1] - 2 * means[2]
 
 
 def share_near(a: Tensor, b: Tensor) -> float:
-    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is:
-    precision where b is real, recall where a is (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1, 2)."""
-    radii = [torch.cdist(part, b).kthvalue(4).values for part in b.split(1024)]          # the first is itself
-    radii = torch.cat(radii)
+    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is,
+    the fourth with itself: precision where b is real, recall where a is (Kynkaanniemi et al. 2019,
+    arXiv:1904.06991, eq. 1, 2)."""
+    radii = torch.cat([
+        torch.cdist(part, b).kthvalue(4).values for part in b.split(1024)])
     near = [(torch.cdist(part, b) <= radii).any(1) for part in a.split(1024)]
     return float(torch.cat(near).double().mean())
 
@@ -923,8 +919,8 @@ def parser() -> argparse.ArgumentParser:
                "dtype": text_encoder.DTYPES}
     helps = model.helps(Flags) | model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
-    for field in [*fields(Flags), *fields(Settings)]:
-        name, default = field.name, field.default
+    usual = vars(Flags()) | vars(Settings())
+    for name, default in usual.items():
         options = {"dest": name, "default": default, "help": helps[name]}
         if name in choices:
             options["choices"] = choices[name]
@@ -968,7 +964,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.usual = set()
     for action in p._actions:
         values = getattr(args, action.dest, None)
-        flag = "".join(action.option_strings[:1])
+        flag = flag_of(action.dest)
         if action.dest in LISTS:
             if values == action.default:                       # what is given is still text
                 args.usual.add(action.dest)
@@ -1042,6 +1038,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
         rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
 
+    side = small.shape[-1]
     best = (0.0, "")
     for name, made, wanted in rows:
         error = (made.double() - wanted).flatten(2)                                   # (N, C, H * W)
@@ -1050,7 +1047,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
         psnr, shift = psnr.mean().item(), error.mean(2).abs().mean()
         line = f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255"
         if wanted is truth:
-            share = detail(made, small.shape[-1]) / detail(truth, small.shape[-1])
+            share = detail(made, side) / detail(truth, side)
             line += f"  detail {share:.2f}"
             best = max(best, (psnr, name))
         print(line)
@@ -1066,8 +1063,10 @@ def shared(draw: Callable, prompts: list[str], seeds: list[int], lowres: Tensor 
     share = math.ceil(len(prompts) / world)
     own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
     below = None if lowres is None else lowres[own]
-    ours, noises = [prompts[i] for i in own], [seeds[i] for i in own]
-    drawn = draw(ours, noises, lowres=below).contiguous()
+    drawn = draw(
+        [prompts[i] for i in own],
+        [seeds[i] for i in own],
+        lowres=below).contiguous()
     parts = [torch.empty_like(drawn) for _ in range(world)]
     dist.all_gather(parts, drawn)
     return torch.cat(parts)[:len(prompts)]
@@ -1090,11 +1089,10 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         picture = read_picture(args.lowres, stage.data.lowres or stage.size)
         below = torch.stack([picture] * len(prompts))
 
-    scored = args.npz or args.against                          # such a set has no noise twice
-    turn = len(prompts) if scored else args.n
+    turn = len(prompts) if args.npz or args.against else args.n                     # a set has no noise twice
     seeds = [seed + k % turn for k in range(len(prompts))]
-    dtype = text_encoder.DTYPES[args.dtype]
-    draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
+    draw = partial(generate, stage, batch_size=args.batch_size, dtype=text_encoder.DTYPES[args.dtype],
+                   **settings)
     kept = []
     try:
         pictures = shared(draw, prompts, seeds, below, kept)
@@ -1132,12 +1130,11 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         columns = n if n > 1 else round(len(made) ** 0.5)
         below = data.labels(prompts, [one["write"] for one in made])
         sheet = data.contact_sheet(pictures, below, min(8, max(2, columns)))
-        path = file or Path(args.out, "grid.png")
-        print(data.save_png(sheet, path, {"pictures": made}, warn, replace=file is not None))
-        return
+        pictures, prompts = [torch.from_numpy(data.array(sheet))], ["grid"]
+        made = [{"pictures": made}]
     for picture, prompt, notes in zip(pictures, prompts, made):
         path = file or Path(args.out, f"{file_name(prompt)}.png")
-        replace = file is not None and len(made) == 1
+        replace = file and len(made) == 1
         print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
@@ -1199,7 +1196,7 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     their configurations."""
     columns, recipes = [], []
     for path in paths:
-        pictures, _ = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
+        pictures, _ = run_stage(load(path), 0, args, prompts, None, {})
         columns.append(pictures)
         *_, meta = model.read(path)
         recipe = {"step": meta["step"]}
@@ -1224,7 +1221,7 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
 
 def export(path: Path, load: Callable, args: argparse.Namespace) -> None:
     """Write the published U-Net of a run. ValueError where it has limn's own."""
-    stage = load(path, ema=args.ema)
+    stage = load(path)
     if not isinstance(stage.unet, model.UNet2DConditionModel):
         raise ValueError(f"--export is for published U-Nets, and {path} is of limn's own")
     model.save_published(Path(args.export, "unet"), stage.unet)
@@ -1252,8 +1249,7 @@ def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], he
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
         last = path == paths[-1]
-        check = held if last else {}
-        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, check)
+        pictures, notes = run_stage(load(path), i, args, prompts, pictures, held if last else {})
         if made:
             notes = [note | {"below": below} for note, below in zip(notes, made)]
         made, n = notes, args.n
@@ -1279,9 +1275,10 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
     device = choose_device(args.device)
-    if place()[1] > 1:
+    rank, world = place()
+    if world > 1:
         dist.init_process_group("gloo")
-        if place()[0] > 0:                                     # one tells it all
+        if rank:                                               # one tells it all
             sys.stdout = io.StringIO()
     if args.score:
         return score(picture_set(args.score), args, device)
@@ -1292,20 +1289,18 @@ def main(argv: list[str]) -> None:
         given = len(getattr(args, name))
         if given > len(paths):
             raise ValueError(f"{flag_of(name)} has {given} values for {len(paths)} stage(s)")
-    plain = partial(load_stage, device=device, encoders=args.text_encoder, vae=args.vae)
+    plain = partial(load_stage, device=device, ema=args.ema, encoders=args.text_encoder, vae=args.vae)
     if args.export:
         return export(paths[-1], plain, args)
+    if args.nll:
+        return print_bits(plain(paths[-1]), held_out(paths[-1], args.nll), args)
     if args.interactive:
         plain = cache(plain)
-    if args.nll:
-        held = held_out(paths[-1], args.nll)
-        return print_bits(plain(paths[-1], ema=args.ema), held, args)
-    if args.interactive:
         while True:
             try:
                 prompt = input("prompt: ")
             except EOFError:
-                return None
+                return
             draw(paths, plain, args, device, [prompt] * args.n, {})
     if not all(map(str.strip, args.wanted)):
         print("note: empty prompt, drawing without one")
@@ -1318,9 +1313,9 @@ def main(argv: list[str]) -> None:
     words = [*prompts, *held.get("captions", ()), args.negative]
     load = partial(plain, cached=reader(words, device))
     if args.autoguide:
-        load(Path(args.autoguide))
+        load(Path(args.autoguide), ema=0)
     for name in filter(None, args.clip):
-        load(Path(name), clip=True)
+        load(Path(name), ema=0, clip=True)
     if args.compare:
         return compare(paths, load, args, prompts)
     draw(paths, load, args, device, prompts, held)
