@@ -202,7 +202,7 @@ class Attention(nn.Module):
         """x (B, C, H, W); context (B, L+1, E) and hidden (B, 1, 1, L+1), as with_null gives them."""
         _, C, H, W = x.shape
         heads = C // self.head_dim
-        tokens = positions(self.norm(x))                              # (B, N, C)
+        tokens = positions(self.norm(x))                                              # (B, N, C)
 
         # Keys and values of the text.
         text = self.text_kv(context).unflatten(2, (2, heads, -1))
@@ -308,7 +308,7 @@ def with_null(context: Tensor, null: Tensor, mask: Tensor) -> tuple[Tensor, Tens
     return context, bias.to(context.dtype)
 
 
-def read_text(net: nn.Module, context: Tensor, mask: Tensor, pooled: Tensor) -> tuple:
+def embed_text(net: nn.Module, context: Tensor, mask: Tensor, pooled: Tensor) -> tuple:
     """What a network makes of text by its `context`, `null` and `pooled`: keys and what hides them, as
     with_null, and a vector (B, E), of zeros where there is no token; where it has no `pooled`, as it came."""
     if net.pooled is not None:
@@ -468,7 +468,7 @@ class UNet(nn.Module):
             if lowres.shape[-2:] != x_t.shape[-2:]:
                 lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
             x = torch.cat([x, lowres], 1)
-        context, hidden, vector = read_text(self, context, mask, pooled)              # (B, L+1, E), ...
+        context, hidden, vector = embed_text(self, context, mask, pooled)              # (B, L+1, E), ...
         time = time + vector
 
         # Behind them those of what is written.
@@ -673,7 +673,7 @@ class PictureAttention(CrossAttention):
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
     def forward(self, x):
-        tokens = positions(self.group_norm(x))                        # (B, N, C)
+        tokens = positions(self.group_norm(x))                                        # (B, N, C)
         return x + super().forward(tokens).transpose(1, 2).view_as(x)
 
 
@@ -725,7 +725,7 @@ class Transformer(nn.Module):
         def project(layer, tokens):                            # a convolution of one position is linear
             return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
-        tokens = project(self.proj_in, positions(self.norm(x)))       # (B, N, C)
+        tokens = project(self.proj_in, positions(self.norm(x)))                       # (B, N, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, bias)
         return x + project(self.proj_out, tokens).transpose(1, 2).view_as(x)
@@ -787,7 +787,7 @@ class TextAdapter(nn.Module):
         self.pooled = nn.Linear(pooled_dim, pooled_width) if pooled_width else None
         normal(self.context[1].weight, 1 / math.sqrt(text_dim))
 
-    forward = read_text
+    forward = embed_text                                       # called with context, mask, pooled
 
 
 class UNet2DConditionModel(nn.Module):
@@ -1153,7 +1153,7 @@ class CLIP(UNet):
 
     def read(self, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """The features of captions, (B, E) float32 of unit length; arguments as of the U-Net's `forward`."""
-        context, bias, vector = read_text(self, context, mask, pooled)                # (B, L+1, E), ...
+        context, bias, vector = embed_text(self, context, mask, pooled)                # (B, L+1, E), ...
         return self.text_pool(vector, context, bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -1163,7 +1163,7 @@ class CLIP(UNet):
         no_text = time.new_zeros(len(x_t), 0, self.config.emb_dim)
         context, hidden = with_null(no_text, self.null, no_text[..., 0].bool())       # the null alone
         *_, h = self._down(x_t, {ResBlock: [F.silu(time)], Attention: [context, hidden]})
-        tokens = positions(self.norm_out(h))                          # (B, N, C)
+        tokens = positions(self.norm_out(h))                                          # (B, N, C)
         return self.picture_pool(tokens.mean(1), tokens)
 
 
