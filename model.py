@@ -468,7 +468,7 @@ class UNet(nn.Module):
             if lowres.shape[-2:] != x_t.shape[-2:]:
                 lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
             x = torch.cat([x, lowres], 1)
-        context, hidden, vector = embed_text(self, context, mask, pooled)              # (B, L+1, E), ...
+        context, hidden, vector = embed_text(self, context, mask, pooled)             # (B, L+1, E), ...
         time = time + vector
 
         # Behind them those of what is written.
@@ -1153,7 +1153,7 @@ class CLIP(UNet):
 
     def read(self, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """The features of captions, (B, E) float32 of unit length; arguments as of the U-Net's `forward`."""
-        context, bias, vector = embed_text(self, context, mask, pooled)                # (B, L+1, E), ...
+        context, bias, vector = embed_text(self, context, mask, pooled)               # (B, L+1, E), ...
         return self.text_pool(vector, context, bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
