@@ -62,14 +62,13 @@ def sides(config: ModelConfig, size: int) -> list[int]:
 def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, scale: int = 1) -> None:
     """Raise ValueError, one line with the flag and a value that works, where this U-Net cannot be built.
     scale: pixels of a picture per position of its latents."""
-    def must(right: bool, message: str) -> None:
+    def must(right, message):
         if not right:
-            raise ValueError(f"--{message}")
+            raise ValueError("--" + message.replace("_", "-"))
 
     for name in ("patch", "channel_mult", "num_res_blocks"):
         value = getattr(config, name)
-        flag = name.replace("_", "-")
-        must(min(np.atleast_1d(value), default=0) > 0, f"{flag} {value} must be at least 1")
+        must(min(np.atleast_1d(value), default=0) > 0, f"{name} {value} must be at least 1")
     levels = len(config.channel_mult)
     must(np.size(config.num_res_blocks) in (1, levels),
          f"num-res-blocks {config.num_res_blocks} must be one number, or {levels} as --channel-mult")
@@ -90,16 +89,14 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, 
 
     for name in ("channels", "emb_dim"):
         width = getattr(config, name)
-        flag = name.replace("_", "-")
         near = max(32, width // 32 * 32)
-        must(width >= 32 and width % 32 == 0, f"{flag} {width} must be a multiple of 32. Try {near}")
+        must(width >= 32 and width % 32 == 0, f"{name} {width} must be a multiple of 32. Try {near}")
     must(config.head_dim >= 8 and config.channels % config.head_dim == 0,
          f"head-dim {config.head_dim} must be 8 or more and divide --channels {config.channels}. Try 32")
     here = sides(config, size // scale)
     for name in ("attn_resolutions", "weave_resolutions"):
-        flag = name.replace("_", "-")
         for side in getattr(config, name):
-            must(side in here, f"{flag} {side} is not a side of a feature map here. Choose from {here}")
+            must(side in here, f"{name} {side} is not a side of a feature map here. Choose from {here}")
     must(not (config.conv_only and config.weave_resolutions),
          f"weave-resolutions {config.weave_resolutions} is for whole pictures. Leave --conv-only away")
 
@@ -128,6 +125,14 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), 1e-6)
 
 
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+
+def positions(x: Tensor) -> Tensor:
+    """A feature map (B, C, H, W) -> its positions, (B, N, C)."""
+    return x.flatten(2).transpose(1, 2)
+
+
 class ResBlock(nn.Module):
     """Residual block with scale-shift normalisation and resampling inside.
     Dhariwal and Nichol 2021, arXiv:2105.05233, section 3. resample: "down" halves, "up" doubles the sides
@@ -137,13 +142,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.resample = resample
         self.norm1 = GroupNorm(c_in, local)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3(c_in, c_out)
         self.emb = nn.Linear(emb_dim, 2 * c_out)
         self.norm2 = GroupNorm(c_out, local)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3(c_out, c_out)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def _resampled(self, x: Tensor) -> Tensor:
+    def _resampled(self, x):
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
         if self.resample == "up":
@@ -160,6 +165,12 @@ class ResBlock(nn.Module):
 
         h = self.skip(self._resampled(x)) + self.conv2(F.silu(h))
         return doubled(h) if self.resample == "late" else h
+
+
+def normal(x: Tensor, std: float) -> None:
+    """Fill with normal numbers; not on the meta device, where it would import the compiler, for seconds."""
+    if not x.is_meta:
+        nn.init.normal_(x, std=std)
 
 
 def doubled(x: Tensor) -> Tensor:
@@ -188,32 +199,31 @@ class Attention(nn.Module):
         self.out = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
-        """x (B, C, H, W); context (B, L+1, E), text and null; hidden (B, L+1), 0 = visible, -inf = not."""
-        B, C, H, W = x.shape
+        """x (B, C, H, W); context (B, L+1, E) and hidden (B, 1, 1, L+1), as with_null gives them."""
+        _, C, H, W = x.shape
         heads = C // self.head_dim
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                              # (B, N, C)
+        tokens = positions(self.norm(x))                                              # (B, N, C)
 
         # Keys and values of the text.
-        text = self.text_kv(context).view(B, -1, 2, heads, self.head_dim)
+        text = self.text_kv(context).unflatten(2, (2, heads, -1))
         k, v = text.unbind(2)                                                         # (B, L+1, K, head_dim)
         k = self.text_k_norm(k)
 
         # Queries, and before the text the picture's own keys and values.
         if not self.local:
             tokens = tokens + self.place(places(H, W, x.device).flatten(1).T)
-        own = self.qkv(tokens).view(B, H * W, -1, heads, self.head_dim)
-        own = own.unbind(2)                                                           # each (B, N, K, ...)
-        q = self.q_norm(own[0])
+        own = self.qkv(tokens).unflatten(2, (-1, heads, self.head_dim))
+        q, *own = own.unbind(2)                                                       # each (B, N, K, ...)
+        q = self.q_norm(q)
         if not self.local:
-            k = torch.cat([self.k_norm(own[1]), k], 1)                                # (B, N+L+1, K, ...)
-            v = torch.cat([own[2], v], 1)
-            hidden = F.pad(hidden, (H * W, 0))
+            k = torch.cat([self.k_norm(own[0]), k], 1)                                # (B, N+L+1, K, ...)
+            v = torch.cat([own[1], v], 1)
+            hidden = F.pad(hidden, (H * W, 0))                                        # (B, 1, 1, N+L+1)
 
-        bias = hidden[:, None, None].to(v.dtype)                                      # (B, 1, 1, N+L+1)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, head_dim)
-        h = self.out(h.transpose(1, 2).reshape(B, H * W, C))
-        return x + h.view(B, H, W, C).permute(0, 3, 1, 2)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)                 # (B, K, N, head_dim)
+        h = self.out(h.transpose(1, 2).flatten(2))                                    # (B, N, C)
+        return x + h.transpose(1, 2).view_as(x)
 
 
 class Weave(nn.Module):
@@ -249,15 +259,14 @@ class Weave(nn.Module):
         place = self.rows[:, :, None] + self.columns[:, None]                         # (2C, side, side)
         place = F.interpolate(place[None], x.shape[-2:], mode="bilinear")
         scale, shift = (self.emb(emb)[:, :, None, None] + place).chunk(2, 1)          # (B, C, H, W)
-        tokens = self.norm(x) * (1 + scale) + shift
-        tokens = tokens.flatten(2).transpose(1, 2)                                    # (B, N, C)
+        tokens = positions(self.norm(x) * (1 + scale) + shift)                        # (B, N, C)
 
         reads, feeds, writes = self.gains.exp()
         read = y + reads * self.read(self.read_norm(y), tokens)                       # (B, L, D)
         read = read + feeds * self.feed(read)
 
-        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), (B, L+1)
-        h = self.write(tokens, keys, hidden[:, None, None])                           # (B, N, C)
+        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), ...
+        h = self.write(tokens, keys, hidden)                                          # (B, N, C)
         x = x + writes * h.transpose(1, 2).view_as(x)
         return x, read if self.carried else y
 
@@ -266,11 +275,11 @@ def places(height: int, width: int, device: torch.device) -> Tensor:
     """4 x sines and cosines of y and x, (12, H, W): half a period, one and two over the height and the width.
     Coordinates as channels (Liu et al. 2018, arXiv:1807.03247). Times 4, or the noise drowns them: it doubled
     the gap between right and wrong captions."""
-    def centres(n: int) -> Tensor:
+    def centres(n):
         return (torch.arange(n, device=device) + 0.5) / n * 2 - 1
 
-    y, x = torch.meshgrid(centres(height), centres(width), indexing="ij")
-    plane = torch.stack([y, x])                                                       # (2, H, W)
+    grid = torch.meshgrid(centres(height), centres(width), indexing="ij")
+    plane = torch.stack(grid)                                                         # (2, H, W)
     angles = torch.cat([plane * math.pi / 2 * k for k in (1, 2, 4)])
     return 4 * torch.cat([angles.sin(), angles.cos()])
 
@@ -284,18 +293,27 @@ def waves(numbers: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t (B,) in [0, 1] -> (B, dim) float32, the waves of 1000 t."""
-    return waves(1000 * t.float(), dim)
+def timed(layers: nn.Sequential, t: Tensor) -> Tensor:
+    """t (B,) in [0, 1] -> (B, E), what layers make of the waves of 1000 t."""
+    return layers(waves(1000 * t.float(), layers[0].in_features))
 
 
 def with_null(context: Tensor, null: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The keys of the text (B, L, E), behind them the null (1, 1, E) that is always visible; and what hides
-    them (B, L+1): 0 = visible, -inf = not."""
+    them (B, 1, 1, L+1), of their type: 0 = visible, -inf = not."""
     null = null.expand(len(context), -1, -1).to(context.dtype)
     context = torch.cat([context, null], 1)                                           # (B, L+1, E)
-    hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)
-    return context, F.pad(hidden, (0, 1))
+    hidden = torch.where(mask, 0.0, -math.inf)
+    bias = F.pad(hidden, (0, 1))[:, None, None]
+    return context, bias.to(context.dtype)
+
+
+def embed_text(net: nn.Module, context: Tensor, mask: Tensor, pooled: Tensor) -> tuple:
+    """What a network makes of text by its `context`, `null` and `pooled`: keys and what hides them, as
+    with_null, and a vector (B, E), of zeros where there is no token; where it has no `pooled`, as it came."""
+    if net.pooled is not None:
+        pooled = net.pooled(torch.where(mask.any(1, keepdim=True), pooled, 0))
+    return *with_null(net.context(context), net.null, mask), pooled
 
 
 def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
@@ -305,13 +323,13 @@ def called(block: nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
     return block(*inputs)
 
 
-def matrices_of(parts: Iterable[nn.Module], twos: tuple[str, ...]) -> dict[nn.Parameter, int]:
-    """The weight matrices of some parts, and of how many each is made: those of the layers `twos` of two."""
+def matrices(net: nn.Module) -> dict[nn.Parameter, int]:
+    """The weight matrices in the blocks of a U-Net, ours or a published one, and of how many each is made.
+    Scale and shift (`emb`) are two, as are keys and values of the text, value and gate (`proj`)."""
     found = {}
-    for part in parts:
-        for name, p in part.named_parameters():
-            if p.ndim > 1:
-                found[p] = 2 if name.split(".")[-2] in twos else 1
+    for name, p in net.named_parameters():
+        if p.ndim > 1 and re.match("down|mid|up", name):
+            found[p] = 2 if name.split(".")[-2] in ("emb", "text_kv", "proj") else 1
     return found
 
 
@@ -329,6 +347,7 @@ class UNet(nn.Module):
     written_dim: D and P of a second stream, of what is written in pictures, 0 for none.
     Raises ValueError where the shape cannot be built, naming the flag. Set `checkpointing` to recompute
     activations in the backward pass."""
+    matrices = matrices
 
     def __init__(self, config: ModelConfig, size: int, text_dim: int, pooled_dim: int, planes: int = 3,
                  lowres: int = 0, learn_sigma: bool = False, written_dim: int = 0):
@@ -347,7 +366,7 @@ class UNet(nn.Module):
             self.lowres_time = mlp(emb // 4, emb)
 
         inside = (planes + lowres) * config.patch**2 + (0 if local else 12)        # 12 of `places`
-        self.conv_in = nn.Conv2d(inside, ch, 3, padding=1)
+        self.conv_in = conv3(inside, ch)
 
         # Down: each stage leaves a skip.
         stage = partial(self.stage, written_dim=written_dim)
@@ -382,7 +401,7 @@ class UNet(nn.Module):
                 self.up[-1].add_module(str(number), ResBlock(c, above, emb, local, resample))
                 c = above
         self.norm_out = GroupNorm(c, local)
-        self.conv_out = nn.Conv2d(c, planes * (1 + learn_sigma) * config.patch**2, 3, padding=1)
+        self.conv_out = conv3(c, planes * (1 + learn_sigma) * config.patch**2)
         if written_dim:
             self.transcription = TextAdapter(written_dim, emb, written_dim, emb)
         self.init_weights()
@@ -399,33 +418,16 @@ class UNet(nn.Module):
         return blocks
 
     def init_weights(self) -> None:
-        # Layers keep the variance of a unit input.
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d | nn.Linear):
-                inputs = m.weight[0].numel()
-                nn.init.trunc_normal_(m.weight, std=1 / math.sqrt(inputs))
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
-
-        # Blocks start as the identity, the output as 0.
-        nn.init.zeros_(self.conv_out.weight)
-        for m in self.modules():
-            if isinstance(m, ResBlock):
-                nn.init.zeros_(m.conv2.weight)
-            if isinstance(m, Attention):
-                nn.init.zeros_(m.out.weight)
-            if isinstance(m, Weave):
-                nn.init.zeros_(m.write.to_out[0].weight)
-
-        if not self.null.is_meta:                  # there it would import the compiler, which takes seconds
-            nn.init.normal_(self.null, std=0.5)
+        # Layers keep the variance of a unit input. Blocks start as the identity, the output as 0.
+        for name, p in self.named_parameters():
+            if p.ndim > 1 and name.endswith("weight"):
+                nn.init.trunc_normal_(p, std=1 / math.sqrt(p[0].numel()))
+            if re.search(r"bias|(conv2|\.out|conv_out|write\.to_out\.0)\.weight", name):
+                nn.init.zeros_(p)
+        normal(self.null, 0.5)
         self.to(memory_format=torch.channels_last)
 
-    def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks: scale and shift (`emb`), keys and values of the text are two."""
-        return matrices_of((self.down, self.mid, self.up), ("emb", "text_kv"))
-
-    def _run(self, blocks: nn.ModuleList, h: Tensor, told: dict[type, list[Tensor]]) -> Tensor:
+    def _run(self, blocks, h, told):
         for block in blocks:
             kind = type(block)
             h = called(block, self.checkpointing, h, *told[kind])
@@ -433,7 +435,7 @@ class UNet(nn.Module):
                 h, told[kind][0] = h                           # the text, for the next one
         return h
 
-    def _down(self, x: Tensor, told: dict[type, list[Tensor]]) -> list[Tensor]:
+    def _down(self, x, told):
         """The feature maps of a picture (B, planes, H, W) on its way down, which are the skips, and behind
         them that of the middle. told: what each kind of block is told beside them."""
         # The picture, in patches, and where each of them is.
@@ -458,30 +460,28 @@ class UNet(nn.Module):
         smaller; lowres_t (B,) float32 in [0, 1], how noisy it is. written: transcription_context, _mask and
         _pooled, the same of what is written in the picture, whose keys join those of the text, and which
         weaves read. Returns (B, planes, H, W) float32, with learn_sigma twice the planes."""
-        # The vector of time and text. Without text the vector is that of zero.
-        time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
+        # The vector of time and text, and the keys: the tokens of the text that are there, and the null.
+        time = timed(self.time, t)
+        x = x_t
         if lowres is not None:
-            time = time + self.lowres_time(timestep_embedding(lowres_t, self.config.emb_dim // 4))
-        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
-        time = time + self.pooled(pooled)
+            time = time + timed(self.lowres_time, lowres_t)
+            if lowres.shape[-2:] != x_t.shape[-2:]:
+                lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
+            x = torch.cat([x, lowres], 1)
+        context, hidden, vector = embed_text(self, context, mask, pooled)             # (B, L+1, E), ...
+        time = time + vector
 
-        # The keys: the tokens of the text that are there, and the null; then those of what is written.
-        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
+        # Behind them those of what is written.
         parts = []
         if written:
             parts = [written[f"transcription_{name}"] for name in ("context", "mask", "pooled")]
             keys, hides, vector = self.transcription(*parts)
             context = torch.cat([context, keys], 1)
-            hidden = torch.cat([hidden, hides], 1)
+            hidden = torch.cat([hidden, hides], -1)
             time = time + vector
         emb = F.silu(time)                                                            # (B, E)
         told = {ResBlock: [emb], Attention: [context, hidden], Weave: [*parts[:2], emb]}
 
-        x = x_t
-        if lowres is not None:
-            if lowres.shape[-2:] != x_t.shape[-2:]:
-                lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
-            x = torch.cat([x, lowres], 1)
         *skips, h = self._down(x, told)
         for blocks in self.up:
             skip = skips.pop()
@@ -627,11 +627,11 @@ class Residual(nn.Module):
     def __init__(self, c_in, c_out, groups, eps=1e-6, emb_dim=0):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = conv3(c_in, c_out)
         if emb_dim:
             self.time_emb_proj = nn.Linear(emb_dim, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = conv3(c_out, c_out)
         self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, emb=None):
@@ -658,10 +658,9 @@ class CrossAttention(nn.Module):
     def forward(self, x, context=None, bias=None):
         """x (B, N, C); context (B, L, D); bias (B, 1, 1, L) of the logits. Returns (B, N, C)."""
         keys = x if context is None else context
-        heads = []
-        for part in (self.to_q(x), self.to_k(keys), self.to_v(keys)):
-            heads.append(part.unflatten(2, (self.heads, -1)).transpose(1, 2))         # (B, K, N, C/K)
-        q, k, v = heads
+        q, k, v = (
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)                       # (B, K, N, C/K)
+            for part in (self.to_q(x), self.to_k(keys), self.to_v(keys)))
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, C/K)
         return self.to_out[0](h.transpose(1, 2).flatten(2))
 
@@ -674,7 +673,7 @@ class PictureAttention(CrossAttention):
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
     def forward(self, x):
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, N, C)
+        tokens = positions(self.group_norm(x))                                        # (B, N, C)
         return x + super().forward(tokens).transpose(1, 2).view_as(x)
 
 
@@ -726,7 +725,7 @@ class Transformer(nn.Module):
         def project(layer, tokens):                            # a convolution of one position is linear
             return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
-        tokens = project(self.proj_in, self.norm(x).flatten(2).transpose(1, 2))       # (B, N, C)
+        tokens = project(self.proj_in, positions(self.norm(x)))                       # (B, N, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, bias)
         return x + project(self.proj_out, tokens).transpose(1, 2).view_as(x)
@@ -772,8 +771,8 @@ class Level(nn.ModuleDict):
 
 
 def embedding_mlp(c_in: int, c_out: int) -> nn.Sequential:
-    first, last = nn.Linear(c_in, c_out), nn.Linear(c_out, c_out)
-    return nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=last))
+    names = "linear_1", "act", "linear_2"
+    return nn.Sequential(OrderedDict(zip(names, mlp(c_in, c_out))))
 
 
 class TextAdapter(nn.Module):
@@ -784,18 +783,11 @@ class TextAdapter(nn.Module):
         super().__init__()
         self.context = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
         self.null = nn.Parameter(torch.zeros(1, 1, width))
-        real = not self.null.is_meta                           # as in the U-Net's init_weights
-        if real:
-            nn.init.normal_(self.null, std=0.5)
+        normal(self.null, 0.5)
         self.pooled = nn.Linear(pooled_dim, pooled_width) if pooled_width else None
-        if real:
-            nn.init.normal_(self.context[1].weight, std=1 / math.sqrt(text_dim))
+        normal(self.context[1].weight, 1 / math.sqrt(text_dim))
 
-    def forward(self, context, mask, pooled):
-        """-> context (B, L+1, width), what hides it (B, L+1), pooled (B, pooled_width)."""
-        if self.pooled is not None:
-            pooled = self.pooled(torch.where(mask.any(1, keepdim=True), pooled, 0))
-        return *with_null(self.context(context), self.null, mask), pooled
+    forward = embed_text                                       # called with context, mask, pooled
 
 
 class UNet2DConditionModel(nn.Module):
@@ -805,11 +797,12 @@ class UNet2DConditionModel(nn.Module):
     config: what config.json says, or a row of UNETS; ValueError where that cannot be built.
     Set `checkpointing` to recompute activations in the backward pass, and `empty` to (context (1, L, D),
     pooled (1, P)) of the empty prompt: it stands for captions that are not told."""
+    matrices = matrices
 
     def __init__(self, config: dict, text_dim: int = 0, pooled_dim: int = 0):
         super().__init__()
         shape = read_fields(config, UNET_FIELDS)
-        self.config = {**vars(shape), **config}
+        self.config = vars(shape) | config
         self.checkpointing = False
         self.empty = None
         if shape.in_channels != shape.out_channels:
@@ -829,10 +822,10 @@ class UNet2DConditionModel(nn.Module):
         if c % 2 or self.size_dim % 2 or self.pooled_width < 0:
             raise ValueError(f"widths of embeddings do not fit: {c}, {self.size_dim}, {self.pooled_width}")
 
-        self.conv_in = nn.Conv2d(shape.in_channels, c, 3, padding=1)
+        self.conv_in = conv3(shape.in_channels, c)
         self.add_levels(shape)
         self.conv_norm_out = nn.GroupNorm(shape.norm_num_groups, c, shape.norm_eps)
-        self.conv_out = nn.Conv2d(c, shape.out_channels, 3, padding=1)
+        self.conv_out = conv3(c, shape.out_channels)
         self.init_weights()
         self.adapter = None
         if text_dim:
@@ -888,10 +881,6 @@ class UNet2DConditionModel(nn.Module):
         width = self.config["cross_attention_dim"]
         self.adapter = TextAdapter(text_dim, width, pooled_dim, self.pooled_width)
 
-    def matrices(self) -> dict[nn.Parameter, int]:
-        """The weight matrices of the blocks: the feed-forward's value and gate (`proj`) are two."""
-        return matrices_of((self.down_blocks, self.mid_block, self.up_blocks), ("proj",))
-
     def embedding(self, x_t: Tensor, t: Tensor, pooled: Tensor | None, sizes: Tensor | None) -> Tensor:
         """The vector of time, and in SDXL of pooled text and sizes, see `forward`."""
         timestep = (1000 * t.float() - 1).clamp(min=0)
@@ -916,24 +905,23 @@ class UNet2DConditionModel(nn.Module):
         Returns (B, C, H, W) float32."""
         bias = None
         if self.adapter is not None:
-            context, hidden, pooled = self.adapter(context, mask, pooled)
-            bias = hidden[:, None, None].to(context.dtype)                            # (B, 1, 1, L+1)
+            context, bias, pooled = self.adapter(context, mask, pooled)               # bias (B, 1, 1, L+1)
         elif self.empty is not None:
             told = mask.any(1, keepdim=True)
             context = torch.where(told[..., None], context, self.empty[0].to(context))
             if self.size_dim:
                 pooled = torch.where(told, pooled, self.empty[1].to(pooled))
         emb = self.embedding(x_t, t, pooled, sizes)
-        condition = emb, (context, bias)
+        told = dict(emb=emb, text=(context, bias), recompute=self.checkpointing)
 
         layout = torch.channels_last if x_t.is_cuda else torch.contiguous_format
         h = self.conv_in(x_t.contiguous(memory_format=layout))                        # (B, C, H, W)
         skips = [h]
         for level in self.down_blocks:
-            h = level(h, *condition, leave=skips, recompute=self.checkpointing)
-        h = self.mid_block(h, *condition, recompute=self.checkpointing)
+            h = level(h, **told, leave=skips)
+        h = self.mid_block(h, **told)
         for level in self.up_blocks:
-            h = level(h, *condition, take=skips, recompute=self.checkpointing)
+            h = level(h, **told, take=skips)
         return self.conv_out(F.silu(self.conv_norm_out(h))).float()
 
 
@@ -953,7 +941,7 @@ class Latents(nn.Module):
     def __init__(self, config: dict, table: dict):
         super().__init__()
         self.shape = read_fields(config, table)
-        self.config = {**vars(self.shape), **config}
+        self.config = vars(self.shape) | config
         self.channels = self.shape.latent_channels
         levels = next(iter(vars(self.shape).values()))
         self.scale = 2 ** (len(levels) - 1)
@@ -993,7 +981,7 @@ class Latents(nn.Module):
         scale = self.scale
         side = max(2, self.tile // scale)
 
-        def cut(whole: int) -> tuple[list[slice], Tensor]:
+        def cut(whole):
             """Where the squares lie along one side, and how much each of a square's pixels weighs."""
             part = min(side, whole)
             starts = [*range(0, whole - part, part // 2), whole - part]
@@ -1023,7 +1011,7 @@ class Coder(nn.Module):
         deep = shape.block_out_channels[-1]
         widths = shape.block_out_channels[::-1] if up else shape.block_out_channels
         c = widths[0]
-        self.conv_in = nn.Conv2d(c_in, c, 3, padding=1)
+        self.conv_in = conv3(c_in, c)
 
         self.mid_block = Level()
         attention = PictureAttention(deep, groups) if shape.mid_block_add_attention else None
@@ -1045,7 +1033,7 @@ class Coder(nn.Module):
         self.order = [self.mid_block, *levels] if up else [*levels, self.mid_block]
         self.add_module("up_blocks" if up else "down_blocks", levels)
         self.conv_norm_out = nn.GroupNorm(groups, c, 1e-6)
-        self.conv_out = nn.Conv2d(c, c_out, 3, padding=1)
+        self.conv_out = conv3(c, c_out)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -1076,7 +1064,7 @@ class AutoencoderKL(Latents):
 class TinyBlock(nn.Module):
     def __init__(self, pool):
         super().__init__()
-        conv = partial(nn.Conv2d, 64, 64, 3, padding=1)
+        conv = partial(conv3, 64, 64)
         self.conv = nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU(), conv())
         self.pool = None
         if pool:
@@ -1096,27 +1084,26 @@ class AutoencoderTiny(Latents):
 
     def __init__(self, config: dict):
         super().__init__(config, TINY_FIELDS)
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         pool = self.shape.pool
 
         def blocks(number, pool):
             return [TinyBlock(pool) for _ in range(number)]
 
         *numbers, last = self.shape.num_encoder_blocks
-        layers = [conv(3, 64)]
+        layers = [conv3(3, 64)]
         for number in numbers:
-            layers += [*blocks(number, False), conv(64, 64, stride=2, bias=False)]
-        layers += [*blocks(last, pool), conv(64, self.channels)]
+            layers += [*blocks(number, False), conv3(64, 64, stride=2, bias=False)]
+        layers += [*blocks(last, pool), conv3(64, self.channels)]
         self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
 
         *numbers, last = self.shape.num_decoder_blocks
-        layers = [conv(self.channels, 64), nn.ReLU()]
+        layers = [conv3(self.channels, 64), nn.ReLU()]
         if pool:
             layers = [nn.Identity(), *layers]                  # TAEF2 counts the tanh as a layer
         for number in numbers:
-            layers += [*blocks(number, pool), nn.Upsample(scale_factor=2), conv(64, 64, bias=False)]
+            layers += [*blocks(number, pool), nn.Upsample(scale_factor=2), conv3(64, 64, bias=False)]
             pool = False
-        layers += [*blocks(last, pool), conv(64, 3)]
+        layers += [*blocks(last, pool), conv3(64, 3)]
         self.decoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
 
     def mean(self, x):
@@ -1166,19 +1153,17 @@ class CLIP(UNet):
 
     def read(self, context: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
         """The features of captions, (B, E) float32 of unit length; arguments as of the U-Net's `forward`."""
-        context, hidden = with_null(self.context(context), self.null, mask)           # (B, L+1, E), (B, L+1)
-        bias = hidden[:, None, None].to(context.dtype)                                # (B, 1, 1, L+1)
-        pooled = torch.where(mask.any(1, keepdim=True), pooled, 0)
-        return self.text_pool(self.pooled(pooled), context, bias)
+        context, bias, vector = embed_text(self, context, mask, pooled)               # (B, L+1, E), ...
+        return self.text_pool(vector, context, bias)
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The features of noisy pictures x_t (B, planes, H, W) float32 at times t (B,) float32 in [0, 1]:
         (B, E) float32 of unit length."""
-        time = self.time(timestep_embedding(t, self.config.emb_dim // 4))
+        time = timed(self.time, t)
         no_text = time.new_zeros(len(x_t), 0, self.config.emb_dim)
         context, hidden = with_null(no_text, self.null, no_text[..., 0].bool())       # the null alone
         *_, h = self._down(x_t, {ResBlock: [F.silu(time)], Attention: [context, hidden]})
-        tokens = self.norm_out(h).flatten(2).transpose(1, 2)                          # (B, N, C)
+        tokens = positions(self.norm_out(h))                                          # (B, N, C)
         return self.picture_pool(tokens.mean(1), tokens)
 
 
@@ -1198,8 +1183,6 @@ def fits(value: object, kind: object) -> bool:
         return value in members
     if get_origin(kind) in (list, tuple):
         return isinstance(value, list | tuple) and all(fits(one, members[0]) for one in value)
-    if members:
-        return any(fits(value, member) for member in members)
     return isinstance(value, kind) or (kind is float and type(value) is int)
 
 
@@ -1233,12 +1216,16 @@ def configured(cls: type, stored: dict):
     return config
 
 
+# What a configuration or weights of other code, or crafted ones, may raise.
+UNFIT = ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError
+
+
 @contextmanager
 def reading(path: Path, hint: str = "Use the code that wrote it"):
-    """Turn what a configuration or weights of other code, or crafted ones, raise into one line."""
+    """Turn what is UNFIT into one line."""
     try:
         yield
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError) as e:
+    except UNFIT as e:
         reason = " ".join(str(e).split())[:200]
         raise ValueError(f"{path} does not fit this code ({reason}). {hint}") from e
 
@@ -1266,7 +1253,7 @@ Tensors = dict[str, Tensor]                                    # by name
 
 def checksum(tensors: Tensors, meta: dict[str, str]) -> str:
     """SHA-256 of the metadata and of each tensor's name, type, shape and bytes, in the order of names."""
-    def digest(name: str) -> bytes:
+    def digest(name):
         tensor = tensors[name].detach().cpu().contiguous()
         content = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         # hashlib lets other threads run meanwhile.
@@ -1315,8 +1302,8 @@ def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
 
 def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
     """Write one safetensors file with `meta` and its own checksum, see `write_tensors`."""
-    meta = {"format": FORMAT, **meta}
-    write_tensors(path, tensors, {**meta, "sha256": checksum(tensors, meta)})
+    meta = {"format": FORMAT} | meta
+    write_tensors(path, tensors, meta | {"sha256": checksum(tensors, meta)})
 
 
 @contextmanager
@@ -1345,10 +1332,16 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, str]]:
         raise ValueError(f"{path} is not a checkpoint of limn (first tensor: {first}). Name a file of runs/")
     if made_by != FORMAT:
         raise ValueError(f"{path} has format {made_by}, this code reads {FORMAT}. Update the code")
-    rest = {name: value for name, value in meta.items() if name != "sha256"}
-    if meta.get("sha256") != checksum(tensors, rest):
+    rest = dict(meta)
+    if rest.pop("sha256", "") != checksum(tensors, rest):
         raise ValueError(f"{path} is damaged: checksum mismatch")
     return tensors, meta
+
+
+def names_in(folder: Path) -> str:
+    """The first names in a folder, for a message."""
+    names = sorted(path.name for path in folder.iterdir())
+    return f"found: {', '.join(names[:5]) or 'nothing'}"
 
 
 def checkpoint_folders(run: Path) -> list[Path]:
@@ -1372,8 +1365,7 @@ def load_checkpoint(run: Path, files: tuple[str, ...] = ("ema",), warn: Callable
         except ValueError as e:
             warn(f"{e}; trying the checkpoint before it")
             continue
-        meta = loaded[0][1]
-        return folder, [tensors for tensors, _ in loaded], meta
+        return folder, [tensors for tensors, _ in loaded], loaded[0][1]
     if folders:
         raise ValueError(f"all {len(folders)} checkpoints in {run}/checkpoints are damaged. "
                          "Move them away to start anew")
@@ -1390,8 +1382,7 @@ def read(path: Path, warn: Callable = print) -> tuple[Path, Tensors, dict[str, s
     if found:
         folder, (tensors,), meta = found
         return folder, tensors, meta
-    inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors (found: {inside}). Name a run")
+    raise ValueError(f"{path} has no checkpoints/STEP/ema.safetensors ({names_in(path)}). Name a run")
 
 
 # ----------------------------------------------------------------------------------------- published folders
@@ -1432,8 +1423,7 @@ def weight_files(folder: Path) -> dict[Path, str]:
         found = sorted(folder.glob(f"{WEIGHTS}{end}.safetensors"))
         if found:
             return dict.fromkeys(found, "")
-    inside = ", ".join(sorted(p.name for p in folder.iterdir())[:5])
-    raise ValueError(f"{folder} has no {WEIGHTS}.safetensors (found: {inside}). Convert what it has")
+    raise ValueError(f"{folder} has no {WEIGHTS}.safetensors ({names_in(folder)}). Convert what it has")
 
 
 def load_published(net: nn.Module, files: dict[Path, str]) -> None:
@@ -1456,7 +1446,7 @@ def open_vae(folder: str | Path) -> tuple[Latents, dict[Path, str]]:
     folder = Path(folder)
     files = {folder / f"{part}.safetensors": f"{part}.layers." for part in ("encoder", "decoder")}
     if all(path.is_file() for path in files):
-        config = {"_class_name": "AutoencoderTiny", **TAEF2}
+        config = TAEF2 | {"_class_name": "AutoencoderTiny"}
     else:
         config = read_config(folder)
         files = weight_files(folder)
@@ -1478,14 +1468,12 @@ def open_pipeline(folder: str | Path) -> dict:
         raise ValueError(f"{folder} has {len(encoders)} text encoders, or two that read empty prompts. Known "
                          "here: Stable Diffusion 1.x, 2.x and XL")
     said = read_config(folder / "scheduler", "scheduler_config.json")
-    usual = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02, trained_betas=None,
-                 num_train_timesteps=1000, prediction_type="epsilon")
-    said = usual | said
+    said = dict(beta_schedule="linear", beta_start=0.0001, beta_end=0.02) | said
     start, end = BETAS.get(str(said["beta_schedule"]), (0, 0))
     known = dict(beta_schedule=list(BETAS), beta_start=[start], beta_end=[end], trained_betas=[None],
                  num_train_timesteps=[1000], prediction_type=list(PREDICTIONS))
-    for name, values in known.items():
-        if said[name] not in values:
+    for name, values in known.items():                         # the usual one first
+        if said.setdefault(name, values[0]) not in values:
             listed = ", ".join(map(str, values))
             raise ValueError(f"{folder}/scheduler: {name} is {said[name]!r:.60}; known here: {listed}")
     return dict(

@@ -18,8 +18,8 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
@@ -88,11 +88,6 @@ def choose_device(name: str) -> torch.device:
 
 
 # ---------------------------------------------------------------------------------- which runs, which weights
-def is_clip(recipe: dict) -> bool:
-    """Whether the configuration of a run is that of a CLIP; older ones do not say."""
-    return recipe["TrainConfig"].get("objective") == "clip"
-
-
 def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
     """The newest base run under `root`, the newest that enlarges its pictures, and so on up to `stop_at`
     pixels, 0 = as far as it goes; lowres: without a base, from the smallest pictures that are enlarged."""
@@ -105,9 +100,9 @@ def cascade(root: Path, lowres: bool, stop_at: int) -> list[Path]:
         try:
             recipe = json.loads((run / "config.json").read_text("utf-8"))
             drawn = model.configured(data.DataConfig, recipe["DataConfig"])
-            if not is_clip(recipe):
+            if recipe["TrainConfig"].get("objective") != "clip":                      # older ones do not say
                 ways[drawn.lowres] = run, recipe["TrainConfig"]["size"]
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+        except (OSError, *model.UNFIT) as e:
             raise ValueError(f"{run}/config.json is damaged ({e}). Train on, or name runs by --ckpt") from e
 
     starts = [side for side in ways if bool(side) == lowres]
@@ -139,30 +134,29 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
     squares (Karras et al. 2023, arXiv:2312.02696, section 3.2); with sums where they integrate, and shares
     that sum to 1, so that weights that stand still stay what they are. ValueError without a snapshot of that
     step; warns where the snapshots are too few."""
-    found = []
-    for path in sorted(folder.glob("[0-9]*.safetensors")):
-        if int(path.stem) <= step:
-            found.append(path)
-    if not found or int(found[-1].stem) != step:
+    files = {int(path.stem): path for path in folder.glob("[0-9]*.safetensors")}
+    if step not in files:
         raise ValueError(f"{folder} has no snapshot of step {step}. Train with --profiles 8")
 
-    # A column for each average in each file: how much of it each update is.
-    columns, averages, loaded = [], [], {}
-    for path in found:
-        loaded[path], meta = model.load_tensors(path)
-        profiles = {re.findall(r"^profile\.(0\.\d+)\.|$", name)[0] for name in loaded[path]}
-        if "updates" not in meta or not profiles or "" in profiles:
-            raise ValueError(f"{path} is no snapshot of averages. Move it away")
-        updates = int(meta["updates"])
-        for profile in sorted(profiles, key=float):
-            columns.append((updates, float(profile)))
-            averages.append((path, f"profile.{profile}."))
+    # The averages, by the updates that they are of and their widths.
+    averages = {}
+    steps = [number for number in sorted(files) if number <= step]
+    for number in steps:
+        tensors, meta = model.load_tensors(files[number])
+        for name, tensor in tensors.items():
+            match = re.fullmatch(r"profile\.(0\.\d+)\.(.+)", name)
+            if "updates" not in meta or not match:
+                raise ValueError(f"{files[number]} is no snapshot of averages. Move it away")
+            updates = int(meta["updates"])
+            averages.setdefault((updates, float(match[1])), {})[match[2]] = tensor
     edges = np.linspace(0, updates, min(updates, 10000) + 1)
 
-    def weights(n: int, width: float) -> np.ndarray:
+    def weights(n, width):
         return np.diff(np.minimum(edges / n, 1) ** (exponent(width) + 1))
 
-    # Shares sum to 1: fit those but the last one, by what each has beyond the last one.
+    # A column for each: how much of it each update is. Shares sum to 1: fit those but the last one, by what
+    # each has beyond the last one.
+    columns = sorted(averages)
     table = np.stack([weights(*column) for column in columns], 1)
     wanted = weights(updates, width)
     last = table[:, -1:]
@@ -171,18 +165,19 @@ def reconstruct(folder: Path, step: int, width: float) -> model.Tensors:
     shares = np.append(shares, 1 - shares.sum())
     miss = np.linalg.norm(table @ shares - wanted) / np.linalg.norm(wanted)
     if miss > 0.2:
-        warn(f"{len(found)} snapshots give the average of width {width} with an error of {miss:.0%}")
+        warn(f"{len(steps)} snapshots give the average of width {width} with an error of {miss:.0%}")
 
-    total: model.Tensors = {}
-    for (path, start), share in zip(averages, shares.tolist()):
-        for name, tensor in loaded[path].items():
-            if name.startswith(start):
-                name = name.removeprefix(start)
-                total[name] = total.get(name, 0) + share * tensor
+    total = {}
+    for column, share in zip(columns, shares.tolist()):
+        for name, tensor in averages[column].items():
+            total[name] = total.get(name, 0) + share * tensor
     return total
 
 
 # ------------------------------------------------------------------------------------- checkpoint to stage
+CONFIGS = model.ModelConfig, diffusion.DiffusionConfig, data.DataConfig, text_encoder.TextConfig
+
+
 @dataclass
 class Stage:
     """What a checkpoint holds, ready to draw."""
@@ -207,10 +202,10 @@ class Stage:
 def reader(prompts: list[str], device: torch.device) -> Callable:
     """For `load_stage`: a frozen text encoder reads the prompts and is freed, before a U-Net needs the room;
     stages share what it said. One prompt at a time: no picture depends on its neighbours."""
-    texts = [text for text in dict.fromkeys(map(text_encoder.clean, prompts)) if text]
-    said: dict[str, dict] = {}
+    texts = dict.fromkeys(filter(None, map(text_encoder.clean, prompts)))
+    said = {}
 
-    def cached(_, encoder: nn.Module, load: Callable) -> Callable:
+    def cached(_, encoder, load):
         key = encoder.fingerprint
         if key not in said:
             load()
@@ -227,10 +222,10 @@ def reader(prompts: list[str], device: torch.device) -> Callable:
 
 def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
     """Warn of what a text encoder cannot read of the prompts."""
-    words.counts.clear()
+    counts = words.counts
+    counts.clear()
     for prompt in prompts:
         words.read(prompt)
-    counts = words.counts
     if counts["unknown"] or counts["cut"]:
         warn(f"{counts['unknown']} of {counts['tokens']} tokens unknown, {counts['cut']:d} prompts cut to "
              f"{words.length}")
@@ -241,16 +236,15 @@ def last_places(path: Path) -> tuple[list[str], str]:
     of its run is there."""
     for folder in [path, *path.absolute().parents][:3]:
         try:
-            stored = json.loads((folder / "config.json").read_text("utf-8"))
+            stored = model.read_config(folder)
             encoders = [str(name) for name in stored["TextConfig"]["text_encoder"] if name != "bytes"]
             return encoders, str(stored["ModelConfig"].get("vae", ""))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (OSError, *model.UNFIT):
             continue
     return [], ""
 
 
-def load_pipeline(path: Path, device: torch.device, cached: Callable | None = None,
-                  ema: float = 0.0) -> Stage:
+def load_pipeline(path: Path, device: torch.device, cached: Callable | None, ema: float) -> Stage:
     """A stage from the folder of a published pipeline: Stable Diffusion 1.x, 2.x or XL. ValueError, one line,
     where it is another one, or a part is missing."""
     if ema:
@@ -286,21 +280,18 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         return load_pipeline(path, device, cached, ema)
     path, tensors, meta = model.read(path, warn)
     if ema:
-        run = (path if path.is_dir() else path.parent) / "../.."
-        tensors |= reconstruct((run / "profiles").resolve(), int(meta["step"]), ema)
+        folder = path if path.is_dir() else path.parent
+        tensors |= reconstruct((folder / "../../profiles").resolve(), int(meta["step"]), ema)
     with model.reading(path):
         stored = json.loads(meta["config"])
-        shape = model.configured(model.ModelConfig, stored["ModelConfig"])
-        config = model.configured(diffusion.DiffusionConfig, stored["DiffusionConfig"])
-        pictures = model.configured(data.DataConfig, stored["DataConfig"])
-        text = model.configured(text_encoder.TextConfig, stored["TextConfig"])
+        shape, config, pictures, text = (model.configured(cls, stored[cls.__name__]) for cls in CONFIGS)
         size, step, made_with = stored["TrainConfig"]["size"], int(meta["step"]), meta["text"]
         made_in = meta["space"] if shape.vae else ""
         model.check("size", size, int, "[8..4096]")
-    if is_clip(stored) != clip:
+    if (stored["TrainConfig"].get("objective") == "clip") != clip:
         raise ValueError(f"{path} {'draws, and is no CLIP' if clip else 'is a CLIP, for --clip or --rank'}")
 
-    near = [*path.absolute().parents][:4] + [Path()]
+    near = [*path.absolute().parents[:4], Path()]
     lay, vae_lay = last_places(path)
     text = text_encoder.locate(text, made_with, near, [*encoders, *lay])
     text = text_encoder.load_text_encoder(text, cached, device="meta")
@@ -316,17 +307,17 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     # Built without memory, and compared with the file, before anything is allocated.
     small = len(data.MODES[pictures.lowres_mode]) if pictures.lowres else 0
     widths = text.dim, text.pooled_dim, space.channels
-    with model.reading(path), torch.device("meta"):
-        if "unet" in meta:
-            unet = model.rebuild(json.loads(meta["unet"]), text.dim, text.pooled_dim)
-        elif clip:
-            unet = model.CLIP(shape, side, *widths)
-        else:
-            unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
+    with model.reading(path):
+        with torch.device("meta"):
+            if "unet" in meta:
+                unet = model.rebuild(json.loads(meta["unet"]), *widths[:2])
+            elif clip:
+                unet = model.CLIP(shape, side, *widths)
+            else:
+                unet = model.UNet(shape, side, *widths, small, config.learn_sigma, text.written_dim)
         parts = nn.ModuleDict({"unet": unet})
         if text.trainable:
             parts["text_encoder"] = text
-    with model.reading(path):
         weights = {name: x for name, x in tensors.items() if name.split(".")[0] in parts}
         model.fill(parts, weights, device)
         schedule = diffusion.make_schedule(config, side)
@@ -399,39 +390,33 @@ def read_picture(path: str, size: int = 0) -> Tensor:
 
 def read_mask(path: str, init: str, size: int) -> Tensor:
     """How much of --init stays at each pixel, (size, size) from 0 (white) to 1 (black), sharp where it is."""
-    shapes = [f"{width}x{height}" for width, height in (Image.open(name).size for name in (init, path))]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"--init is {shapes[0]} pixels, --mask {shapes[1]}. Give both the same size")
+    whole, own = ("{}x{}".format(*Image.open(name).size) for name in (init, path))
+    if whole != own:
+        raise ValueError(f"--init is {whole} pixels, --mask {own}. Give both the same size")
     mask = read_picture(path).float().mean(0)
     return 1 - F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0] / 255
 
 
-def companions(stage: Stage, settings: Settings, times: Tensor) -> list[Stage | None]:
-    """The stage that --autoguide names and that of --clip; ValueError where one does not fit."""
-    found = []
-    for flag in ("autoguide", "clip"):
-        name = getattr(settings, flag)
-        if not name:
-            found.append(None)
-            continue
-        other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
+def companion(stage: Stage, settings: Settings, flag: str, times: Tensor) -> Stage | None:
+    """The stage that a flag names, autoguide or clip, None without; ValueError where it does not fit."""
+    name = getattr(settings, flag)
+    if not name:
+        return None
+    other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
 
-        def process(of: Stage) -> tuple:
-            alpha, _ = of.schedule.alpha_sigma(times)
-            return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
+    def process(of):
+        alpha, _ = of.schedule.alpha_sigma(times)
+        return of.size, of.data.picture_mode, of.space.fingerprint, alpha.tolist()
 
-        if process(other) != process(stage):
-            raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
-                             f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
-                             f"{stage.size} and {stage.config.schedule}")
-        found.append(other)
-
-    weak, _ = found
+    if process(other) != process(stage):
+        raise ValueError(f"--{flag} needs a checkpoint of the same size and schedule, in the same space: "
+                         f"{name} has {other.size} pixels and {other.config.schedule}, the stage "
+                         f"{stage.size} and {stage.config.schedule}")
     against = settings.negative or settings.write_guidance >= 0
-    if weak and (against or weak.data.lowres != stage.data.lowres):
+    if flag == "autoguide" and (against or other.data.lowres != stage.data.lowres):
         raise ValueError("--autoguide needs a checkpoint of the same --lowres, and no --negative nor "
                          "--write-guidance")
-    return found
+    return other
 
 
 def noise_key(seed: int) -> int:
@@ -446,21 +431,17 @@ def small_condition(stage: Stage, pictures: Tensor, keys: Tensor, aug: float) ->
     return diffusion.augmented(small, eps, small.new_full((len(small),), aug), stage.small_schedule)
 
 
-def variance_of(network: diffusion.LearnedVariance, rows: int) -> Tensor:
-    """What the network said last of the prompts, whose rows come first."""
-    return network.fraction[:rows]
-
-
 def sampler_of(s: Settings) -> Callable:
     """The sampler, with the fresh noise that is wanted; ValueError where it has none of that kind."""
     sampler = diffusion.SAMPLERS[s.sampler]
     takes = inspect.signature(sampler).parameters
     for name, value, others in (("eta", s.eta, "ddim or dpmpp_2m"), ("churn", s.churn or -1, "heun")):
-        if value >= 0 and name not in takes:
+        if value < 0:
+            continue
+        if name not in takes:
             raise ValueError(f"--{name} {value}: {s.sampler} has no fresh noise of that kind. Use "
                              f"--sampler {others}")
-        if value >= 0:
-            sampler = partial(sampler, **{name: value})
+        sampler = partial(sampler, **{name: value})
     return sampler
 
 
@@ -493,19 +474,22 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
-    init = read_picture(s.init, stage.size)[None] if s.init else None
-    shape = (space.channels, stage.size // space.scale, stage.size // space.scale)
-    keep = read_mask(s.mask, s.init, shape[-1]) if s.mask else None
-    beside, lines = companions(stage, s, times), lines_of(stage, s, len(prompts))
+    side = stage.size // space.scale
+    shape = (space.channels, side, side)
+    if s.init:
+        init = resized([read_picture(s.init, stage.size)], stage.data.picture_mode)
+        known = space.encode(init.to(stage.device))                                   # (1, C, side, side)
+    if s.mask:
+        keep = read_mask(s.mask, s.init, side).to(stage.device)
+    beside = [companion(stage, s, flag, times) for flag in ("autoguide", "clip")]
+    lines = lines_of(stage, s, len(prompts))
 
     # The sampler, and the network that it asks.
-    network = stage.network()
     sampler = sampler_of(s) if truth is None else diffusion.nll
     learned = stage.config.learn_sigma and "variance" in inspect.signature(sampler).parameters
-    if learned:
-        network = diffusion.LearnedVariance(network)
+    network = diffusion.LearnedVariance(stage.network()) if learned else stage.network()
 
-    keys = torch.tensor([noise_key(seed) for seed in seeds])
+    keys = torch.tensor(list(map(noise_key, seeds)))
     drawn = [] if kept == () else kept
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -514,17 +498,14 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         small, guesses, run = {}, [], sampler
         if truth is not None:
             x = space.encode(truth[part].to(stage.device))
-        if learned:
-            run = partial(sampler, variance=partial(variance_of, network, len(x)))
+        if learned:                                            # what it said last of the prompts, first rows
+            run = partial(sampler, variance=lambda x=x: network.fraction[:len(x)])
         if small_side:
             small = small_condition(stage, lowres[part], keys[part], s.aug)
         if s.init:
-            known = resized(init, stage.data.picture_mode).to(stage.device)
-            known = space.encode(known).expand_as(x)
             x = diffusion.noised(known, x, times[:1].to(x), stage.schedule)
         if s.mask:
-            stays = keep.to(x.device).expand(len(x), 1, -1, -1)
-            run = partial(diffusion.inpaint, run, known=known, keep=stays, resample=s.resample)
+            run = partial(diffusion.inpaint, run, known=known.expand_as(x), keep=keep, resample=s.resample)
         with torch.autocast(stage.device.type, dtype, enabled=dtype != torch.float32):
             denoise = denoiser_of(stage, network, beside, s, prompts[part], small, lines[part])
             x = run(noted(denoise, s.trajectory, guesses), x, times, noise, stage.schedule)
@@ -541,7 +522,7 @@ def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
     """The denoiser, which keeps what it says each so many calls, 0 = never."""
     calls = itertools.count()
 
-    def denoise_and_note(x_t: Tensor, t: Tensor) -> Tensor:
+    def denoise_and_note(x_t, t):
         x0 = denoise(x_t, t)
         if next(calls) % every == 0:
             guesses.append(x0)
@@ -552,10 +533,10 @@ def noted(denoise: Callable, every: int, guesses: list[Tensor]) -> Callable:
 def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: Settings, prompts: list[str],
                 small: dict[str, Tensor], lines: list[str]) -> Callable:
     """The denoiser of some prompts and of what is written: guidance and thresholds around the network.
-    beside: see companions."""
+    beside: those of --autoguide and --clip, see companion."""
     weak, clip = beside
 
-    def condition(of: Stage, texts: list[str], *written: list[str]) -> dict[str, Tensor]:
+    def condition(of, texts, *written):
         told = written if of.text.transcriber else ()
         return of.text.encode(texts, stage.device, *told) | small
 
@@ -590,11 +571,11 @@ def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
         clip = load_stage(path, device, encoders=encoders, clip=True)
 
-        def see(pictures: Tensor) -> Tensor:
+        def see(pictures):
             small = resized(pictures, clip.data.picture_mode, clip.size).to(device)
             return clip.unet(clip.space.encode(small), torch.zeros(len(small), device=device))
 
-        def read(captions: list[str]) -> Tensor:
+        def read(captions):
             return clip.unet.read(**clip.text.encode(captions, device))
         return see, read
 
@@ -602,10 +583,10 @@ def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -
     tower = text_encoder.load_image_encoder(name, config).to(device)
     words = text_encoder.load_text_encoder(config).to(device)
 
-    def see(pictures: Tensor) -> Tensor:
+    def see(pictures):
         return F.normalize(tower(pictures.expand(-1, 3, -1, -1).to(device)))
 
-    def read(captions: list[str]) -> Tensor:
+    def read(captions):
         return F.normalize(words.encode(captions, device)["pooled"])
     return see, read
 
@@ -622,7 +603,7 @@ def clip_scores(name: str, pictures: Tensor, prompts: list[str], device: torch.d
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts; for the rest see
     clip_towers."""
     see, read = clip_towers(name, device, encoders)
-    scores = [torch.empty(0)]
+    scores = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         scores.append(clip_score(see(pictures[part]), read(prompts[part])))
@@ -637,11 +618,12 @@ INPUTS = {"inception": (299, 127.5, 127.5),
           "imagenet": (224, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))}
 
 
+@dataclass(eq=False)
 class Drawn(data.Source):
     """Pictures that were drawn, uint8 (N, 3, H, W), with their prompts, if they are known."""
-
-    def __init__(self, name: str, pictures: np.ndarray, prompts: list[str]):
-        self.name, self.pictures, self.prompts = name, pictures, prompts
+    pictures: np.ndarray
+    prompts: list[str]
+    name: str
 
     def __len__(self):
         return len(self.pictures)
@@ -672,7 +654,7 @@ def read_npz(path: str, size: int) -> Drawn:
             raise ValueError(f"{pictures.dtype} {pictures.shape}")
     except Exception as e:                                     # zip files raise nearly anything on garbage
         raise ValueError(f"{path} has no arr_0 of uint8 (N, H, W, 3) ({e})") from e
-    return Drawn(path, pictures, prompts)
+    return Drawn(pictures, prompts, path)
 
 
 def recipe_of(run: Path) -> tuple[data.DataConfig, int]:
@@ -689,16 +671,13 @@ def side_of(source: data.Source) -> int:
     """The short side of the first picture that can be read [pixels]. ValueError where there is none."""
     for i in range(len(source)):
         try:
-            picture, *_ = source.sample(i)
-            if isinstance(picture, np.ndarray):
-                return min(picture.shape[1:])
-            return min(Image.open(io.BytesIO(picture)).size)
+            return min(data.size_of(source.sample(i).picture))
         except Exception:                                      # decoders raise nearly anything on garbage
             continue
     raise ValueError(f"{source.name} has no picture that can be read")
 
 
-def picture_set(name: str) -> data.Pictures:
+def picture_set(name: str | Path) -> data.Pictures:
     """The pictures that a run keeps for validation, those of an .npz, or all that --data reads."""
     if Path(name, "config.json").is_file():
         return data.Pictures(*recipe_of(Path(name)), 0, "val")
@@ -723,12 +702,12 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
     if how == "auto":
         how = "bytes" if named else "inception"
 
-    def see(pictures: Tensor) -> Tensor:
+    def see(pictures):
         x = pictures.to(device)
         if how != "bytes":
             side, *moments = INPUTS[how]
             mean, deviation = (x.new_tensor(moment, dtype=torch.float32).view(-1, 1, 1) for moment in moments)
-            x = F.interpolate(x.float(), (side, side), mode="bilinear", antialias=True)
+            x = F.interpolate(x.float(), side, mode="bilinear", antialias=True)
             x = (x - mean) / deviation
         try:
             return net(x, return_features=True) if named else net(x)
@@ -743,7 +722,7 @@ def feature_network(name: str, how: str, device: torch.device) -> Callable:
 def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace) -> tuple[Tensor, list[str]]:
     """What a network sees in the first --limit of a set, (N, F), float64, and their captions; kept in the
     folder --keep-features, and read from there."""
-    count = len(range(len(pictures))[:args.limit or None])
+    count = min(len(pictures), args.limit or math.inf)
     if count < 8:
         raise ValueError(f"{pictures.summary}: scores need 8 or more")
     network = Path(args.features).absolute(), data.state(args.features), args.feature_input
@@ -782,7 +761,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
         roots.append(torch.linalg.qr(centred, mode="r").R)
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    spread = roots[0].square().sum() + roots[1].square().sum()
+    spread = sum(root.square().sum() for root in roots)
     common = torch.linalg.svdvals(roots[0] @ roots[1].mT).sum()
     return float((shift + spread - 2 * common).clamp(min=0))
 
@@ -804,17 +783,18 @@ def kernel_distance(a: Tensor, b: Tensor, kernel: Callable = polynomial) -> floa
         total = sum(kernel(part, y).sum() for part in x.split(1024))
         pairs = len(x) * len(y)
         if x is y:                                             # no picture is compared with itself
-            total = total - kernel(x[:, None], x[:, None]).sum()
+            total -= kernel(x[:, None], x[:, None]).sum()
             pairs -= len(x)
         means.append(float(total) / pairs)
     return means[0] + means[1] - 2 * means[2]
 
 
-def share_near(a: Tensor, b: Tensor, neighbours: int = 3) -> float:
-    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is:
-    precision where b is real, recall where a is (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 1, 2)."""
-    radii = [torch.cdist(part, b).kthvalue(neighbours + 1).values for part in b.split(1024)]
-    radii = torch.cat(radii)
+def share_near(a: Tensor, b: Tensor) -> float:
+    """Share of the features a (N, F) that are as near to one of b as its third nearest neighbour in b is,
+    the fourth with itself: precision where b is real, recall where a is (Kynkaanniemi et al. 2019,
+    arXiv:1904.06991, eq. 1, 2)."""
+    radii = torch.cat([
+        torch.cdist(part, b).kthvalue(4).values for part in b.split(1024)])
     near = [(torch.cdist(part, b) <= radii).any(1) for part in a.split(1024)]
     return float(torch.cat(near).double().mean())
 
@@ -881,74 +861,78 @@ def threshold_name(word: str) -> str:
     return word
 
 
-# Settings that take a value for each stage, 5,2: the flag and the type of a value.
-LISTS = {"guidance_scale": ("--guidance", float), "steps": ("--sample-steps", int), "seed": ("--seed", int),
-         "sampler": ("--sampler", sampler_name), "threshold": ("--threshold", threshold_name),
-         "clip": ("--clip", str), "clip_scale": ("--clip-scale", float)}
+# Fields that take a value for each stage, 5,2: the type of a value.
+LISTS = {"guidance_scale": float, "steps": int, "seed": int, "sampler": sampler_name,
+         "threshold": threshold_name, "clip": str, "clip_scale": float}
 
 
-def score_flags(add: Callable) -> None:
-    """The flags that pictures are scored by."""
-    add("--score", default="", metavar="SET", help="score .npz, folder, shards, or a run's held-out pictures")
-    add("--against", default="", metavar="SET", help="by these; without --score it is what is drawn")
-    add("--features", default="", metavar="FILE", help="of this TorchScript file, or CLIP's folder")
-    add("--feature-input", choices=["auto", "bytes", *INPUTS], default="auto", help="how it takes pictures")
-    add("--score-size", type=int, default=0, help="side of both, 0 = of the smaller [0..4096 pixels]")
-    add("--keep-features", default="", metavar="DIR", help="keep them there, for the next score")
-    add("--limit", type=int, default=0, help="the first so many of each of these, 0 = all [images]")
+@dataclass
+class Flags:
+    """What the command line takes beside the prompt and Settings: a field is a flag."""
+    interactive: bool = False  # ask for prompts, and draw each
+    prompts: str | None = None  # a file of prompts, one a line, or a run: its held-out captions
+    ckpt: str = ""  # run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest
+    stop_at: int = 0  # the last stage, 0 = all there are [0..4096 pixels]
+    lowres: str = ""  # a picture: enlarge this one instead of drawing the first
+    keep_stages: bool = False  # write those below, too
+    validate: int = 0  # first compare held-out pictures with what is made of them, by --aug [0..10000 images]
+    nll: int = 0  # print the bits per dimension of held-out pictures, over --sample-steps [0..1000000 images]
+    compare: tuple[str, ...] = ()  # draw from each of these runs, side by side: compare.html
+    ema: float = 0.0  # another width of the averaged weights, 0 = own [0..0.28]
+    n: int = 1  # pictures of a prompt, seeds SEED, SEED + 1, ...; in a set all differ [1..10000 images]
+    text_encoder: tuple[str, ...] = ()  # folders where frozen text encoders lie now
+    vae: str = ""  # folder where the VAE of the latents lies now
+    export: str = ""  # write a run's published U-Net for diffusers into this folder, then leave
+    rank: str = ""  # a CLIP, published or a run, whose score is noted
+    best: int = 0  # keep so many of --n by that score, 0 = all [0..10000 images]
+    score: str = ""  # score a set: .npz, folder, shards, or a run's held-out pictures
+    against: str = ""  # by this set; without --score it is what is drawn
+    features: str = ""  # of this TorchScript file, or CLIP's folder
+    feature_input: str = "auto"  # how it takes pictures
+    score_size: int = 0  # side of both, 0 = of the smaller [0..4096 pixels]
+    keep_features: str = ""  # keep them in this folder, for the next score
+    limit: int = 0  # the first so many of each of these, 0 = all [images]
+    seed: int = 0  # of the noise [0..9223372036854775807]
+    out: str = "."  # a folder, or the name of a .png
+    grid: bool = False  # one sheet with captions
+    npz: str = ""  # all pictures in this file, and PNG with --grid only
+    batch_size: int = 16  # pictures drawn at once [1..4096 images]
+    device: str = ""  # cuda, mps or cpu; the first of them there is when not given
+    dtype: str = "fp32"  # of the matrix products
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field."""
+    name = {"guidance_scale": "guidance", "steps": "sample-steps"}.get(name, name)
+    return "--" + name.replace("_", "-")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags: those of the program, and each field of Settings. [1..9] in a help are limits."""
+    """The flags: each field of Flags and of Settings. [1..9] in a help are limits."""
     p = argparse.ArgumentParser(prog="sample.py", description=__doc__.splitlines()[0], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = die
-    add, switch = p.add_argument, {"action": argparse.BooleanOptionalAction, "default": False}
-    add("prompt", nargs="?", help="what to draw")
-    add("-i", "--interactive", **switch, help="ask for prompts, and draw each")
-    add("--prompts", metavar="FILE", help="a file of prompts, one a line, or a run: its held-out captions")
-    which = p.add_mutually_exclusive_group().add_argument
-    which("--ckpt", default="", help="run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest")
-    which("--stop-at", type=int, default=0, help="the last stage, 0 = all there are [0..4096 pixels]")
-    add("--lowres", default="", metavar="PICTURE", help="enlarge this one instead of drawing the first")
-    add("--keep-stages", **switch, help="write those below, too")
-    add("--validate", type=int, default=0, metavar="N", help="first compare N held-out pictures, made small, "
-        "with what the last stage makes of them, over levels of --aug [0..10000 images]")
-    add("--nll", type=int, default=0, metavar="N", help="print the bits per dimension of N held-out "
-        "pictures, over --sample-steps [0..1000000 images]")
-    add("--compare", nargs="*", default=[], metavar="RUN", help="draw from each, side by side: compare.html")
-    add("--ema", type=float, default=0.0, help="another width of the averaged weights, 0 = own [0..0.28]")
-    add("--n", type=int, default=1, help="pictures of a prompt, seeds SEED, SEED + 1, ...; of a set that is "
-        "scored or an .npz no two are equal [1..10000 images]")
-    add("--text-encoder", nargs="*", default=[], metavar="DIR", help="where frozen text encoders lie now")
-    add("--vae", default="", metavar="DIR", help="where the VAE of the latents lies now")
-    add("--export", default="", metavar="DIR", help="write a run's published U-Net for diffusers, then leave")
-    add("--rank", default="", metavar="DIR", help="a CLIP, published or a run, whose score is noted")
-    add("--best", type=int, default=0, help="keep so many of --n by that score, 0 = all [0..10000 images]")
-    score_flags(add)
+    p.add_argument("prompt", nargs="?", help="what to draw")
+    which = p.add_mutually_exclusive_group()
 
-    helps = model.helps(Settings)
+    choices = {"grid_times": ["auto", *diffusion.GRIDS], "feature_input": ["auto", "bytes", *INPUTS],
+               "dtype": text_encoder.DTYPES}
+    helps = model.helps(Flags) | model.helps(Settings)
     helps["sampler"] += ": " + ", ".join(diffusion.SAMPLERS)
-    for field in fields(Settings):
-        options = {"dest": field.name, "default": field.default, "help": helps[field.name]}
-        if field.name in LISTS:                                # read by `arguments`
-            add(LISTS[field.name][0], **options)
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if field.name == "grid_times":
-            options["choices"] = ["auto", *diffusion.GRIDS]
-        if isinstance(field.default, tuple):
-            add(flag, type=float, nargs=2, **options)
-        else:
-            add(flag, type=type(field.default), **options)
-
-    add("--seed", default=0, help="of the noise [0..9223372036854775807]")
-    add("--out", default=".", help="a folder, or the name of a .png")
-    add("--grid", **switch, help="one sheet with captions")
-    add("--npz", default="", metavar="FILE", help="all pictures in this file, and PNG with --grid only")
-    add("--batch-size", type=int, default=16, help="pictures drawn at once [1..4096 images]")
-    add("--device", default="", help="cuda, mps or cpu; the first of them there is when not given")
-    add("--dtype", choices=list(text_encoder.DTYPES), default="fp32", help="of the matrix products")
+    usual = vars(Flags()) | vars(Settings())
+    for name, default in usual.items():
+        options = {"dest": name, "default": default, "help": helps[name]}
+        if name in choices:
+            options["choices"] = choices[name]
+        elif isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, tuple):
+            options |= {"nargs": len(default) or "*", "type": float if default else str}
+        elif isinstance(default, int | float) and name not in LISTS:          # those `arguments` reads
+            options["type"] = type(default)
+        short = ["-i"] if name == "interactive" else []
+        group = which if name in ("ckpt", "stop_at") else p
+        group.add_argument(*short, flag_of(name), **options)
     return p
 
 
@@ -977,18 +961,15 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     promptless = args.export or args.score or args.interactive or args.nll
     if not promptless and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
-    args.usual = set()                                         # what is given is still text
-    for name in ("guidance_scale", "steps"):
-        if getattr(args, name) == getattr(Settings, name):
-            args.usual.add(name)
-
+    args.usual = set()
     for action in p._actions:
         values = getattr(args, action.dest, None)
-        flag = "".join(action.option_strings[:1])
+        flag = flag_of(action.dest)
         if action.dest in LISTS:
-            _, kind = LISTS[action.dest]
+            if values == action.default:                       # what is given is still text
+                args.usual.add(action.dest)
             try:
-                values = tuple(kind(word) for word in str(values).split(","))
+                values = tuple(map(LISTS[action.dest], str(values).split(",")))
             except ValueError:
                 die(f"{flag} {values} is none of: {action.help}; or of these one a stage, a,b")
             setattr(args, action.dest, values)
@@ -1008,7 +989,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
             lines = [held[i]["caption"] for i in range(len(held))[:args.limit or None]]
         else:
             lines = read_lines(args.prompts)
-        args.wanted = [line.strip() for line in lines if line.strip()]
+        args.wanted = list(filter(None, map(str.strip, lines)))
         if not args.wanted:
             die(f"--prompts {args.prompts} has no prompt in it. Write one a line")
     return args
@@ -1017,20 +998,19 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
     """The settings of the i-th stage that is drawn, and its seed: a list's last value counts for the rest."""
     chosen = {}
-    for field in fields(Settings):
-        value = getattr(args, field.name)
-        if field.name in LISTS:
+    for name, usual in {"seed": 0, **vars(Settings())}.items():
+        value = getattr(args, name)
+        if name in LISTS:
             value = value[min(i, len(value) - 1)]
-        if field.name in FIRST and i > 0:
-            value = field.default
-        chosen[field.name] = value
+        if name in FIRST and i > 0:
+            value = usual
+        chosen[name] = value
     if (stage.data.lowres and "guidance_scale" in args.usual) or i >= len(args.guidance_scale):
         chosen["guidance_scale"] = 1.0
     if i >= len(args.clip):
         chosen["clip"] = ""
     if stage.data.lowres and "steps" in args.usual:            # the small picture says most of it
         chosen["steps"] = 2
-    chosen["seed"] = args.seed[min(i, len(args.seed) - 1)]
     return chosen
 
 
@@ -1058,6 +1038,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
         drawn = resized(again(prompts, seeds, lowres=below), mode, below.shape[-1])
         rows.append((f"--aug {aug}, below", drawn, resized(below, mode)))
 
+    side = small.shape[-1]
     best = (0.0, "")
     for name, made, wanted in rows:
         error = (made.double() - wanted).flatten(2)                                   # (N, C, H * W)
@@ -1066,7 +1047,7 @@ def validate(stage: Stage, draw: Callable, held: dict, prompts: list[str], seeds
         psnr, shift = psnr.mean().item(), error.mean(2).abs().mean()
         line = f"{name:17}  PSNR {psnr:5.2f} dB  mean colour {shift:5.2f}/255"
         if wanted is truth:
-            share = detail(made, small.shape[-1]) / detail(truth, small.shape[-1])
+            share = detail(made, side) / detail(truth, side)
             line += f"  detail {share:.2f}"
             best = max(best, (psnr, name))
         print(line)
@@ -1082,8 +1063,10 @@ def shared(draw: Callable, prompts: list[str], seeds: list[int], lowres: Tensor 
     share = math.ceil(len(prompts) / world)
     own = [i % len(prompts) for i in range(rank * share, (rank + 1) * share)]
     below = None if lowres is None else lowres[own]
-    ours, noises = [prompts[i] for i in own], [seeds[i] for i in own]
-    drawn = draw(ours, noises, lowres=below).contiguous()
+    drawn = draw(
+        [prompts[i] for i in own],
+        [seeds[i] for i in own],
+        lowres=below).contiguous()
     parts = [torch.empty_like(drawn) for _ in range(world)]
     dist.all_gather(parts, drawn)
     return torch.cat(parts)[:len(prompts)]
@@ -1106,12 +1089,10 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         picture = read_picture(args.lowres, stage.data.lowres or stage.size)
         below = torch.stack([picture] * len(prompts))
 
-    turn = args.n
-    if args.npz or args.against:                               # a set to be scored has no noise twice
-        turn = len(prompts)
+    turn = len(prompts) if args.npz or args.against else args.n                     # a set has no noise twice
     seeds = [seed + k % turn for k in range(len(prompts))]
-    dtype = text_encoder.DTYPES[args.dtype]
-    draw = partial(generate, stage, batch_size=args.batch_size, dtype=dtype, **settings)
+    draw = partial(generate, stage, batch_size=args.batch_size, dtype=text_encoder.DTYPES[args.dtype],
+                   **settings)
     kept = []
     try:
         pictures = shared(draw, prompts, seeds, below, kept)
@@ -1125,8 +1106,7 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
         if picture.float().std() < 1:
             warn(f"picture {k} is constant; the network is probably untrained, or --guidance is too high")
 
-    common = settings | {"ema": args.ema, "dtype": args.dtype}
-    common |= {"checkpoint": stage.digest, "step": stage.step}
+    common = settings | {"ema": args.ema, "dtype": args.dtype, "checkpoint": stage.digest, "step": stage.step}
     for name in ("autoguide", "clip", "init", "mask"):         # no folders of this machine
         common[name] = Path(common[name]).name
     return pictures, [common | {"prompt": prompt, "seed": k} for prompt, k in zip(prompts, seeds)]
@@ -1150,12 +1130,11 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         columns = n if n > 1 else round(len(made) ** 0.5)
         below = data.labels(prompts, [one["write"] for one in made])
         sheet = data.contact_sheet(pictures, below, min(8, max(2, columns)))
-        path = file or Path(args.out, "grid.png")
-        print(data.save_png(sheet, path, {"pictures": made}, warn, replace=file is not None))
-        return
+        pictures, prompts = [torch.from_numpy(data.array(sheet))], ["grid"]
+        made = [{"pictures": made}]
     for picture, prompt, notes in zip(pictures, prompts, made):
         path = file or Path(args.out, f"{file_name(prompt)}.png")
-        replace = file is not None and len(made) == 1
+        replace = file and len(made) == 1
         print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
@@ -1169,17 +1148,15 @@ def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace,
     return (scores.view(-1, args.n).topk(n).indices + first).flatten().tolist()
 
 
-def held_out(path: Path, count: int, enlarges: bool = True) -> dict:
+def held_out(path: Path, count: int) -> dict:
     """Up to `count` pictures that a run keeps for validation, and their small versions, if it enlarges."""
     runs = [folder for folder in (path, *path.parents) if (folder / "config.json").is_file()]
     if not runs:
         die(f"--validate or --nll needs the config.json of the run of {path}, which names its pictures")
-    pictures = data.Pictures(*recipe_of(runs[0]), 0, "val")
+    pictures = picture_set(runs[0])
     held = data.collect(pictures, 0, min(count, len(pictures)))
     for line in [*pictures.warnings, *held["replaced"]]:
         warn(line)
-    if enlarges and "lowres" not in held:
-        die(f"--validate checks a stage that enlarges, and {path} is a base")
     return held
 
 
@@ -1193,8 +1170,8 @@ def print_bits(stage: Stage, held: dict, args: argparse.Namespace) -> None:
         settings["write"] = held["transcriptions"]
     del settings["seed"]
     small, truth = (torch.from_numpy(held[name]) if name in held else None for name in ("lowres", "picture"))
-    seeds = held["positions"]
-    bits = generate(stage, held["captions"], seeds, args.batch_size, lowres=small, truth=truth, **settings)
+    bits = generate(stage, held["captions"], held["positions"], args.batch_size, lowres=small, truth=truth,
+                    **settings)
     error = bits.std() / len(bits) ** 0.5
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension at most, of {len(bits)} held-out pictures "
           f"in {settings['steps']} steps")
@@ -1219,10 +1196,10 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     their configurations."""
     columns, recipes = [], []
     for path in paths:
-        pictures, notes = run_stage(load(path, ema=args.ema), 0, args, prompts, None, {})
+        pictures, _ = run_stage(load(path), 0, args, prompts, None, {})
         columns.append(pictures)
         *_, meta = model.read(path)
-        recipe = {"step": notes[0]["step"]}
+        recipe = {"step": meta["step"]}
         for group in json.loads(meta["config"]).values():
             recipe |= group
         recipes.append(recipe)
@@ -1242,18 +1219,9 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     print(page)
 
 
-def typed() -> Iterator[str]:
-    """The lines of a terminal, up to its end."""
-    while True:
-        try:
-            yield input("prompt: ")
-        except EOFError:
-            return
-
-
-def export(path: Path, device: torch.device, args: argparse.Namespace) -> None:
+def export(path: Path, load: Callable, args: argparse.Namespace) -> None:
     """Write the published U-Net of a run. ValueError where it has limn's own."""
-    stage = load_stage(path, device, args.ema, encoders=args.text_encoder, vae=args.vae)
+    stage = load(path)
     if not isinstance(stage.unet, model.UNet2DConditionModel):
         raise ValueError(f"--export is for published U-Nets, and {path} is of limn's own")
     model.save_published(Path(args.export, "unet"), stage.unet)
@@ -1281,8 +1249,7 @@ def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], he
     made = [{"lowres": Path(args.lowres).name}] * len(prompts) if args.lowres else []
     for i, path in enumerate(paths):
         last = path == paths[-1]
-        check = held if last else {}
-        pictures, notes = run_stage(load(path, ema=args.ema), i, args, prompts, pictures, check)
+        pictures, notes = run_stage(load(path), i, args, prompts, pictures, held if last else {})
         if made:
             notes = [note | {"below": below} for note, below in zip(notes, made)]
         made, n = notes, args.n
@@ -1298,7 +1265,7 @@ def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], he
 
     if args.against and place()[0] == 0:
         drawn = pictures.expand(-1, 3, -1, -1).numpy()
-        data.SOURCES[DRAWN] = lambda side: Drawn(DRAWN, drawn, [note["prompt"] for note in made])
+        data.SOURCES[DRAWN] = lambda side: Drawn(drawn, [note["prompt"] for note in made], DRAWN)
         score(picture_set(DRAWN), args, device)
 
 
@@ -1308,43 +1275,47 @@ def main(argv: list[str]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
     device = choose_device(args.device)
-    if place()[1] > 1:
+    rank, world = place()
+    if world > 1:
         dist.init_process_group("gloo")
-        if place()[0] > 0:                                     # one tells it all
+        if rank:                                               # one tells it all
             sys.stdout = io.StringIO()
     if args.score:
         return score(picture_set(args.score), args, device)
     check_places(args, device)
     paths = [Path(path) for path in args.compare or args.ckpt.split(",") if path]
     paths = paths or cascade(Path("runs"), bool(args.lowres), args.stop_at)
-    for name, (flag, _) in LISTS.items():
+    for name in LISTS:
         given = len(getattr(args, name))
         if given > len(paths):
-            raise ValueError(f"{flag} has {given} values for {len(paths)} stage(s)")
+            raise ValueError(f"{flag_of(name)} has {given} values for {len(paths)} stage(s)")
+    plain = partial(load_stage, device=device, ema=args.ema, encoders=args.text_encoder, vae=args.vae)
     if args.export:
-        return export(paths[-1], device, args)
-    plain = partial(load_stage, device=device, encoders=args.text_encoder, vae=args.vae)
+        return export(paths[-1], plain, args)
+    if args.nll:
+        return print_bits(plain(paths[-1]), held_out(paths[-1], args.nll), args)
     if args.interactive:
         plain = cache(plain)
-    if args.nll:
-        held = held_out(paths[-1], args.nll, False)
-        return print_bits(plain(paths[-1], ema=args.ema), held, args)
-    if args.interactive:
-        for prompt in typed():
+        while True:
+            try:
+                prompt = input("prompt: ")
+            except EOFError:
+                return
             draw(paths, plain, args, device, [prompt] * args.n, {})
-        return None
-    if not all(prompt.strip() for prompt in args.wanted):
+    if not all(map(str.strip, args.wanted)):
         print("note: empty prompt, drawing without one")
     held = held_out(paths[-1], args.validate) if args.validate else {}
+    if held and "lowres" not in held:
+        die(f"--validate checks a stage that enlarges, and {paths[-1]} is a base")
 
     # Frozen text encoders read everything first.
     prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
     words = [*prompts, *held.get("captions", ()), args.negative]
     load = partial(plain, cached=reader(words, device))
     if args.autoguide:
-        load(Path(args.autoguide))
+        load(Path(args.autoguide), ema=0)
     for name in filter(None, args.clip):
-        load(Path(name), clip=True)
+        load(Path(name), ema=0, clip=True)
     if args.compare:
         return compare(paths, load, args, prompts)
     draw(paths, load, args, device, prompts, held)

@@ -66,7 +66,7 @@ def test_output_is_zero_at_the_start():
 
 def test_time_embedding_is_bounded_and_tells_times_apart():
     t = torch.linspace(0, 1, 1001)
-    e = model.timestep_embedding(t, 64)
+    e = model.waves(1000 * t, 64)
     assert e.shape == (1001, 64)
     assert e.abs().max() <= 1
     assert torch.pdist(e).min() > 0.1

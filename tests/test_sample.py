@@ -1846,13 +1846,15 @@ def test_prompts_are_asked_for(here, cli, monkeypatch):
 def test_several_processes_draw_a_share_each_and_give_the_same_file(here, cli):
     """Three pictures by two processes: one is drawn twice, and left out. None waits for Python to end by
     itself, where threads of gloo now and then abort it: here that is always so."""
-    Path("sitecustomize.py").write_text("import atexit, os\n'RANK' in os.environ and atexit.register(os.abort)\n")
+    Path("sitecustomize.py").write_text(
+        "import atexit, os\n'RANK' in os.environ and atexit.register(os.abort)\n")
     Path("three.txt").write_text("a house\na car\na star\n")
     assert cli("--prompts", "three.txt", "--npz", "one.npz")[0] == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", PROGRAM]
     done = subprocess.run(
         [*torchrun, "--prompts", "three.txt", "--npz", "two.npz", "--sample-steps", "2", "--device", "cpu"],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."}, timeout=300)
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": "."})
     assert (done.returncode, done.stdout) == (0, "two.npz\n"), done.stderr
     assert Path("two.npz").read_bytes() == Path("one.npz").read_bytes()
 
