@@ -209,6 +209,18 @@ def to_srgb(profile: bytes, mode: str) -> Callable | None:
     return convert if abs(change).max() > 3 else None
 
 
+def lazy(picture: bytes | np.ndarray) -> Image.Image:
+    """A picture as it is stored, in FORMATS or uint8 (3, H, W), whose pixels are decoded when they are used."""
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture.transpose(1, 2, 0))
+    try:
+        with warnings.catch_warnings(action="ignore"):      # of bombs: the limits are ours
+            return Image.open(io.BytesIO(picture), formats=FORMATS.split())
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not a whole picture of {FORMATS}") from None
+
+
 def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
            least=8) -> np.ndarray:
     """A square of an encoded picture, uint8 (3, size, size): upright, on white, 8 bits, sRGB.
@@ -217,19 +229,11 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
     size, to save memory. Pixels, uint8 (3, H, W), are treated alike, but stay as they are, whatever
     the crop, where they have the size already. Raises ValueError or Pillow's errors for all but a
     whole, sane picture in FORMATS."""
-    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # of bombs and damaged tags: the limits are ours
-        if isinstance(data, np.ndarray):
-            if data.shape == (3, size, size):
-                return data
-            image = Image.fromarray(data.transpose(1, 2, 0))
-        else:
-            try:
-                image = Image.open(io.BytesIO(data), formats=FORMATS.split())
-            except Image.UnidentifiedImageError:
-                raise ValueError(f"not a whole picture of {FORMATS}") from None
+    if isinstance(data, np.ndarray) and data.shape == (3, size, size):
+        return data
 
+    with warnings.catch_warnings(action="ignore"):          # of damaged tags
+        image = lazy(data)
         width, height = image.size
         kept = keep * min(width, height)
         if width * height > MAX_PIXELS or kept < least:
@@ -380,13 +384,13 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
         return
 
     with open(path, "wb") as lock:
-        alone = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            alone = False
+            yield False
+            return
         try:
-            yield alone
+            yield True
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
 
@@ -551,6 +555,9 @@ PACKED = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z", ".parquet
 # What systems and programs put beside pictures: hidden files and folders, thumbnails, masks.
 HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
                     re.IGNORECASE)
+# The pictures of a shard, or the loose ones of a source. `index` is the file of its index, and a mark that
+# tells what it was made of; `parts` are those of loose files, None for a tar.
+Shard = namedtuple("Shard", "name prefix files parts index")
 Member = namedtuple("Member", "name plain start at size end")   # of a tar: its place [bytes]
 WHERE = 3 * (PARTS["jsonl"] + 1)          # numbers that tell where the parts of a sample lie
 HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")   # of a tar: name, size, checksum, type, prefix
@@ -575,8 +582,8 @@ def split(name: str, left: Counter) -> tuple | None:
     return None
 
 
-def join(name: str, parts: list[tuple]) -> tuple:
-    """Samples of a list of (key, part, file, at, size): rows, keys, a warning of keys used twice.
+def join(shard: Shard, parts: list[tuple]) -> tuple:
+    """Samples of a list of (key, part, file, at, size): rows, keys, warnings, of keys used twice say.
     Of those only the first picture and what stands with it is kept: none gets another one's
     caption."""
     runs_of = {}
@@ -594,9 +601,9 @@ def join(name: str, parts: list[tuple]) -> tuple:
     twice = 0
     alone = 0
     for key, runs in runs_of.items():
-        sample, *others = runs
-        if others:
-            sample = {part: where for run in runs for part, where in run.items()}
+        sample = {}
+        for run in runs:
+            sample |= run
         if len(sample) < sum(map(len, runs)):
             twice += 1
             sample = next((run for run in runs if 0 in run), {})
@@ -605,14 +612,14 @@ def join(name: str, parts: list[tuple]) -> tuple:
             continue
         for part, where in sample.items():
             rows[len(keys), part] = where
-        keys.append(printable(key).encode())
+        keys.append(shard.prefix + printable(key))
 
     warned = []
     if twice:
-        warned.append(f"{name}: {twice} duplicate keys; kept the first of each")
+        warned.append(f"{shard.name}: {twice} duplicate keys; kept the first of each")
     if alone:
-        warned.append(f"{name}: {alone} texts without a picture; left out")
-    return rows[:len(keys)], np.array(keys, "S"), warned
+        warned.append(f"{shard.name}: {alone} texts without a picture; left out")
+    return rows[:len(keys)], keys, warned
 
 
 def pax_fields(records: bytes) -> dict:
@@ -686,21 +693,22 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
         at = end
 
 
-def scan_tar(path: str | Remote, total: int) -> tuple:
-    """Parts of samples in a tar of so many bytes, a count by kind of what is left out, and what is damaged.
+def scan_tar(path: str | Remote) -> tuple:
+    """Parts of samples in a tar, a count by kind of what is left out, what is damaged, and its state.
     Names are only keys: nothing is extracted, no link is followed."""
     parts = []
     left = Counter()
     problem = ""
     with opened(path) as file:
+        found = state(file.fileno())
         try:
             for member in members(file):
                 named = member.plain and split(member.name, left)
-                if named and member.at + member.size <= total:
+                if named and member.at + member.size <= found[0]:
                     parts.append((*named, 0, member.at, member.size))
         except Exception as error:                  # there is nearly anything in garbage
             problem = one_line(error)
-    return parts, left, problem
+    return parts, left, problem, found
 
 
 def state(file: str | int) -> tuple:
@@ -711,13 +719,13 @@ def state(file: str | int) -> tuple:
 
 @contextmanager
 def reading(files: list[tuple]) -> Iterator[Callable]:
-    """read((file, start, size), most) -> the first bytes of a part that lies there, b"" for file -1.
+    """read(row, kind, most) -> the first bytes of a part of a sample, by its suffix in PARTS, b"" for none.
     files: paths and states. ValueError where one is not what it was."""
     last = None
     with ExitStack() as stack:
-        def read(place: list[int], most: int = 8 * MAX_PIXELS) -> bytes:
+        def read(row: list, kind: str, most: int = 8 * MAX_PIXELS) -> bytes:
             nonlocal last, stream
-            file, at, size = place
+            file, at, size = row[PARTS[kind]]
             if file < 0:
                 return b""
 
@@ -738,16 +746,13 @@ def reading(files: list[tuple]) -> Iterator[Callable]:
 
 def fields_of(read: Callable, row: list) -> dict:
     """The metadata of a sample: its line in a metadata.jsonl, and over that its .json."""
-    return read_meta(read(row[PARTS["jsonl"]], MAX_TEXT)) | read_meta(read(row[PARTS["json"]], MAX_TEXT))
+    return read_meta(read(row, "jsonl", MAX_TEXT)) | read_meta(read(row, "json", MAX_TEXT))
 
 
 # ------------------------------------------------------------------------------------------ indexes
 COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
            "!=": np.not_equal}
 WORD = 0x7ff9                               # the first 16 bits of a number that stands for a word
-# The pictures of a shard, or the loose ones of a source. `index` is the file of its index, and a mark that
-# tells what it was made of; `parts` are those of loose files, None for a tar.
-Shard = namedtuple("Shard", "name prefix files parts index")
 
 
 def number_of(value: object) -> float:
@@ -789,18 +794,15 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     problem = ""
     files = shard.files
     if parts is None:
-        (path, found), = files
-        if isinstance(path, Remote):
-            with opened(path) as file:
-                found = state(file.fileno())
-            files = [(path, found)]
-        parts, left, problem = scan_tar(path, found[0])
-    rows, keys, warned = join(shard.name, parts)
+        (path, _), = files
+        parts, left, problem, found = scan_tar(path)
+        files = [(path, found)]
+    rows, keys, warned = join(shard, parts)
     if problem:
         warned.append(f"{shard.name}: damaged after {len(rows)} pictures ({problem}); using those")
 
-    keys = np.char.add(shard.prefix.encode(), keys) if len(keys) else keys
-    hashes = hash_keys(map(bytes.decode, keys.tolist()))
+    hashes = hash_keys(keys)
+    keys = np.array([*map(str.encode, keys)], "S")
     held = np.flatnonzero(hashes < held_below(1))
     columns = columns_of(rows, files)
     sizes = rows[:, :3, 2].copy()
@@ -831,13 +833,19 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
     write(place, safetensors.numpy.save(arrays, {"notes": text, "checksum": hash_of(text.encode())}))
 
 
+def header_of(file: io.IOBase) -> dict:
+    """The header of a safetensors file that is read from its start: tensors by name, texts by __metadata__."""
+    size = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(size))
+
+
 @lru_cache(256)
 def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
     """read(name) -> an array of an index, read(name, i) -> a row of it, (1, numbers); and notes. What is not
     asked for is never in memory. ValueError for one of another mark, and by read where it is damaged."""
     place, mark = index
     file = place.open("rb")
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header = header_of(file)
     start = file.tell()
     meta = header["__metadata__"]
     made_of, notes = json.loads(meta["notes"])
@@ -909,16 +917,14 @@ def narrow(shard: Shard, config: DataConfig, read: Callable) -> Shard:
 
     rows, held, columns = map(read, ("rows", "held", "columns"))
     _, notes = open_index(shard.index)
-    numbers = {name: number for number, name in enumerate(notes["columns"])}
-    alike = {fold(name): number for name, number in numbers.items()}
+    fields = dict(zip(notes["columns"], columns.T))
+    alike = {fold(name): column for name, column in fields.items()}
+    absent = np.full(notes["count"], np.nan)
     kept = np.ones(notes["count"], bool)
     dropped = {}
     for text in config.filter:
         name, compare, value = parse_filter(text)
-        column = np.full(len(kept), np.nan)
-        number = numbers.get(name, alike.get(fold(name)))
-        if number is not None:
-            column = columns[:, number].view(float)
+        column = fields.get(name, alike.get(fold(name), absent)).view(float)
         bits = column.view(np.uint64)
         missing = np.isnan(column) & (bits >> 48 != WORD)
         if math.isnan(value):                       # a word
@@ -1048,7 +1054,6 @@ class Files(Source):
         self.name = printable(pattern)
         self.warned = []
         self.far = []
-        self.last = None, None
         self.classes = []
         if self.config.class_names:
             text, _ = read_text(Path(self.config.class_names).read_bytes())
@@ -1066,13 +1071,15 @@ class Files(Source):
                 shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
                 continue
 
-            key, part = split(name, left) or ("", None)
+            named = split(name, left)
+            if not named:
+                continue
+            key, part = named
             if part == PARTS["jsonl"]:
                 loose += lines_of(path, posixpath.dirname(key), len(files), left)
-            elif part is not None:
+            else:
                 loose.append((key, part, len(files), 0, file[1][0]))
-            if part is not None:
-                files.append(file)
+            files.append(file)
 
         if loose:
             loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
@@ -1081,11 +1088,11 @@ class Files(Source):
         open_index.cache_clear()                            # there may be newer ones
 
         self.parts = [*filter(None, map(self.known, shards))]
-        dropped = self.gather(left)
+        self.gather(left)
         if left:
             kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
             self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
-        if not len(self) and not dropped:
+        if not len(self) and not self.told:
             reason = " ".join(self.warned[:1])
             raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
                              f"found {count} files {reason}".rstrip())
@@ -1095,7 +1102,7 @@ class Files(Source):
         if not again:
             self.look()
 
-    def gather(self, left: Counter) -> Counter:
+    def gather(self, left: Counter) -> None:
         """Filter the pictures, and take from the heads of their indexes what concerns all of them."""
         self.starts = [0]
         self.digests = []
@@ -1112,7 +1119,6 @@ class Files(Source):
             left.update(notes["left"])
             dropped.update(notes["dropped"])
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
-        return dropped
 
     def remote(self, url: str) -> Remote:
         folder = Path(self.config.shard_cache or index_folder(cache_home()) / "shards")
@@ -1147,9 +1153,8 @@ class Files(Source):
         self.looked = []
         empty = 0
         for i in looked:
-            files, row, _ = self.row(i)
-            with suppress(Exception), reading(files) as read:   # replaced and counted when it is drawn
-                found, meta = self.texts(read, row)
+            with suppress(Exception):                           # replaced and counted when it is drawn
+                found = self.captions(i)
                 self.looked += found
                 empty += not found
         if empty:
@@ -1202,35 +1207,30 @@ class Files(Source):
         read, _ = open_index(shard.index)
         return read(*what)
 
+    @lru_cache(1)                                           # noqa: B019, one is asked for by key, then by sample
     def row(self, i: int) -> tuple:
         """The files, the places of the parts, and the key of a sample."""
-        known, found = self.last                            # asked for by key, then by sample
-        if known == i:
-            return found
-
         number = bisect_right(self.starts, i) - 1
         shard = self.parts[number]
         row, = self.array(shard, "rows", i - self.starts[number])
         key = row[WHERE:].tobytes().rstrip(b"\0")
-        found = shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
-        self.last = i, found
-        return found
+        return shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
 
     def texts(self, read: Callable, row: list) -> tuple:
         """Captions and metadata of a sample."""
-        content = read(row[PARTS["txt"]], MAX_TEXT)
+        content = read(row, "txt", MAX_TEXT)
         meta = fields_of(read, row)
         recoded = False
         if content and self.config.txt == "transcription":
             meta["transcription"], recoded = read_text(content)
             content = b""
-        text, guessed = read_text(content or read(row[PARTS["caption"]], MAX_TEXT))
+        text, guessed = read_text(content or read(row, "caption", MAX_TEXT))
         if guessed or recoded:
             meta[RECODED] = True
 
         wanted = self.config.caption_key
         found = words(meta.get(wanted)) if wanted else read_captions(text, meta)
-        label = read(row[PARTS["cls"]], 20)
+        label = read(row, "cls", 20)
         if label:
             meta["cls"] = int(label)
             if self.classes and not found:
@@ -1243,10 +1243,10 @@ class Files(Source):
     def sample(self, i):
         files, row, _ = self.row(i)
         with reading(files) as read:
-            picture = read(row[0])
+            picture = read(row, "jpg")
             texts, meta = self.texts(read, row)
             if self.embedded:
-                meta["embeddings"] = read(row[PARTS["t5.safetensors"]])
+                meta["embeddings"] = read(row, "t5.safetensors")
         return Sample(picture, texts, meta)
 
     def captions(self, i):
@@ -1262,7 +1262,7 @@ class Files(Source):
         return f"{os.path.basename(self.name)} {key}, {size} bytes"
 
     def held(self, share):
-        held = [np.empty(0, np.int64)]
+        held = []
         below = held_below(1 if self.far else share)
         for start, shard in zip(self.starts, self.parts):
             rows, hashes = self.array(shard, "held").T
@@ -1369,8 +1369,7 @@ class Cache:
     def open(self, source: Path | bytes) -> None:
         try:
             if isinstance(source, bytes):
-                size = int.from_bytes(source[:8], "little")
-                checksums = json.loads(source[8:8 + size])["__metadata__"]
+                checksums = header_of(io.BytesIO(source))["__metadata__"]
                 read = safetensors.torch.load(source).__getitem__
             else:
                 file = safetensors.safe_open(source, "pt")
@@ -1455,15 +1454,6 @@ def parse_source(entry: str) -> tuple:
     return path, Fraction(weight)
 
 
-def size_of(picture: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height of a picture as it is stored, encoded or uint8 (3, H, W)."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[:0:-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # of bombs: decode refuses them
-        return Image.open(io.BytesIO(picture), formats=FORMATS.split()).size
-
-
 def around(size: tuple[int, int], box: list, least: float, area: float,
            drawn: list[float] | None) -> tuple[int, int, int]:
     """Left, top and side of a square inside a picture of size (W, H) that has all of a box, left, top, right,
@@ -1471,25 +1461,25 @@ def around(size: tuple[int, int], box: list, least: float, area: float,
     least: of its side, as far as the picture has that; area: smallest part of the largest square; drawn: for
     its size and place three numbers of 0..1, None = the largest, as near to the middle as can be."""
     short = min(size)
-    firsts = [math.floor(edge) for edge in box[:2]]
-    lasts = [math.ceil(edge) for edge in box[2:]]
-    sides = [last - first for first, last in zip(firsts, lasts)]
-    inside = [0 <= first <= last <= length for first, last, length in zip(firsts, lasts, size)]
-    if len(box) != 4 or not all(inside) or max(sides) > short:
+    firsts = np.floor(box[:2])
+    lasts = np.ceil(box[2:])
+    edges = np.concatenate([(0, 0), firsts, lasts, size])
+    inside = len(box) == 4 and (edges[:-2] <= edges[2:]).all()
+    if not inside or max(lasts - firsts) > short:
         raise ValueError(f"its safebox {box} is not inside a square of its {size[0]}x{size[1]} pixels")
 
     side = short
     if drawn:
-        least = max(*sides, math.ceil(min(least, short)))
+        least = max(*(lasts - firsts), math.ceil(min(least, short)))
         area = max(area, (least / short) ** 2)
-        side = max(least, round(short * math.sqrt(area + drawn[0] * (1 - area))))
-    corner = []
-    for i, length in enumerate(size):
-        low = max(0, lasts[i] - side)
-        high = min(firsts[i], length - side)
-        middle = min(max(low, (length - side) // 2), high)
-        corner.append(low + int(drawn[i + 1] * (high - low + 1)) if drawn else middle)
-    return *corner, side
+        side = int(max(least, round(short * math.sqrt(area + drawn[0] * (1 - area)))))
+    room = np.array(size) - side
+    low = np.maximum(0, lasts - side)
+    high = np.minimum(firsts, room)
+    corner = (room // 2).clip(low, high)
+    if drawn:
+        corner = low + drawn[1:] * (high - low + 1) // 1
+    return *map(int, corner), side
 
 
 class Rest(Sequence):
@@ -1669,16 +1659,16 @@ class Pictures:
                 with suppress(Exception):           # replaced and counted when it is drawn
                     yield from source.captions(int(row))
 
-    def square(self, key: str, view: int, drawn: list[float], picture: bytes | np.ndarray = b"",
-               meta: dict | None = None) -> tuple[float, float, float]:
+    def square(self, key: str, view: int, drawn: list[float], picture: bytes | np.ndarray,
+               meta: dict) -> tuple[float, float, float]:
         """How much of its short side a picture keeps, and where the rest is cut, see decode: around all of
         its text, with a safebox; without one a picture with text is not cut."""
         config = self.config
         if config.crops:
             drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
-        if meta and meta.get("safebox"):
+        if meta.get("safebox"):
             return self.text_square(picture, meta, drawn)
-        if self.split == "val" or config.min_crop == 1 or (meta and transcribed(meta)):
+        if self.split == "val" or config.min_crop == 1 or transcribed(meta):
             return 1.0, 0.5, 0.5
         keep, right, down = drawn
         return 1 - keep * (1 - config.min_crop), right, down
@@ -1692,7 +1682,7 @@ class Pictures:
         chosen = None
         if self.split == "train" and first < config.text_crop:
             chosen = [first / config.text_crop, *place]
-        size = size_of(picture)
+        size = lazy(picture).size
         least = self.size * max(1, np.max(meta.get("px_scale") or 1))
         left, top, side = around(size, meta["safebox"], least, config.text_area, chosen)
         width, height = (max(1, length - side) for length in size)
@@ -1703,7 +1693,7 @@ class Pictures:
         for source, rows in zip(self.sources, self.rows):
             for row in map(int, rows):
                 for view in range(max(1, self.config.crops)):
-                    crop = self.square(source.key(row), view, [])
+                    crop = self.square(source.key(row), view, [], b"", {})
                     yield f"{source.mark(row)} {crop}", partial(self.shown, source, row, crop)
 
     def shown(self, source: Source, row: int, crop: tuple) -> np.ndarray:
@@ -1816,10 +1806,8 @@ class Pictures:
             return [item[name] for item in items]
 
         batch = {name: np.stack(column(name)) for name in ("picture", "lowres") if name in items[0]}
-        batch["captions"] = column("caption")
-        batch["transcriptions"] = column("transcription")
-        batch["positions"] = column("position")
-        batch["keys"] = column("key")
+        for name in ("caption", "transcription", "position", "key"):
+            batch[f"{name}s"] = column(name)
         batch["replaced"] = list(chain(*column("replaced")))
         batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
         batch["recoded"] = [item["key"] for item in items if item["recoded"]]
@@ -1867,7 +1855,7 @@ def send(pipe, batch: dict) -> None:
 def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
     """A worker process: its batches into a pipe, which holds each back until it is wanted."""
     ours.close()                            # or it would not break when the trainer is gone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # where it could not be blocked
+    ignore_signals()                        # where they could not be blocked
     torch.set_num_threads(1)                # a forked process has no thread pool
     with suppress(BrokenPipeError):         # the trainer is gone
         try:
@@ -1947,7 +1935,6 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
     seen = 0
     bad = 0
-    enough = dataset.enough()
     try:
         coming = dataset.coming(start, 1)           # before any worker is waited for
         for _ in watched(map(Remote.fetch, coming), "shards", len(coming)):
@@ -1966,7 +1953,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
-            if bad > dataset.config.max_bad * max(seen, enough):
+            if bad > dataset.config.max_bad * max(seen, dataset.enough()):
                 last = batch["replaced"][-1]
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
@@ -2348,6 +2335,7 @@ class Words(BuiltIn):
     """Scenes with words, which the metadata has, with the box around them; the captions do not say them."""
     name = "words"
     said = ""
+    key = Source.key
 
     def sample(self, i):
         meta = {}
@@ -2368,9 +2356,6 @@ class Words(BuiltIn):
             texts = captions(shown._replace(word=""))
         word = shown.word.replace("\n", " ")
         return [f"{text}{self.said.format(word)}" if word else text for text in texts]
-
-    def key(self, i):
-        return f"{self.name}/{i}"
 
     def fingerprint(self):
         return f"{self.name} 1".encode()
@@ -2393,8 +2378,7 @@ SOURCES = {
 # ---------------------------------------------------------------------------------------- the check
 def spread(content: bytes, texts: list[str]) -> list[float]:
     """Of each caption that a KEY.t5.safetensors has, the standard deviation of its embedding's numbers."""
-    size = int.from_bytes(content[:8], "little")
-    names = json.loads(content[8:8 + size])["__metadata__"]["fingerprint"].split(" ")
+    names = header_of(io.BytesIO(content))["__metadata__"]["fingerprint"].split(" ")
     deviations = []
     for first in range(len(names)):                 # of several encoders, that of the last ends the names
         cache = Cache("KEY.t5.safetensors", " ".join(names[first:]), content)
@@ -2422,50 +2406,49 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     return found
 
 
-def told_of(text: str, readers: list[tuple]) -> dict:
-    """What text encoders make of a caption, {name: number}; numbered where they are several."""
-    found = {}
-    for number, (reader, cache) in enumerate(readers, 1):
+def told_of(text: str, readers: list[tuple]) -> Iterator[tuple[str, float]]:
+    """Name and number of what text encoders make of a caption; numbered where they are several."""
+    for number, (reader, known) in enumerate(readers, 1):
         which = f" of encoder {number}" if len(readers) > 1 else ""
         reader.counts.clear()
         entry = reader.read(text)
-        found[f"tokens{which}"] = len(entry["ids"])
-        found[f"unknown tokens{which}"] = reader.counts["unknown"]
-        found[f"captions cut{which}"] = entry["cut"]
-        if cache:
-            cached = cache.key(text) in cache.found
-            found[f"not in the cache{which}"] = not cached
+        yield f"tokens{which}", len(entry["ids"])
+        yield f"unknown tokens{which}", reader.counts["unknown"]
+        yield f"captions cut{which}", entry["cut"]
+        if known:
+            cached = known.key(text) in known.found
+            yield f"not in the cache{which}", not cached
             if cached:
-                found[f"deviation in the cache{which}"] = float(cache[text][0].float().std())
-    return found
+                yield f"deviation in the cache{which}", float(known[text][0].float().std())
 
 
-def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
-    """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
-    stored, texts, meta = source.sample(row)
-    square = decode(stored, 64, least=least)
-    width, height = Image.open(io.BytesIO(stored)).size
-    found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
-    found["near-black"] = square.mean() < 8
-    found["of one colour"] = np.ptp(square) < 8
+def facts(sample: Sample, square: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Name and number of what can be counted of a picture; square: itself, uint8 (3, 64, 64)."""
+    stored, texts, meta = sample
+    width, height = lazy(stored).size
+    yield "width", width
+    yield "height", height
+    yield "captions", len(texts)
+    yield "without caption", not texts
+    yield "near-black", square.mean() < 8
+    yield "of one colour", np.ptp(square) < 8
     embeddings = meta.pop("embeddings")
-    found["without embeddings"] = not embeddings
+    yield "without embeddings", not embeddings
     if embeddings:
         deviations = spread(embeddings, texts)
-        found["embeddings of other captions"] = len(deviations) < len(texts)
+        yield "embeddings of other captions", len(deviations) < len(texts)
         if deviations:
-            found["deviation of embeddings"] = sum(deviations) / len(deviations)
-    found["not UTF-8"] = meta.pop(RECODED, False)
-    for text in texts:
-        found["bytes of a caption"] = max(len(text.encode()), found.get("bytes of a caption", 0))
+            yield "deviation of embeddings", sum(deviations) / len(deviations)
+    yield "not UTF-8", meta.pop(RECODED, False)
+    if texts:
+        yield "bytes of a caption", max(len(text.encode()) for text in texts)
     for name, value in meta.items():
-        found[f"metadata {printable(name)}"] = number_of(value)
-    return found, square, texts
+        yield f"metadata {printable(name)}", number_of(value)
 
 
 def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str], list]:
-    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread, and of
-    what text encoders make of their captions; why some are unreadable; up to 16 squares with captions."""
+    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread, and
+    of what text encoders make of their captions; why some are unreadable; up to 16 squares with captions."""
     table = {}
     reasons = []
     tiles = []
@@ -2474,19 +2457,23 @@ def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str
     for source, rows in zip(pictures.sources, pictures.rows):
         source.embedded = True
         for i in watched(range(0, len(rows), step), source.name):
-            found = {"unreadable": 0}
-            texts = []
+            row = int(rows[i])
             try:
-                more, square, texts = facts(source, int(rows[i]), pictures.config.min_size)
-                found |= more | {"caption of another": not seen.isdisjoint(texts)}
+                sample = source.sample(row)
+                square = decode(sample.picture, 64, least=pictures.config.min_size)
+                found = [("unreadable", 0), *facts(sample, square)]
+                texts = sample.captions
+            except Exception as error:              # decoders raise nearly anything on garbage
+                found = [("unreadable", 1)]
+                texts = []
+                reasons.append(f"{source.key(row)}: {one_line(error)}")
+            else:
+                found.append(("caption of another", not seen.isdisjoint(texts)))
                 seen.update(texts)
                 if len(tiles) < 16:
                     tiles.append((square, "; ".join(texts)))
-            except Exception as error:              # decoders raise nearly anything on garbage
-                found["unreadable"] = 1
-                reasons.append(f"{source.key(int(rows[i]))}: {one_line(error)}")
-            told = [told_of(text, readers) for text in texts]
-            for name, value in chain(found.items(), *(each.items() for each in told)):
+
+            for name, value in chain(found, *(told_of(text, readers) for text in texts)):
                 if value == value:                  # a word is none
                     count, least, total, largest = table.get(name, (0, value, 0, value))
                     table[name] = count + 1, min(least, value), total + value, max(largest, value)
@@ -2518,8 +2505,8 @@ def main(argv: list[str]) -> int:
     print(f"{'':32}{'counted':>12}{'least':>12}{'mean':>12}{'largest':>12}")
     for name, (count, least, total, largest) in table.items():
         print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
-    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table}
-    report["unreadable"] = reasons
+    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table,
+              "unreadable": reasons}
     Path("check.json").write_text(json.dumps(report, indent=1, default=float))
     if tiles:
         squares, texts = zip(*tiles)
