@@ -36,7 +36,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
@@ -68,6 +68,7 @@ MAX_CAPTION = 2**16                       # is cut; more than encoders read, 16 
 MAX_FIELDS = 256                          # of the metadata of a shard that are indexed
 MAX_FILES = 10**6                         # that a pattern with braces may name
 MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 RECODED = "not UTF-8"                     # a field of meta: the encoding of its texts was guessed
 
 
@@ -152,7 +153,7 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
 def arrange(bounds: tuple[int, ...], key: bytes) -> tuple[list[int], list[int]]:
     """Shards, whose pictures begin and end at `bounds`, in an order by a key: their numbers, without empty
     ones, and where each of them begins in a pass in that order, and the last one ends."""
-    sizes = [last - first for first, last in pairwise(bounds)]
+    sizes = np.diff(bounds).tolist()
     order = [permute(i, len(sizes), key) for i in range(len(sizes))]
     order = [shard for shard in order if sizes[shard]]
     return order, [*accumulate((sizes[shard] for shard in order), initial=0)]
@@ -210,7 +211,8 @@ def to_srgb(profile: bytes, mode: str) -> Callable | None:
 
 
 def lazy(picture: bytes | np.ndarray) -> Image.Image:
-    """A picture as it is stored, in FORMATS or uint8 (3, H, W), whose pixels are decoded when they are used."""
+    """A picture as it is stored, in FORMATS or uint8 (3, H, W): its pixels are decoded when they are used.
+    ValueError or Pillow's errors for what is none."""
     PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
     if isinstance(picture, np.ndarray):
         return Image.fromarray(picture.transpose(1, 2, 0))
@@ -317,9 +319,10 @@ def words(value: object) -> list[str]:
 def read_captions(text: str, meta: dict) -> list[str]:
     """All captions of a picture: "captions" of its .json, else the lines of its text, else the first
     of the .json's usual fields that has any."""
-    found = words(meta.get("captions")) or words(text.splitlines())
-    found = found or words(meta.get("caption")) + words(meta.get("text"))
-    return found or words(meta.get("TEXT")) or words(meta.get("prompt"))
+    get = meta.get
+    found = words(get("captions")) or words(text.splitlines())
+    found = found or words(get("caption")) + words(get("text"))
+    return found or words(get("TEXT")) or words(get("prompt"))
 
 
 def transcribed(meta: dict) -> str:
@@ -333,6 +336,42 @@ def transcribed(meta: dict) -> str:
 def labels(captions: list[str], transcriptions: list[str]) -> list[str]:
     """Captions, each with what is written in its picture on lines of its own below it."""
     return [f"{caption}\n{written}".rstrip() for caption, written in zip(captions, transcriptions)]
+
+
+# ------------------------------------------------------------------------- files, whole or not at all
+@contextmanager
+def whole(path: Path) -> Iterator[io.IOBase]:
+    """A file to be written, that appears as `path` at the end; it is on disk afterwards, else OSError."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write(path: Path, content: bytes) -> None:
+    with whole(path) as file:
+        file.write(content)
+
+
+def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
+    """Remove files that nobody has written to for so long [seconds]: if not told otherwise, .tmp-PID-*, which
+    killed writers left."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):                     # another one swept it
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------ remote shards
@@ -425,15 +464,12 @@ class Remote(namedtuple("Remote", "url folder limit")):
 
     def download(self) -> None:
         """The copy appears whole or not at all; its time stands for the version, and so tells its content."""
-        unfinished = self.folder / f".tmp-{os.getpid()}-{self.copy.name}"
-        with streamed(self.url) as (stream, size, version), open(unfinished, "wb") as file:
+        with streamed(self.url) as (stream, size, version), whole(self.copy) as file:
             shutil.copyfileobj(stream, file, 2**20)
             if size and file.tell() != size:
                 raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
             file.flush()
-            os.fsync(file.fileno())
-        os.utime(unfinished, (time.time(), zlib.crc32(str(version).encode()) // 2))
-        os.replace(unfinished, self.copy)
+            os.utime(file.name, (time.time(), zlib.crc32(str(version).encode()) // 2))
         make_room(self.folder, self.limit)
 
     def fetch(self, wait: bool = True) -> bool:
@@ -551,7 +587,7 @@ class Source:
 # Parts of a sample, by suffix; of a .jsonl a line.
 PARTS = {**dict.fromkeys(SUFFIXES.split(), 0), "txt": 1, "json": 2, "t5.safetensors": 3, "caption": 4,
          "cls": 5, "jsonl": 6}
-PACKED = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z", ".parquet"}
+PACKED = ".zip .gz .tgz .bz2 .xz .zst .rar .7z .parquet"
 # What systems and programs put beside pictures: hidden files and folders, thumbnails, masks.
 HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
                     re.IGNORECASE)
@@ -577,7 +613,7 @@ def split(name: str, left: Counter) -> tuple | None:
         return key, part
     else:
         suffix = os.path.splitext(name)[1].lower()
-        fix = " (unpack it, or pack it into tar shards)" if suffix in PACKED else ""
+        fix = " (unpack it, or pack it into tar shards)" if suffix in PACKED.split() else ""
         left[(printable(suffix) or "without suffix") + fix] += 1
     return None
 
@@ -834,7 +870,7 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
 
 
 def header_of(file: io.IOBase) -> dict:
-    """The header of a safetensors file that is read from its start: tensors by name, texts by __metadata__."""
+    """The header of a safetensors file, open at its start: its tensors by name, its texts by __metadata__."""
     size = int.from_bytes(file.read(8), "little")
     return json.loads(file.read(size))
 
@@ -958,8 +994,7 @@ def index_all(shards: list[Shard]) -> None:
             index(shard)
         return
 
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(helpers, ignore_signals) as pool:
+    with PROCESSES.Pool(helpers, ignore_signals) as pool:
         for _ in watched(pool.imap_unordered(index, missing), "shards", len(missing)):
             pass
 
@@ -975,10 +1010,6 @@ def watched(items: Iterable, what: str, total: int | None = None) -> Iterable:
     first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
     seen = first and sys.stderr and sys.stderr.isatty()
     return tqdm(items, what, total, delay=1, disable=not seen)
-
-
-def cache_home() -> str:
-    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
 
 @cache
@@ -998,21 +1029,19 @@ def index_folder(home: str) -> Path:
     return folder
 
 
-def lines_of(path: str, folder: str, number: int, left: Counter) -> list[tuple]:
+def lines_of(path: str, folder: str, number: int, left: Counter) -> Iterator[tuple]:
     """The lines of a .jsonl (metadata.jsonl of Hugging Face's imagefolder), each a part of the sample whose
     picture its "file_name" names, in that folder; without one it is counted."""
-    parts = []
     at = 0
     with open(path, "rb") as file:
         for line in file:
             name = read_meta(line).get("file_name")
             if isinstance(name, str):
                 key, _, _ = posixpath.normpath(posixpath.join(folder, name)).rpartition(".")
-                parts.append((key, PARTS["jsonl"], number, at, len(line)))
+                yield key, PARTS["jsonl"], number, at, len(line)
             elif line.strip():
                 left["lines of a .jsonl without a file_name"] += 1
             at += len(line)
-    return parts
 
 
 def expand(pattern: str) -> list[str]:
@@ -1047,9 +1076,9 @@ def expand(pattern: str) -> list[str]:
 class Files(Source):
     """Loose pictures with captions beside them, and tar shards, read by offset: a --data entry."""
 
-    def __init__(self, pattern: str, config: DataConfig | None = None, again: bool = False):
+    def __init__(self, pattern: str, config: DataConfig, again: bool = False):
         self.again = again                                  # only for its indexes
-        self.config = config or DataConfig()
+        self.config = config
         self.pattern = pattern
         self.name = printable(pattern)
         self.warned = []
@@ -1059,6 +1088,11 @@ class Files(Source):
             text, _ = read_text(Path(self.config.class_names).read_bytes())
             self.classes = text.splitlines()
 
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.indexes = index_folder(home)
+        copies = Path(config.shard_cache or self.indexes / "shards")
+        room = config.shard_cache_size * 10**9
+
         left = Counter()                                    # by kind, what is no part of a sample
         count = 0
         files = []                                          # path, state
@@ -1066,7 +1100,10 @@ class Files(Source):
         shards = []
         for path, name in watched(self.walk(pattern, left), "files"):
             count += 1
-            file = (self.remote(path), None) if "://" in path else (path, state(path))
+            if "://" in path:
+                file = Remote(path, copies, room), None
+            else:
+                file = path, state(path)
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
                 shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
                 continue
@@ -1089,9 +1126,6 @@ class Files(Source):
 
         self.parts = [*filter(None, map(self.known, shards))]
         self.gather(left)
-        if left:
-            kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
-            self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
         if not len(self) and not self.told:
             reason = " ".join(self.warned[:1])
             raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
@@ -1118,11 +1152,10 @@ class Files(Source):
             self.warned += notes["warned"]
             left.update(notes["left"])
             dropped.update(notes["dropped"])
+        if left:
+            kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
+            self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
-
-    def remote(self, url: str) -> Remote:
-        folder = Path(self.config.shard_cache or index_folder(cache_home()) / "shards")
-        return Remote(url, folder, self.config.shard_cache_size * 10**9)
 
     def known(self, shard: Shard) -> Shard | None:
         """A shard without what only its scan needs; a remote one as it was then, None if it stays away."""
@@ -1143,7 +1176,7 @@ class Files(Source):
         place = f"5 {prefix} {path}".encode("utf-8", "surrogateescape")
         states = [found for _, found in files]
         mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
-        file = index_folder(cache_home()) / f"{hash_of(place)}.index"
+        file = self.indexes / f"{hash_of(place)}.index"
         return Shard(name, prefix, files, parts, (file, mark))
 
     def look(self) -> None:
@@ -1279,15 +1312,14 @@ class Files(Source):
         return [far.url for far in self.far] or [shard.files[0][0] for shard in self.parts]
 
 
-def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | None = None) -> None:
+def copy_shard(path: str, target: str, beside: Callable, config: DataConfig) -> None:
     """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors.
     Its content, for what it had, is what `beside` makes of the captions: list of str -> bytes. The
     other members stay as they are; `target` appears whole or not at all."""
     source = Files(path, config)
     numbers = {source.row(i)[1][0][1]: i for i in range(len(source))}
-    unfinished = f"{target}.part"
     file, _ = source.parts[0].files[0]
-    with opened(file, buffering=0) as old, open(unfinished, "wb") as new:
+    with opened(file, buffering=0) as old, whole(Path(target)) as new:
         for member in members(old):
             if not member.name.lower().endswith(".t5.safetensors"):
                 old.seek(member.start)
@@ -1299,39 +1331,9 @@ def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | No
                 added.size = len(content)
                 new.write(added.tobuf() + content + bytes(-len(content) % 512))
         new.write(bytes(1024))
-    os.replace(unfinished, target)
 
 
 # ------------------------------------------------------------------------------------------- caches
-def write(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
-    """Remove files that nobody has written to for so long [seconds]: if not told otherwise, .tmp-PID-*, which
-    killed writers left."""
-    for path in folder.glob(pattern):
-        with suppress(OSError):                     # another one swept it
-            if time.time() - path.stat().st_mtime > age:
-                path.unlink()
-
-
 def checksum(entry: tuple) -> str:
     """The shapes of a text's tensors, and the checksum of their bytes."""
     shapes = ["x".join(map(str, tensor.shape)) for tensor in entry]
@@ -1495,7 +1497,7 @@ class Rest(Sequence):
     def __getitem__(self, i):
         if not 0 <= i < self.count:
             raise IndexError(i)
-        return i + int(np.searchsorted(self.gaps, i, "right"))
+        return i + bisect_right(self.gaps, i)
 
 
 class Pictures:
@@ -1720,7 +1722,7 @@ class Pictures:
         rng = keyed(self.seed, self.split, position)
         *drawn, which = rng.random(4).tolist()
         replaced = []
-        for tries in range(1, MAX_TRIES + 1):
+        while len(replaced) < MAX_TRIES:
             place = bisect_right(starts, visit) - 1
             row = int(rows[self.bounds[chosen][shards[place]] + visit - starts[place]])
             key = source.key(row)
@@ -1743,7 +1745,7 @@ class Pictures:
                 item |= self.texts(caption, embeddings, written)
             except Exception as error:              # decoders raise nearly anything on garbage
                 replaced.append(f"{key}: {one_line(error)}")
-                if tries % 4 == 0:                  # its whole block may be away
+                if len(replaced) % 4 == 0:                  # its whole block may be away
                     shards, starts = self.block(chosen, starts[-1])
                 visit = int(rng.integers(starts[0], starts[-1]))
                 continue
@@ -1754,12 +1756,14 @@ class Pictures:
                          f"last {replaced[-1]}")
 
     def texts(self, caption: str, embeddings: bytes = b"", written: str = "") -> dict:
-        """{"caption", "transcription"}, and with readers of them "words" and "letters", their entries."""
-        item = {"caption": caption, "transcription": written}
+        """{"caption", "transcription"}, and with readers of them "words" and "letters", their entries;
+        "uncaptioned", "overlong": whether one is empty, or cut."""
+        item = {"caption": caption, "transcription": written, "uncaptioned": not caption, "overlong": False}
         if self.reader:
             item["words"] = self.reader.read(caption, embeddings)
         if self.transcriber:
             item["letters"] = self.transcriber.read(written)
+            item["overlong"] = item["letters"]["cut"]
         return item
 
     def views(self, shown: np.ndarray, position: int, has_text: bool = False) -> dict:
@@ -1809,15 +1813,13 @@ class Pictures:
         for name in ("caption", "transcription", "position", "key"):
             batch[f"{name}s"] = column(name)
         batch["replaced"] = list(chain(*column("replaced")))
-        batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
-        batch["recoded"] = [item["key"] for item in items if item["recoded"]]
-        batch["overlong"] = []
+        for name in ("uncaptioned", "recoded", "overlong"):
+            batch[name] = [item["key"] for item in items if item[name]]
         if self.reader:
             batch |= self.reader.batch(column("words"))
         if self.transcriber:
             letters = self.transcriber.batch(column("letters"))
             batch |= {f"transcription_{name}": array for name, array in letters.items()}
-            batch["overlong"] = [item["key"] for item in items if item["letters"]["cut"]]
         if self.draws:
             batch |= self.draws(batch["positions"])
         return batch
@@ -1867,9 +1869,8 @@ def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
 
 def start_worker(*job) -> tuple:
     """A process at work on (dataset, firsts, share, stop), and our end of its pipe."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(ours, theirs, *job), daemon=True)
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=work, args=(ours, theirs, *job), daemon=True)
 
     # Workers inherit blocked signals: only the trainer handles SIGTERM and Ctrl-C.
     change = getattr(signal, "pthread_sigmask", lambda how, signals: signals)   # Windows has none
@@ -1983,30 +1984,31 @@ def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
     """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it, see labels."""
     n, _, height, width = pictures.shape
     scale = max(1, 128 // height)                               # small pictures are shown larger
+    height *= scale
+    width *= scale
     columns = min(columns, n)
     letters = ImageFont.load_default(11)
     lines = []
     for label in captions:
         caption, *written = label.split("\n")
-        wrapped = textwrap.wrap(caption, max(8, width * scale // 6))
+        wrapped = textwrap.wrap(caption, max(8, width // 6))
         lines.append([*wrapped[:3], *written] or ["(no caption)"])
 
     gap = 8
-    wide = width * scale + gap
-    high = height * scale + gap + 14 * max(map(len, lines))
+    wide = width + gap
+    high = height + gap + 14 * max(map(len, lines))
     rows = math.ceil(n / columns)
     sheet = Image.new("RGB", (gap + columns * wide, gap + rows * high), "white")
     pen = ImageDraw.Draw(sheet)
 
-    tiles = np.broadcast_to(pictures, (n, 3, height, width)).transpose(0, 2, 3, 1)
+    tiles = np.asarray(pictures).repeat(scale, 2).repeat(scale, 3)
+    tiles = np.broadcast_to(tiles, (n, 3, height, width)).transpose(0, 2, 3, 1)
     for i, tile in enumerate(tiles):
         left = gap + i % columns * wide
         top = gap + i // columns * high
-        large = ImageOps.scale(Image.fromarray(tile), scale, Image.Resampling.NEAREST)
-        sheet.paste(large, (left, top))
-
+        sheet.paste(Image.fromarray(tile), (left, top))
         text = "\n".join(lines[i])
-        pen.text((left, top + height * scale + 1), text, "black", letters, spacing=1)
+        pen.text((left, top + height + 1), text, "black", letters, spacing=1)
     return sheet
 
 
@@ -2137,14 +2139,17 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"            # without 0 and 1, wh
 font = cache(ImageFont.load_default)
 
 
+def choose(draw: Callable, names: Iterable, *but):
+    """One of the names, without some; draw(count) -> a number below it."""
+    left = [name for name in names if name not in but]
+    return left[draw(len(left))]
+
+
 @lru_cache(64)
 def scene(index: int) -> Scene:
     """The scene of a built-in picture, by its index alone: 81% one thing, 15% two, 4% a sign."""
     draws = iter(keyed(0, "scene", index).random(16).tolist())
-
-    def pick(names, *but):
-        left = [name for name in names if name not in but]
-        return left[int(next(draws) * len(left))]
+    pick = partial(choose, lambda count: int(next(draws) * count))
 
     def near(x):
         return x + 0.02 * (2 * next(draws) - 1)
@@ -2187,11 +2192,7 @@ def lettered(index: int) -> Scene:
     two lines of 1 to 8 characters (up to 5 on a cup or balloon), or 1 in 5 with none. An eighth of the words
     of 3 characters or more is shown from index ENDLESS on alone, and there no others are."""
     rng = keyed(0, "words", index)
-
-    def pick(names, *but):
-        left = [name for name in names if name not in but]
-        return left[rng.integers(len(left))]
-
+    pick = partial(choose, rng.integers)
     kind = pick(ROOM)
     colour = pick(COLOURS, "purple")                       # on which no ink is seen well
     lines = []
@@ -2245,8 +2246,9 @@ def tones_of(thing: Thing, ground: str) -> dict:
     return tones | TONES | SPECIAL.get(thing.colour, {})
 
 
-def draw_thing(pen, thing: Thing, side: int, tones: dict) -> None:
-    """A thing on a canvas of so many pixels."""
+def draw_thing(pen, thing: Thing, side: int, ground: str) -> None:
+    """A thing on a canvas of so many pixels and that ground."""
+    tones = tones_of(thing, ground)
     unit = thing.half * side / 100
     centre_x = thing.x * side - 0.5         # the centre of a pixel is a whole number
     centre_y = thing.y * side - 0.5
@@ -2293,13 +2295,12 @@ def draw_word(scene: Scene) -> Image.Image:
 def draw(scene: Scene, size: int) -> np.ndarray:
     """A scene, uint8 (3, size, size): drawn larger, reduced by shrink, everywhere the same."""
     side = size * (4 if size <= 256 else 2)
-    canvas = Image.new("RGB", (side, side), GROUNDS[scene.background])
-    pen = ImageDraw.Draw(canvas)
     below = GROUNDS[scene.background]
+    canvas = Image.new("RGB", (side, side), below)
+    pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        tones = tones_of(thing, scene.background)
-        draw_thing(pen, thing, side, tones)
-        below = tones["main"]
+        draw_thing(pen, thing, side, scene.background)
+        below = COLOURS[thing.colour]
 
     if scene.word:
         ink = TONES["snow" if sum(below) < 350 else "ink"]
@@ -2406,7 +2407,7 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     return found
 
 
-def told_of(text: str, readers: list[tuple]) -> Iterator[tuple[str, float]]:
+def told_of(text: str, readers: list[tuple]) -> Iterator[tuple]:
     """Name and number of what text encoders make of a caption; numbered where they are several."""
     for number, (reader, known) in enumerate(readers, 1):
         which = f" of encoder {number}" if len(readers) > 1 else ""
@@ -2422,7 +2423,7 @@ def told_of(text: str, readers: list[tuple]) -> Iterator[tuple[str, float]]:
                 yield f"deviation in the cache{which}", float(known[text][0].float().std())
 
 
-def facts(sample: Sample, square: np.ndarray) -> Iterator[tuple[str, float]]:
+def facts(sample: Sample, square: np.ndarray) -> Iterator[tuple]:
     """Name and number of what can be counted of a picture; square: itself, uint8 (3, 64, 64)."""
     stored, texts, meta = sample
     width, height = lazy(stored).size
@@ -2483,16 +2484,17 @@ def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
-    parser.add_argument("--check", nargs="+", required=True, dest="data", help="as of --data")
-    parser.add_argument("--filter", nargs="*", help="as of train.py")
-    parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
+    flag = parser.add_argument
+    flag("--check", nargs="+", required=True, dest="data", help="as of --data")
+    flag("--filter", nargs="*", help="as of train.py")
+    flag("--missing", choices=("drop", "keep"), help="as of train.py")
     for name in ("caption-key", "class-names", "shard-cache"):
-        parser.add_argument(f"--{name}", help="as of train.py")
-    parser.add_argument("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
-    parser.add_argument("--text-length", type=int, default=128, help="as of train.py")
-    parser.add_argument("--text-cache", default="", help="as of train.py: what it has of these captions")
-    parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
-    parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
+        flag(f"--{name}", help="as of train.py")
+    flag("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
+    flag("--text-length", type=int, default=128, help="as of train.py")
+    flag("--text-cache", default="", help="as of train.py: what it has of these captions")
+    flag("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
+    flag("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
     readers = readers_of(*(options.pop(name) for name in ("text_encoder", "text_length", "text_cache")))
