@@ -8,7 +8,6 @@ import argparse
 import atexit
 import gc
 import glob
-import hashlib
 import io
 import json
 import math
@@ -36,6 +35,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
+from hashlib import blake2b
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
@@ -104,12 +104,12 @@ class DataConfig:
 # ---------------------------------------------------------------------------- the order of the data
 def hash_of(content: bytes) -> str:
     """128 bits as 32 letters: who has the same has the same content."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
     """A random generator, a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
-    digest = hashlib.blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
+    digest = blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -117,19 +117,16 @@ def permute(index: int, n: int, key: bytes) -> int:
     """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`, without a table.
     A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and
     Rogaway 2002)."""
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << bits) - 1
+    size = 1 << ((n - 1).bit_length() + 1) // 2             # of each half, so that a pair is n or more
 
     while True:
-        left = index >> bits
-        right = index & mask
-
+        left, right = divmod(index, size)
         for turn in range(6):
-            digest = hashlib.blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
-            mixed = left ^ (int.from_bytes(digest, "little") & mask)
+            digest = blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
+            mixed = (left ^ int.from_bytes(digest, "little")) % size
             left, right = right, mixed
 
-        index = left << bits | right
+        index = left * size + right
         if index < n:
             return index
 
@@ -529,7 +526,7 @@ Sample = namedtuple("Sample", "picture captions meta")
 
 def hash_keys(keys: Iterable[str]) -> np.ndarray:
     """64 bits of each key, by which pictures are held out."""
-    hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    hashes = [blake2b(key.encode(), digest_size=8).digest() for key in keys]
     return np.frombuffer(b"".join(hashes), "<u8")
 
 
@@ -759,7 +756,7 @@ def reading(files: list[tuple]) -> Iterator[Callable]:
     files: paths and states. ValueError where one is not what it was."""
     last = None
     with ExitStack() as stack:
-        def read(row: list, kind: str, most: int = 8 * MAX_PIXELS) -> bytes:
+        def read(row, kind, most=8 * MAX_PIXELS):
             nonlocal last, stream
             file, at, size = row[PARTS[kind]]
             if file < 0:
@@ -845,13 +842,14 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     sizes[:, 1] += rows[:, PARTS["caption"], 2]     # .caption beside .txt
     width = -(-keys.itemsize // 8)                  # of the keys [8 bytes]
     letters = keys.astype(f"S{8 * width}").view(np.int64).reshape(len(keys), width)
-    arrays = {"rows": np.hstack([rows.reshape(len(rows), WHERE), letters])}
-    arrays["held"] = np.column_stack([held, hashes[held].view(np.int64)])
     table = np.reshape([*columns.values()], (len(columns), len(rows)))
-    arrays["columns"] = table.T.view(np.int64)
-    notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
-    notes["state"] = files[0][1]
-    notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
+    arrays = {
+        "rows": np.hstack([rows.reshape(len(rows), WHERE), letters]),
+        "held": np.column_stack([held, hashes[held].view(np.int64)]),
+        "columns": table.T.view(np.int64),
+    }
+    notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {},
+             "state": files[0][1], "digest": hash_of(keys.tobytes() + sizes.tobytes())}
     return arrays, notes
 
 
@@ -888,7 +886,7 @@ def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
     if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
         raise ValueError("changed since it was indexed")
 
-    def read(name: str, row: int | None = None) -> np.ndarray:
+    def read(name, row=None):
         _, width = header[name]["shape"]
         first, last = header[name]["data_offsets"]
         if row is not None:
@@ -939,45 +937,6 @@ def parse_filter(text: str) -> tuple[str, Callable, float]:
     if not found or (math.isnan(value) and found[2] not in ("==", "!=")):
         raise ValueError(f'--filter {printable(text)!r} is no filter such as "aesthetic>5" or "license==cc0"')
     return found[1], COMPARE[found[2]], value
-
-
-def narrow(shard: Shard, config: DataConfig, read: Callable) -> Shard:
-    """The shard with only the pictures that pass each --filter: an index of its own, kept as well.
-    read(name) -> an array of the shard's."""
-    place, mark = shard.index
-    rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
-    place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
-    narrowed = shard._replace(index=(place, f"{mark} {rule}"))
-    if indexed(narrowed):
-        return narrowed
-
-    rows, held, columns = map(read, ("rows", "held", "columns"))
-    _, notes = open_index(shard.index)
-    fields = dict(zip(notes["columns"], columns.T))
-    alike = {fold(name): column for name, column in fields.items()}
-    absent = np.full(notes["count"], np.nan)
-    kept = np.ones(notes["count"], bool)
-    dropped = {}
-    for text in config.filter:
-        name, compare, value = parse_filter(text)
-        column = fields.get(name, alike.get(fold(name), absent)).view(float)
-        bits = column.view(np.uint64)
-        missing = np.isnan(column) & (bits >> 48 != WORD)
-        if math.isnan(value):                       # a word
-            passes = compare(bits, np.float64(value).view(np.uint64))
-        else:
-            passes = compare(column, value)
-        passes = np.where(missing, config.missing == "keep", passes)
-        dropped[text] = int((kept & ~passes).sum())
-        kept &= passes
-
-    places = np.cumsum(kept) - 1
-    notes = notes | {"count": int(kept.sum()), "dropped": dropped}
-    notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
-    held = held[kept[held[:, 0]]]
-    held[:, 0] = places[held[:, 0]]
-    save_index(narrowed.index, {"rows": rows[kept], "held": held}, notes)
-    return narrowed
 
 
 def index_all(shards: list[Shard]) -> None:
@@ -1047,12 +1006,13 @@ def lines_of(path: str, folder: str, number: int, left: Counter) -> Iterator[tup
 def expand(pattern: str) -> list[str]:
     """The paths or URLs a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
     ValueError where a path is not there."""
-    exists = os.path.exists(pattern)
+    if os.path.exists(pattern):
+        return [pattern]
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if "://" in pattern and not brace:
         return listed(pattern)
-    if exists or not brace:
-        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+    if not brace:
+        found = sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"--data {printable(pattern)} is not on a local disk; "
                              "give folders, tars, patterns or URLs")
@@ -1084,8 +1044,8 @@ class Files(Source):
         self.warned = []
         self.far = []
         self.classes = []
-        if self.config.class_names:
-            text, _ = read_text(Path(self.config.class_names).read_bytes())
+        if config.class_names:
+            text, _ = read_text(Path(config.class_names).read_bytes())
             self.classes = text.splitlines()
 
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -1105,7 +1065,8 @@ class Files(Source):
             else:
                 file = path, state(path)
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
-                shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
+                prefix = f"{printable(name[:-4])}/"
+                shards.append(self.shard(printable(os.path.basename(path)), prefix, path, [file]))
                 continue
 
             named = split(name, left)
@@ -1120,7 +1081,7 @@ class Files(Source):
 
         if loose:
             loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
-            shards.append(self.shard(self.name, pattern, files, parts=loose))
+            shards.append(self.shard(self.name, "", pattern, files, loose))
         index_all(shards)
         open_index.cache_clear()                            # there may be newer ones
 
@@ -1130,7 +1091,7 @@ class Files(Source):
             reason = " ".join(self.warned[:1])
             raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
                              f"found {count} files {reason}".rstrip())
-        wanted = self.config.caption_key
+        wanted = config.caption_key
         if wanted and wanted not in self.columns:
             raise ValueError(f"--caption-key {wanted} is no field of {self.name}{self.fields()}")
         if not again:
@@ -1143,7 +1104,7 @@ class Files(Source):
         self.columns = set()
         dropped = Counter()
         if self.config.filter:
-            self.parts = [narrow(shard, self.config, partial(self.array, shard)) for shard in self.parts]
+            self.parts = [*map(self.narrow, self.parts)]
         for shard in self.parts:
             _, notes = open_index(shard.index)
             self.columns |= set(notes["columns"])
@@ -1157,6 +1118,44 @@ class Files(Source):
             self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
 
+    def narrow(self, shard: Shard) -> Shard:
+        """The shard with only the pictures that pass each --filter: an index of its own, kept as well."""
+        config = self.config
+        place, mark = shard.index
+        rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
+        place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
+        narrowed = shard._replace(index=(place, f"{mark} {rule}"))
+        if indexed(narrowed):
+            return narrowed
+
+        rows, held, columns = map(partial(self.array, shard), ("rows", "held", "columns"))
+        _, notes = open_index(shard.index)
+        fields = dict(zip(notes["columns"], columns.T))
+        alike = {fold(name): column for name, column in fields.items()}
+        absent = np.full(notes["count"], np.nan)
+        kept = np.ones(notes["count"], bool)
+        dropped = {}
+        for text in config.filter:
+            name, compare, value = parse_filter(text)
+            column = fields.get(name, alike.get(fold(name), absent)).view(float)
+            bits = column.view(np.uint64)
+            missing = np.isnan(column) & (bits >> 48 != WORD)
+            if math.isnan(value):                       # a word
+                passes = compare(bits, np.float64(value).view(np.uint64))
+            else:
+                passes = compare(column, value)
+            passes = np.where(missing, config.missing == "keep", passes)
+            dropped[text] = int((kept & ~passes).sum())
+            kept &= passes
+
+        places = np.cumsum(kept) - 1
+        notes = notes | {"count": int(kept.sum()), "dropped": dropped}
+        notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
+        held = held[kept[held[:, 0]]]
+        held[:, 0] = places[held[:, 0]]
+        save_index(narrowed.index, {"rows": rows[kept], "held": held}, notes)
+        return narrowed
+
     def known(self, shard: Shard) -> Shard | None:
         """A shard without what only its scan needs; a remote one as it was then, None if it stays away."""
         path, _ = shard.files[0]
@@ -1169,13 +1168,12 @@ class Files(Source):
             self.far.append(path)
         return shard._replace(parts=None)
 
-    def shard(self, name: str, path: str, files: list, inside: str = "", parts=None) -> Shard:
-        """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
-        prefix = printable(inside[:-4]) + "/" if inside else ""
+    def shard(self, name: str, prefix: str, path: str, files: list, parts=None) -> Shard:
+        """What is indexed as one; `prefix` stands before its keys."""
         path = path if "://" in path else os.path.abspath(path)
         place = f"5 {prefix} {path}".encode("utf-8", "surrogateescape")
         states = [found for _, found in files]
-        mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
+        mark = hash_of(repr((parts, states)).encode())
         file = self.indexes / f"{hash_of(place)}.index"
         return Shard(name, prefix, files, parts, (file, mark))
 
@@ -1266,9 +1264,9 @@ class Files(Source):
         label = read(row, "cls", 20)
         if label:
             meta["cls"] = int(label)
-            if self.classes and not found:
-                if not 0 <= meta["cls"] < len(self.classes):
-                    known = len(self.classes)
+            known = len(self.classes)
+            if known and not found:
+                if not 0 <= meta["cls"] < known:
                     raise ValueError(f"class {meta['cls']} is none of the {known} of --class-names")
                 found = words(self.classes[meta["cls"]])
         return found, meta
@@ -1525,8 +1523,7 @@ class Pictures:
         self.split = split
         self.seed = seed if split == "train" else 0
 
-        entries = [parse_source(entry) for entry in config.data] or [("built-in", None)]
-        weights = [weight for _, weight in entries]
+        names, weights = zip(*map(parse_source, config.data or ["built-in"]))
         if set(weights) != {None} and not all(weights):
             given = printable(" ".join(config.data))
             raise ValueError(f"--data {given}: give all a weight above 0, or none")
@@ -1538,7 +1535,7 @@ class Pictures:
             parse_filter(text)
         self.sources = []
         self.warnings = []
-        for name, _ in entries:
+        for name in names:
             source = SOURCES[name](size) if name in SOURCES else Files(name, config)
             self.sources.append(source)
             self.warnings += source.warned
@@ -1794,12 +1791,11 @@ class Pictures:
         left = int(right * room)
         top = int(down * room)
 
-        cut = {}
         for name, view in views.items():
             cell = view.width // cells
             box = [cell * edge for edge in (left, top, left + side, top + side)]
-            cut[name] = array(view.crop(box))
-        return cut
+            views[name] = array(view.crop(box))
+        return views
 
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
@@ -1922,7 +1918,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
         thread.shutdown()
     atexit.register(end)
 
-    def fetch(turn: int) -> dict:
+    def fetch(turn):
         first = firsts[turn]
         if workers:
             batch = receive(*team[turn % workers], timeout)
@@ -1979,6 +1975,9 @@ def side_by_side(*views: Tensor) -> Tensor:
     return torch.cat(row, 3)
 
 
+font = cache(ImageFont.load_default)
+
+
 def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
                   columns: int = 4) -> Image.Image:
     """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it, see labels."""
@@ -1987,7 +1986,6 @@ def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
     height *= scale
     width *= scale
     columns = min(columns, n)
-    letters = ImageFont.load_default(11)
     lines = []
     for label in captions:
         caption, *written = label.split("\n")
@@ -2008,7 +2006,7 @@ def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
         top = gap + i // columns * high
         sheet.paste(Image.fromarray(tile), (left, top))
         text = "\n".join(lines[i])
-        pen.text((left, top + height + 1), text, "black", letters, spacing=1)
+        pen.text((left, top + height + 1), text, "black", font(11), spacing=1)
     return sheet
 
 
@@ -2035,7 +2033,7 @@ def claim(path: Path) -> Path:
             stem = stem[:-1]
         free = path.with_name(stem + ending)
         try:
-            free.open("xb").close()
+            free.touch(exist_ok=False)
             return free
         except FileExistsError:
             number += 1
@@ -2136,7 +2134,6 @@ KINDS = {
 # Where things have room for letters: its centre, and half of its width and height; "" is a plain ground.
 ROOM = {"sign": (0, -16, 88, 45), "cup": (-13, 20, 58, 56), "balloon": (0, -4, 52, 40), "": (0, 0, 92, 80)}
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"            # without 0 and 1, which are as O and I
-font = cache(ImageFont.load_default)
 
 
 def choose(draw: Callable, names: Iterable, *but):
@@ -2399,7 +2396,7 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     import text_encoder
     found = []
 
-    def look(number: int, encoder, load: Callable) -> None:
+    def look(number, encoder, load):
         cache = Cache(Path(folder, str(number)), encoder.fingerprint) if folder else None
         found.append((encoder.reader, cache))
 
@@ -2513,8 +2510,8 @@ def main(argv: list[str]) -> int:
     if tiles:
         squares, texts = zip(*tiles)
         contact_sheet(np.stack(squares), texts).save("check.png")
-    count, _, bad, _ = table["unreadable"]
-    return int(bad > pictures.config.max_bad * count)
+    count, *_ = table["unreadable"]
+    return int(len(reasons) > pictures.config.max_bad * count)
 
 
 if __name__ == "__main__":
