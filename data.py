@@ -337,14 +337,17 @@ def labels(captions: list[str], transcriptions: list[str]) -> list[str]:
 
 # ------------------------------------------------------------------------- files, whole or not at all
 @contextmanager
-def whole(path: Path) -> Iterator[io.IOBase]:
-    """A file to be written, that appears as `path` at the end; it is on disk afterwards, else OSError."""
+def whole(path: Path, stamp: float | None = None) -> Iterator[io.IOBase]:
+    """A file to be written, that appears as `path` at the end; it is on disk afterwards, else OSError.
+    stamp: its time [seconds], None = as it is. A file with an old one would be swept, so it comes last."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if stamp is not None:
+            os.utime(temporary, (time.time(), stamp))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -461,12 +464,12 @@ class Remote(namedtuple("Remote", "url folder limit")):
 
     def download(self) -> None:
         """The copy appears whole or not at all; its time stands for the version, and so tells its content."""
-        with streamed(self.url) as (stream, size, version), whole(self.copy) as file:
-            shutil.copyfileobj(stream, file, 2**20)
-            if size and file.tell() != size:
-                raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
-            file.flush()
-            os.utime(file.name, (time.time(), zlib.crc32(str(version).encode()) // 2))
+        with streamed(self.url) as (stream, size, version):
+            stamp = zlib.crc32(str(version).encode()) // 2
+            with whole(self.copy, stamp) as file:
+                shutil.copyfileobj(stream, file, 2**20)
+                if size and file.tell() != size:
+                    raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
         make_room(self.folder, self.limit)
 
     def fetch(self, wait: bool = True) -> bool:
@@ -1712,7 +1715,7 @@ class Pictures:
         turn = visit // len(rows)
         shards, starts = self.block(chosen, visit)
         if self.split == "train":
-            first, last = starts[0], starts[-1]
+            first, *_, last = starts
             key = f"{self.seed} {chosen} {Fraction(first, len(rows))}"
             visit = first + permute(visit - first, last - first, key.encode())
 
@@ -1940,13 +1943,11 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
         for worker in range(workers):
             team.append(start_worker(dataset, firsts[worker::workers], share, stop))
 
-        coming = None
+        ahead = thread.submit(fetch, 0) if workers else None
         for turn in range(len(firsts)):
+            batch = ahead.result() if ahead else fetch(turn)
             if workers:
-                batch = (coming or thread.submit(fetch, turn)).result()
-                coming = thread.submit(fetch, turn + 1)
-            else:
-                batch = fetch(turn)
+                ahead = thread.submit(fetch, turn + 1)
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
@@ -1965,8 +1966,7 @@ def side_by_side(*views: Tensor) -> Tensor:
     """Pictures, each uint8 (B, 3 or 1, H, W), in a row: uint8 (B, channels, H, W of all).
     Smaller ones are enlarged to the largest by repeating pixels, grey ones get colours where
     another one has them."""
-    shapes = [view.shape[1:] for view in views]
-    channels, *sides = (max(lengths) for lengths in zip(*shapes))
+    channels, *sides = np.max([view.shape[1:] for view in views], 0).tolist()
 
     row = []
     for view in views:
