@@ -68,8 +68,9 @@ MAX_CAPTION = 2**16                       # is cut; more than encoders read, 16 
 MAX_FIELDS = 256                          # of the metadata of a shard that are indexed
 MAX_FILES = 10**6                         # that a pattern with braces may name
 MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
-PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 RECODED = "not UTF-8"                     # a field of meta: the encoding of its texts was guessed
+# How helpers are started: a forked one has what is loaded already.
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 @dataclass
@@ -361,6 +362,7 @@ def whole(path: Path, stamp: float | None = None) -> Iterator[io.IOBase]:
 
 
 def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
     with whole(path) as file:
         file.write(content)
 
