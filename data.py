@@ -1243,7 +1243,7 @@ class Files(Source):
         read, _ = open_index(shard.index)
         return read(*what)
 
-    @lru_cache(1)                                           # noqa: B019, one is asked for by key, then by sample
+    @lru_cache(1)           # noqa: B019, one is asked for by key, then by sample
     def row(self, i: int) -> tuple:
         """The files, the places of the parts, and the key of a sample."""
         number = bisect_right(self.starts, i) - 1
