@@ -8,7 +8,6 @@ import argparse
 import atexit
 import gc
 import glob
-import hashlib
 import io
 import json
 import math
@@ -36,7 +35,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache, lru_cache, partial
-from itertools import accumulate, chain, pairwise
+from hashlib import blake2b
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +69,8 @@ MAX_FIELDS = 256                          # of the metadata of a shard that are 
 MAX_FILES = 10**6                         # that a pattern with braces may name
 MODES = {"colour": "RGB", "grey": "L"}    # a channel a letter
 RECODED = "not UTF-8"                     # a field of meta: the encoding of its texts was guessed
+# How helpers are started: a forked one has what is loaded already.
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 @dataclass
@@ -103,12 +105,12 @@ class DataConfig:
 # ---------------------------------------------------------------------------- the order of the data
 def hash_of(content: bytes) -> str:
     """128 bits as 32 letters: who has the same has the same content."""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    return blake2b(content, digest_size=16).hexdigest()
 
 
 def keyed(seed: int, purpose: str, position: int) -> np.random.Generator:
     """A random generator, a pure function of its arguments: Philox under a 128-bit BLAKE2b key."""
-    digest = hashlib.blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
+    digest = blake2b(f"{seed} {purpose} {position}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -116,19 +118,16 @@ def permute(index: int, n: int, key: bytes) -> int:
     """Where the permutation of 0..n-1 under a key (up to 64 bytes) sends `index`, without a table.
     A Feistel network (Luby and Rackoff 1988), walked along its cycle until below n (Black and
     Rogaway 2002)."""
-    bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    mask = (1 << bits) - 1
+    size = 1 << ((n - 1).bit_length() + 1) // 2             # of each half, so that a pair is n or more
 
     while True:
-        left = index >> bits
-        right = index & mask
-
+        left, right = divmod(index, size)
         for turn in range(6):
-            digest = hashlib.blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
-            mixed = left ^ (int.from_bytes(digest, "little") & mask)
+            digest = blake2b(f"{turn} {right}".encode(), key=key, digest_size=8).digest()
+            mixed = (left ^ int.from_bytes(digest, "little")) % size
             left, right = right, mixed
 
-        index = left << bits | right
+        index = left * size + right
         if index < n:
             return index
 
@@ -152,7 +151,7 @@ def interleave(position: int, weights: list[int]) -> tuple[int, int]:
 def arrange(bounds: tuple[int, ...], key: bytes) -> tuple[list[int], list[int]]:
     """Shards, whose pictures begin and end at `bounds`, in an order by a key: their numbers, without empty
     ones, and where each of them begins in a pass in that order, and the last one ends."""
-    sizes = [last - first for first, last in pairwise(bounds)]
+    sizes = np.diff(bounds).tolist()
     order = [permute(i, len(sizes), key) for i in range(len(sizes))]
     order = [shard for shard in order if sizes[shard]]
     return order, [*accumulate((sizes[shard] for shard in order), initial=0)]
@@ -209,6 +208,19 @@ def to_srgb(profile: bytes, mode: str) -> Callable | None:
     return convert if abs(change).max() > 3 else None
 
 
+def lazy(picture: bytes | np.ndarray) -> Image.Image:
+    """A picture as it is stored, in FORMATS or uint8 (3, H, W): its pixels are decoded when they are used.
+    ValueError or Pillow's errors for what is none."""
+    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
+    if isinstance(picture, np.ndarray):
+        return Image.fromarray(picture.transpose(1, 2, 0))
+    try:
+        with warnings.catch_warnings(action="ignore"):      # of bombs: the limits are ours
+            return Image.open(io.BytesIO(picture), formats=FORMATS.split())
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not a whole picture of {FORMATS}") from None
+
+
 def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
            least=8) -> np.ndarray:
     """A square of an encoded picture, uint8 (3, size, size): upright, on white, 8 bits, sRGB.
@@ -217,19 +229,11 @@ def decode(data: bytes | np.ndarray, size: int, keep=1.0, right=0.5, down=0.5,
     size, to save memory. Pixels, uint8 (3, H, W), are treated alike, but stay as they are, whatever
     the crop, where they have the size already. Raises ValueError or Pillow's errors for all but a
     whole, sane picture in FORMATS."""
-    PngImagePlugin.MAX_TEXT_CHUNK = MAX_PIXELS      # texts beside the pixels, of a mebibyte or more
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # of bombs and damaged tags: the limits are ours
-        if isinstance(data, np.ndarray):
-            if data.shape == (3, size, size):
-                return data
-            image = Image.fromarray(data.transpose(1, 2, 0))
-        else:
-            try:
-                image = Image.open(io.BytesIO(data), formats=FORMATS.split())
-            except Image.UnidentifiedImageError:
-                raise ValueError(f"not a whole picture of {FORMATS}") from None
+    if isinstance(data, np.ndarray) and data.shape == (3, size, size):
+        return data
 
+    with warnings.catch_warnings(action="ignore"):          # of damaged tags
+        image = lazy(data)
         width, height = image.size
         kept = keep * min(width, height)
         if width * height > MAX_PIXELS or kept < least:
@@ -313,9 +317,10 @@ def words(value: object) -> list[str]:
 def read_captions(text: str, meta: dict) -> list[str]:
     """All captions of a picture: "captions" of its .json, else the lines of its text, else the first
     of the .json's usual fields that has any."""
-    found = words(meta.get("captions")) or words(text.splitlines())
-    found = found or words(meta.get("caption")) + words(meta.get("text"))
-    return found or words(meta.get("TEXT")) or words(meta.get("prompt"))
+    get = meta.get
+    found = words(get("captions")) or words(text.splitlines())
+    found = found or words(get("caption")) + words(get("text"))
+    return found or words(get("TEXT")) or words(get("prompt"))
 
 
 def transcribed(meta: dict) -> str:
@@ -329,6 +334,46 @@ def transcribed(meta: dict) -> str:
 def labels(captions: list[str], transcriptions: list[str]) -> list[str]:
     """Captions, each with what is written in its picture on lines of its own below it."""
     return [f"{caption}\n{written}".rstrip() for caption, written in zip(captions, transcriptions)]
+
+
+# ------------------------------------------------------------------------- files, whole or not at all
+@contextmanager
+def whole(path: Path, stamp: float | None = None) -> Iterator[io.IOBase]:
+    """A file to be written, that appears as `path` at the end; it is on disk afterwards, else OSError.
+    stamp: its time [seconds], None = as it is. A file with an old one would be swept, so it comes last."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if stamp is not None:
+            os.utime(temporary, (time.time(), stamp))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
+    with whole(path) as file:
+        file.write(content)
+
+
+def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
+    """Remove files that nobody has written to for so long [seconds]: if not told otherwise, .tmp-PID-*, which
+    killed writers left."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):                     # another one swept it
+            if time.time() - path.stat().st_mtime > age:
+                path.unlink()
 
 
 # ------------------------------------------------------------------------------------ remote shards
@@ -380,13 +425,13 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
         return
 
     with open(path, "wb") as lock:
-        alone = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            alone = False
+            yield False
+            return
         try:
-            yield alone
+            yield True
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)        # a process forked meanwhile would hold it, too
 
@@ -421,15 +466,12 @@ class Remote(namedtuple("Remote", "url folder limit")):
 
     def download(self) -> None:
         """The copy appears whole or not at all; its time stands for the version, and so tells its content."""
-        unfinished = self.folder / f".tmp-{os.getpid()}-{self.copy.name}"
-        with streamed(self.url) as (stream, size, version), open(unfinished, "wb") as file:
-            shutil.copyfileobj(stream, file, 2**20)
-            if size and file.tell() != size:
-                raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
-            file.flush()
-            os.fsync(file.fileno())
-        os.utime(unfinished, (time.time(), zlib.crc32(str(version).encode()) // 2))
-        os.replace(unfinished, self.copy)
+        with streamed(self.url) as (stream, size, version):
+            stamp = zlib.crc32(str(version).encode()) // 2
+            with whole(self.copy, stamp) as file:
+                shutil.copyfileobj(stream, file, 2**20)
+                if size and file.tell() != size:
+                    raise ValueError(f"{file.tell():,} of its {size:,} bytes arrived")
         make_room(self.folder, self.limit)
 
     def fetch(self, wait: bool = True) -> bool:
@@ -489,7 +531,7 @@ Sample = namedtuple("Sample", "picture captions meta")
 
 def hash_keys(keys: Iterable[str]) -> np.ndarray:
     """64 bits of each key, by which pictures are held out."""
-    hashes = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    hashes = [blake2b(key.encode(), digest_size=8).digest() for key in keys]
     return np.frombuffer(b"".join(hashes), "<u8")
 
 
@@ -547,10 +589,13 @@ class Source:
 # Parts of a sample, by suffix; of a .jsonl a line.
 PARTS = {**dict.fromkeys(SUFFIXES.split(), 0), "txt": 1, "json": 2, "t5.safetensors": 3, "caption": 4,
          "cls": 5, "jsonl": 6}
-PACKED = {".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar", ".7z", ".parquet"}
+PACKED = ".zip .gz .tgz .bz2 .xz .zst .rar .7z .parquet"
 # What systems and programs put beside pictures: hidden files and folders, thumbnails, masks.
 HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|(@eaDir|__MACOSX|thumb(nail)?s?)/)|-(mask|cond)label\.\w+$",
                     re.IGNORECASE)
+# The pictures of a shard, or the loose ones of a source. `index` is the file of its index, and a mark that
+# tells what it was made of; `parts` are those of loose files, None for a tar.
+Shard = namedtuple("Shard", "name prefix files parts index")
 Member = namedtuple("Member", "name plain start at size end")   # of a tar: its place [bytes]
 WHERE = 3 * (PARTS["jsonl"] + 1)          # numbers that tell where the parts of a sample lie
 HEADER = struct.Struct("100s 24x 12s 12x 8s c 188x 155s 12x")   # of a tar: name, size, checksum, type, prefix
@@ -570,13 +615,13 @@ def split(name: str, left: Counter) -> tuple | None:
         return key, part
     else:
         suffix = os.path.splitext(name)[1].lower()
-        fix = " (unpack it, or pack it into tar shards)" if suffix in PACKED else ""
+        fix = " (unpack it, or pack it into tar shards)" if suffix in PACKED.split() else ""
         left[(printable(suffix) or "without suffix") + fix] += 1
     return None
 
 
-def join(name: str, parts: list[tuple]) -> tuple:
-    """Samples of a list of (key, part, file, at, size): rows, keys, a warning of keys used twice.
+def join(shard: Shard, parts: list[tuple]) -> tuple:
+    """Samples of a list of (key, part, file, at, size): rows, keys, warnings, of keys used twice say.
     Of those only the first picture and what stands with it is kept: none gets another one's
     caption."""
     runs_of = {}
@@ -594,9 +639,9 @@ def join(name: str, parts: list[tuple]) -> tuple:
     twice = 0
     alone = 0
     for key, runs in runs_of.items():
-        sample, *others = runs
-        if others:
-            sample = {part: where for run in runs for part, where in run.items()}
+        sample = {}
+        for run in runs:
+            sample |= run
         if len(sample) < sum(map(len, runs)):
             twice += 1
             sample = next((run for run in runs if 0 in run), {})
@@ -605,14 +650,14 @@ def join(name: str, parts: list[tuple]) -> tuple:
             continue
         for part, where in sample.items():
             rows[len(keys), part] = where
-        keys.append(printable(key).encode())
+        keys.append(shard.prefix + printable(key))
 
     warned = []
     if twice:
-        warned.append(f"{name}: {twice} duplicate keys; kept the first of each")
+        warned.append(f"{shard.name}: {twice} duplicate keys; kept the first of each")
     if alone:
-        warned.append(f"{name}: {alone} texts without a picture; left out")
-    return rows[:len(keys)], np.array(keys, "S"), warned
+        warned.append(f"{shard.name}: {alone} texts without a picture; left out")
+    return rows[:len(keys)], keys, warned
 
 
 def pax_fields(records: bytes) -> dict:
@@ -686,21 +731,22 @@ def members(file: io.RawIOBase) -> Iterator[Member]:
         at = end
 
 
-def scan_tar(path: str | Remote, total: int) -> tuple:
-    """Parts of samples in a tar of so many bytes, a count by kind of what is left out, and what is damaged.
+def scan_tar(path: str | Remote) -> tuple:
+    """Parts of samples in a tar, a count by kind of what is left out, what is damaged, and its state.
     Names are only keys: nothing is extracted, no link is followed."""
     parts = []
     left = Counter()
     problem = ""
     with opened(path) as file:
+        found = state(file.fileno())
         try:
             for member in members(file):
                 named = member.plain and split(member.name, left)
-                if named and member.at + member.size <= total:
+                if named and member.at + member.size <= found[0]:
                     parts.append((*named, 0, member.at, member.size))
         except Exception as error:                  # there is nearly anything in garbage
             problem = one_line(error)
-    return parts, left, problem
+    return parts, left, problem, found
 
 
 def state(file: str | int) -> tuple:
@@ -711,13 +757,13 @@ def state(file: str | int) -> tuple:
 
 @contextmanager
 def reading(files: list[tuple]) -> Iterator[Callable]:
-    """read((file, start, size), most) -> the first bytes of a part that lies there, b"" for file -1.
+    """read(row, kind, most) -> the first bytes of a part of a sample, by its suffix in PARTS, b"" for none.
     files: paths and states. ValueError where one is not what it was."""
     last = None
     with ExitStack() as stack:
-        def read(place: list[int], most: int = 8 * MAX_PIXELS) -> bytes:
+        def read(row, kind, most=8 * MAX_PIXELS):
             nonlocal last, stream
-            file, at, size = place
+            file, at, size = row[PARTS[kind]]
             if file < 0:
                 return b""
 
@@ -738,16 +784,13 @@ def reading(files: list[tuple]) -> Iterator[Callable]:
 
 def fields_of(read: Callable, row: list) -> dict:
     """The metadata of a sample: its line in a metadata.jsonl, and over that its .json."""
-    return read_meta(read(row[PARTS["jsonl"]], MAX_TEXT)) | read_meta(read(row[PARTS["json"]], MAX_TEXT))
+    return read_meta(read(row, "jsonl", MAX_TEXT)) | read_meta(read(row, "json", MAX_TEXT))
 
 
 # ------------------------------------------------------------------------------------------ indexes
 COMPARE = {"<": np.less, "<=": np.less_equal, ">": np.greater, ">=": np.greater_equal, "==": np.equal,
            "!=": np.not_equal}
 WORD = 0x7ff9                               # the first 16 bits of a number that stands for a word
-# The pictures of a shard, or the loose ones of a source. `index` is the file of its index, and a mark that
-# tells what it was made of; `parts` are those of loose files, None for a tar.
-Shard = namedtuple("Shard", "name prefix files parts index")
 
 
 def number_of(value: object) -> float:
@@ -789,31 +832,29 @@ def scan(shard: Shard) -> tuple[dict, dict]:
     problem = ""
     files = shard.files
     if parts is None:
-        (path, found), = files
-        if isinstance(path, Remote):
-            with opened(path) as file:
-                found = state(file.fileno())
-            files = [(path, found)]
-        parts, left, problem = scan_tar(path, found[0])
-    rows, keys, warned = join(shard.name, parts)
+        (path, _), = files
+        parts, left, problem, found = scan_tar(path)
+        files = [(path, found)]
+    rows, keys, warned = join(shard, parts)
     if problem:
         warned.append(f"{shard.name}: damaged after {len(rows)} pictures ({problem}); using those")
 
-    keys = np.char.add(shard.prefix.encode(), keys) if len(keys) else keys
-    hashes = hash_keys(map(bytes.decode, keys.tolist()))
+    hashes = hash_keys(keys)
+    keys = np.array([*map(str.encode, keys)], "S")
     held = np.flatnonzero(hashes < held_below(1))
     columns = columns_of(rows, files)
     sizes = rows[:, :3, 2].copy()
     sizes[:, 1] += rows[:, PARTS["caption"], 2]     # .caption beside .txt
     width = -(-keys.itemsize // 8)                  # of the keys [8 bytes]
     letters = keys.astype(f"S{8 * width}").view(np.int64).reshape(len(keys), width)
-    arrays = {"rows": np.hstack([rows.reshape(len(rows), WHERE), letters])}
-    arrays["held"] = np.column_stack([held, hashes[held].view(np.int64)])
     table = np.reshape([*columns.values()], (len(columns), len(rows)))
-    arrays["columns"] = table.T.view(np.int64)
-    notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {}}
-    notes["state"] = files[0][1]
-    notes["digest"] = hash_of(keys.tobytes() + sizes.tobytes())
+    arrays = {
+        "rows": np.hstack([rows.reshape(len(rows), WHERE), letters]),
+        "held": np.column_stack([held, hashes[held].view(np.int64)]),
+        "columns": table.T.view(np.int64),
+    }
+    notes = {"count": len(rows), "columns": [*columns], "warned": warned, "left": left, "dropped": {},
+             "state": files[0][1], "digest": hash_of(keys.tobytes() + sizes.tobytes())}
     return arrays, notes
 
 
@@ -831,20 +872,26 @@ def save_index(index: tuple[Path, str], arrays: dict, notes: dict) -> None:
     write(place, safetensors.numpy.save(arrays, {"notes": text, "checksum": hash_of(text.encode())}))
 
 
+def header_of(file: io.IOBase) -> dict:
+    """The header of a safetensors file, open at its start: its tensors by name, its texts by __metadata__."""
+    size = int.from_bytes(file.read(8), "little")
+    return json.loads(file.read(size))
+
+
 @lru_cache(256)
 def open_index(index: tuple[Path, str]) -> tuple[Callable, dict]:
     """read(name) -> an array of an index, read(name, i) -> a row of it, (1, numbers); and notes. What is not
     asked for is never in memory. ValueError for one of another mark, and by read where it is damaged."""
     place, mark = index
     file = place.open("rb")
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header = header_of(file)
     start = file.tell()
     meta = header["__metadata__"]
     made_of, notes = json.loads(meta["notes"])
     if made_of != mark or hash_of(meta["notes"].encode()) != meta["checksum"]:
         raise ValueError("changed since it was indexed")
 
-    def read(name: str, row: int | None = None) -> np.ndarray:
+    def read(name, row=None):
         _, width = header[name]["shape"]
         first, last = header[name]["data_offsets"]
         if row is not None:
@@ -897,47 +944,6 @@ def parse_filter(text: str) -> tuple[str, Callable, float]:
     return found[1], COMPARE[found[2]], value
 
 
-def narrow(shard: Shard, config: DataConfig, read: Callable) -> Shard:
-    """The shard with only the pictures that pass each --filter: an index of its own, kept as well.
-    read(name) -> an array of the shard's."""
-    place, mark = shard.index
-    rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
-    place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
-    narrowed = shard._replace(index=(place, f"{mark} {rule}"))
-    if indexed(narrowed):
-        return narrowed
-
-    rows, held, columns = map(read, ("rows", "held", "columns"))
-    _, notes = open_index(shard.index)
-    numbers = {name: number for number, name in enumerate(notes["columns"])}
-    alike = {fold(name): number for name, number in numbers.items()}
-    kept = np.ones(notes["count"], bool)
-    dropped = {}
-    for text in config.filter:
-        name, compare, value = parse_filter(text)
-        column = np.full(len(kept), np.nan)
-        number = numbers.get(name, alike.get(fold(name)))
-        if number is not None:
-            column = columns[:, number].view(float)
-        bits = column.view(np.uint64)
-        missing = np.isnan(column) & (bits >> 48 != WORD)
-        if math.isnan(value):                       # a word
-            passes = compare(bits, np.float64(value).view(np.uint64))
-        else:
-            passes = compare(column, value)
-        passes = np.where(missing, config.missing == "keep", passes)
-        dropped[text] = int((kept & ~passes).sum())
-        kept &= passes
-
-    places = np.cumsum(kept) - 1
-    notes = notes | {"count": int(kept.sum()), "dropped": dropped}
-    notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
-    held = held[kept[held[:, 0]]]
-    held[:, 0] = places[held[:, 0]]
-    save_index(narrowed.index, {"rows": rows[kept], "held": held}, notes)
-    return narrowed
-
-
 def index_all(shards: list[Shard]) -> None:
     """Index what is not yet, by the processes of all ranks of a machine: each looks for what is left, in an
     order of its own."""
@@ -952,8 +958,7 @@ def index_all(shards: list[Shard]) -> None:
             index(shard)
         return
 
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(helpers, ignore_signals) as pool:
+    with PROCESSES.Pool(helpers, ignore_signals) as pool:
         for _ in watched(pool.imap_unordered(index, missing), "shards", len(missing)):
             pass
 
@@ -969,10 +974,6 @@ def watched(items: Iterable, what: str, total: int | None = None) -> Iterable:
     first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
     seen = first and sys.stderr and sys.stderr.isatty()
     return tqdm(items, what, total, delay=1, disable=not seen)
-
-
-def cache_home() -> str:
-    return os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 
 
 @cache
@@ -992,32 +993,31 @@ def index_folder(home: str) -> Path:
     return folder
 
 
-def lines_of(path: str, folder: str, number: int, left: Counter) -> list[tuple]:
+def lines_of(path: str, folder: str, number: int, left: Counter) -> Iterator[tuple]:
     """The lines of a .jsonl (metadata.jsonl of Hugging Face's imagefolder), each a part of the sample whose
     picture its "file_name" names, in that folder; without one it is counted."""
-    parts = []
     at = 0
     with open(path, "rb") as file:
         for line in file:
             name = read_meta(line).get("file_name")
             if isinstance(name, str):
                 key, _, _ = posixpath.normpath(posixpath.join(folder, name)).rpartition(".")
-                parts.append((key, PARTS["jsonl"], number, at, len(line)))
+                yield key, PARTS["jsonl"], number, at, len(line)
             elif line.strip():
                 left["lines of a .jsonl without a file_name"] += 1
             at += len(line)
-    return parts
 
 
 def expand(pattern: str) -> list[str]:
     """The paths or URLs a pattern stands for: braces, {000..018} or {a,b}, then * ? [ ] and ** as on disk.
     ValueError where a path is not there."""
-    exists = os.path.exists(pattern)
+    if os.path.exists(pattern):
+        return [pattern]
     brace = re.search(r"\{([^{}]*)\}", pattern)
     if "://" in pattern and not brace:
         return listed(pattern)
-    if exists or not brace:
-        found = [pattern] if exists else sorted(glob.glob(pattern, recursive=True))
+    if not brace:
+        found = sorted(glob.glob(pattern, recursive=True))
         if not found:
             raise ValueError(f"--data {printable(pattern)} is not on a local disk; "
                              "give folders, tars, patterns or URLs")
@@ -1041,18 +1041,22 @@ def expand(pattern: str) -> list[str]:
 class Files(Source):
     """Loose pictures with captions beside them, and tar shards, read by offset: a --data entry."""
 
-    def __init__(self, pattern: str, config: DataConfig | None = None, again: bool = False):
+    def __init__(self, pattern: str, config: DataConfig, again: bool = False):
         self.again = again                                  # only for its indexes
-        self.config = config or DataConfig()
+        self.config = config
         self.pattern = pattern
         self.name = printable(pattern)
         self.warned = []
         self.far = []
-        self.last = None, None
         self.classes = []
-        if self.config.class_names:
-            text, _ = read_text(Path(self.config.class_names).read_bytes())
+        if config.class_names:
+            text, _ = read_text(Path(config.class_names).read_bytes())
             self.classes = text.splitlines()
+
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        self.indexes = index_folder(home)
+        copies = Path(config.shard_cache or self.indexes / "shards")
+        room = config.shard_cache_size * 10**9
 
         left = Counter()                                    # by kind, what is no part of a sample
         count = 0
@@ -1061,48 +1065,51 @@ class Files(Source):
         shards = []
         for path, name in watched(self.walk(pattern, left), "files"):
             count += 1
-            file = (self.remote(path), None) if "://" in path else (path, state(path))
+            if "://" in path:
+                file = Remote(path, copies, room), None
+            else:
+                file = path, state(path)
             if name.lower().endswith(".tar") and not HIDDEN.search(name):
-                shards.append(self.shard(printable(os.path.basename(path)), path, [file], name))
+                prefix = f"{printable(name[:-4])}/"
+                shards.append(self.shard(printable(os.path.basename(path)), prefix, path, [file]))
                 continue
 
-            key, part = split(name, left) or ("", None)
+            named = split(name, left)
+            if not named:
+                continue
+            key, part = named
             if part == PARTS["jsonl"]:
                 loose += lines_of(path, posixpath.dirname(key), len(files), left)
-            elif part is not None:
+            else:
                 loose.append((key, part, len(files), 0, file[1][0]))
-            if part is not None:
-                files.append(file)
+            files.append(file)
 
         if loose:
             loose.sort(key=lambda part: (part[0], -part[1]))    # texts before the picture
-            shards.append(self.shard(self.name, pattern, files, parts=loose))
+            shards.append(self.shard(self.name, "", pattern, files, loose))
         index_all(shards)
         open_index.cache_clear()                            # there may be newer ones
 
         self.parts = [*filter(None, map(self.known, shards))]
-        dropped = self.gather(left)
-        if left:
-            kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
-            self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
-        if not len(self) and not dropped:
+        self.gather(left)
+        if not len(self) and not self.told:
             reason = " ".join(self.warned[:1])
             raise ValueError(f"no pictures in {self.name} (looked for {SUFFIXES} tar); "
                              f"found {count} files {reason}".rstrip())
-        wanted = self.config.caption_key
+        wanted = config.caption_key
         if wanted and wanted not in self.columns:
             raise ValueError(f"--caption-key {wanted} is no field of {self.name}{self.fields()}")
         if not again:
             self.look()
 
-    def gather(self, left: Counter) -> Counter:
+    def gather(self, left: Counter) -> None:
         """Filter the pictures, and take from the heads of their indexes what concerns all of them."""
         self.starts = [0]
         self.digests = []
         self.columns = set()
         dropped = Counter()
         if self.config.filter:
-            self.parts = [narrow(shard, self.config, partial(self.array, shard)) for shard in self.parts]
+            self.parts = [*map(self.narrow, self.parts)]
         for shard in self.parts:
             _, notes = open_index(shard.index)
             self.columns |= set(notes["columns"])
@@ -1111,12 +1118,48 @@ class Files(Source):
             self.warned += notes["warned"]
             left.update(notes["left"])
             dropped.update(notes["dropped"])
+        if left:
+            kinds = [f"{number} {kind}" for kind, number in left.most_common(12)]
+            self.warned.append(f"{self.name}: left out {', '.join(kinds)}")
         self.told = "".join(f", {number:,} dropped by {rule}" for rule, number in dropped.items())
-        return dropped
 
-    def remote(self, url: str) -> Remote:
-        folder = Path(self.config.shard_cache or index_folder(cache_home()) / "shards")
-        return Remote(url, folder, self.config.shard_cache_size * 10**9)
+    def narrow(self, shard: Shard) -> Shard:
+        """The shard with only the pictures that pass each --filter: an index of its own, kept as well."""
+        config = self.config
+        place, mark = shard.index
+        rule = f"{config.filter} {config.missing} {shard.files[0][1]}"
+        place = place.with_stem(hash_of(f"{place.stem} {rule}".encode()))
+        narrowed = shard._replace(index=(place, f"{mark} {rule}"))
+        if indexed(narrowed):
+            return narrowed
+
+        rows, held, columns = map(partial(self.array, shard), ("rows", "held", "columns"))
+        _, notes = open_index(shard.index)
+        fields = dict(zip(notes["columns"], columns.T))
+        alike = {fold(name): column for name, column in fields.items()}
+        absent = np.full(notes["count"], np.nan)
+        kept = np.ones(notes["count"], bool)
+        dropped = {}
+        for text in config.filter:
+            name, compare, value = parse_filter(text)
+            column = fields.get(name, alike.get(fold(name), absent)).view(float)
+            bits = column.view(np.uint64)
+            missing = np.isnan(column) & (bits >> 48 != WORD)
+            if math.isnan(value):                       # a word
+                passes = compare(bits, np.float64(value).view(np.uint64))
+            else:
+                passes = compare(column, value)
+            passes = np.where(missing, config.missing == "keep", passes)
+            dropped[text] = int((kept & ~passes).sum())
+            kept &= passes
+
+        places = np.cumsum(kept) - 1
+        notes = notes | {"count": int(kept.sum()), "dropped": dropped}
+        notes["digest"] = hash_of(notes["digest"].encode() + kept.tobytes())
+        held = held[kept[held[:, 0]]]
+        held[:, 0] = places[held[:, 0]]
+        save_index(narrowed.index, {"rows": rows[kept], "held": held}, notes)
+        return narrowed
 
     def known(self, shard: Shard) -> Shard | None:
         """A shard without what only its scan needs; a remote one as it was then, None if it stays away."""
@@ -1130,14 +1173,13 @@ class Files(Source):
             self.far.append(path)
         return shard._replace(parts=None)
 
-    def shard(self, name: str, path: str, files: list, inside: str = "", parts=None) -> Shard:
-        """What is indexed as one; `inside`: the name of a tar in its folder, before the keys."""
-        prefix = printable(inside[:-4]) + "/" if inside else ""
+    def shard(self, name: str, prefix: str, path: str, files: list, parts=None) -> Shard:
+        """What is indexed as one; `prefix` stands before its keys."""
         path = path if "://" in path else os.path.abspath(path)
         place = f"5 {prefix} {path}".encode("utf-8", "surrogateescape")
         states = [found for _, found in files]
-        mark = hash_of(repr((parts, states)).encode("utf-8", "surrogateescape"))
-        file = index_folder(cache_home()) / f"{hash_of(place)}.index"
+        mark = hash_of(repr((parts, states)).encode())
+        file = self.indexes / f"{hash_of(place)}.index"
         return Shard(name, prefix, files, parts, (file, mark))
 
     def look(self) -> None:
@@ -1147,9 +1189,8 @@ class Files(Source):
         self.looked = []
         empty = 0
         for i in looked:
-            files, row, _ = self.row(i)
-            with suppress(Exception), reading(files) as read:   # replaced and counted when it is drawn
-                found, meta = self.texts(read, row)
+            with suppress(Exception):                           # replaced and counted when it is drawn
+                found = self.captions(i)
                 self.looked += found
                 empty += not found
         if empty:
@@ -1202,40 +1243,35 @@ class Files(Source):
         read, _ = open_index(shard.index)
         return read(*what)
 
+    @lru_cache(1)           # noqa: B019, one is asked for by key, then by sample
     def row(self, i: int) -> tuple:
         """The files, the places of the parts, and the key of a sample."""
-        known, found = self.last                            # asked for by key, then by sample
-        if known == i:
-            return found
-
         number = bisect_right(self.starts, i) - 1
         shard = self.parts[number]
         row, = self.array(shard, "rows", i - self.starts[number])
         key = row[WHERE:].tobytes().rstrip(b"\0")
-        found = shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
-        self.last = i, found
-        return found
+        return shard.files, row[:WHERE].reshape(-1, 3).tolist(), key.decode()
 
     def texts(self, read: Callable, row: list) -> tuple:
         """Captions and metadata of a sample."""
-        content = read(row[PARTS["txt"]], MAX_TEXT)
+        content = read(row, "txt", MAX_TEXT)
         meta = fields_of(read, row)
         recoded = False
         if content and self.config.txt == "transcription":
             meta["transcription"], recoded = read_text(content)
             content = b""
-        text, guessed = read_text(content or read(row[PARTS["caption"]], MAX_TEXT))
+        text, guessed = read_text(content or read(row, "caption", MAX_TEXT))
         if guessed or recoded:
             meta[RECODED] = True
 
         wanted = self.config.caption_key
         found = words(meta.get(wanted)) if wanted else read_captions(text, meta)
-        label = read(row[PARTS["cls"]], 20)
+        label = read(row, "cls", 20)
         if label:
             meta["cls"] = int(label)
-            if self.classes and not found:
-                if not 0 <= meta["cls"] < len(self.classes):
-                    known = len(self.classes)
+            known = len(self.classes)
+            if known and not found:
+                if not 0 <= meta["cls"] < known:
                     raise ValueError(f"class {meta['cls']} is none of the {known} of --class-names")
                 found = words(self.classes[meta["cls"]])
         return found, meta
@@ -1243,10 +1279,10 @@ class Files(Source):
     def sample(self, i):
         files, row, _ = self.row(i)
         with reading(files) as read:
-            picture = read(row[0])
+            picture = read(row, "jpg")
             texts, meta = self.texts(read, row)
             if self.embedded:
-                meta["embeddings"] = read(row[PARTS["t5.safetensors"]])
+                meta["embeddings"] = read(row, "t5.safetensors")
         return Sample(picture, texts, meta)
 
     def captions(self, i):
@@ -1262,7 +1298,7 @@ class Files(Source):
         return f"{os.path.basename(self.name)} {key}, {size} bytes"
 
     def held(self, share):
-        held = [np.empty(0, np.int64)]
+        held = []
         below = held_below(1 if self.far else share)
         for start, shard in zip(self.starts, self.parts):
             rows, hashes = self.array(shard, "held").T
@@ -1279,15 +1315,14 @@ class Files(Source):
         return [far.url for far in self.far] or [shard.files[0][0] for shard in self.parts]
 
 
-def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | None = None) -> None:
+def copy_shard(path: str, target: str, beside: Callable, config: DataConfig) -> None:
     """Copy a tar shard, and behind each picture, KEY.jpg, put KEY.t5.safetensors.
     Its content, for what it had, is what `beside` makes of the captions: list of str -> bytes. The
     other members stay as they are; `target` appears whole or not at all."""
     source = Files(path, config)
     numbers = {source.row(i)[1][0][1]: i for i in range(len(source))}
-    unfinished = f"{target}.part"
     file, _ = source.parts[0].files[0]
-    with opened(file, buffering=0) as old, open(unfinished, "wb") as new:
+    with opened(file, buffering=0) as old, whole(Path(target)) as new:
         for member in members(old):
             if not member.name.lower().endswith(".t5.safetensors"):
                 old.seek(member.start)
@@ -1299,39 +1334,9 @@ def copy_shard(path: str, target: str, beside: Callable, config: DataConfig | No
                 added.size = len(content)
                 new.write(added.tobuf() + content + bytes(-len(content) % 512))
         new.write(bytes(1024))
-    os.replace(unfinished, target)
 
 
 # ------------------------------------------------------------------------------------------- caches
-def write(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; it is on disk afterwards, else OSError."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def sweep(folder: Path, pattern: str = ".tmp-[0-9]*", age: float = 3600) -> None:
-    """Remove files that nobody has written to for so long [seconds]: if not told otherwise, .tmp-PID-*, which
-    killed writers left."""
-    for path in folder.glob(pattern):
-        with suppress(OSError):                     # another one swept it
-            if time.time() - path.stat().st_mtime > age:
-                path.unlink()
-
-
 def checksum(entry: tuple) -> str:
     """The shapes of a text's tensors, and the checksum of their bytes."""
     shapes = ["x".join(map(str, tensor.shape)) for tensor in entry]
@@ -1369,8 +1374,7 @@ class Cache:
     def open(self, source: Path | bytes) -> None:
         try:
             if isinstance(source, bytes):
-                size = int.from_bytes(source[:8], "little")
-                checksums = json.loads(source[8:8 + size])["__metadata__"]
+                checksums = header_of(io.BytesIO(source))["__metadata__"]
                 read = safetensors.torch.load(source).__getitem__
             else:
                 file = safetensors.safe_open(source, "pt")
@@ -1455,15 +1459,6 @@ def parse_source(entry: str) -> tuple:
     return path, Fraction(weight)
 
 
-def size_of(picture: bytes | np.ndarray) -> tuple[int, int]:
-    """Width and height of a picture as it is stored, encoded or uint8 (3, H, W)."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[:0:-1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")             # of bombs: decode refuses them
-        return Image.open(io.BytesIO(picture), formats=FORMATS.split()).size
-
-
 def around(size: tuple[int, int], box: list, least: float, area: float,
            drawn: list[float] | None) -> tuple[int, int, int]:
     """Left, top and side of a square inside a picture of size (W, H) that has all of a box, left, top, right,
@@ -1471,25 +1466,25 @@ def around(size: tuple[int, int], box: list, least: float, area: float,
     least: of its side, as far as the picture has that; area: smallest part of the largest square; drawn: for
     its size and place three numbers of 0..1, None = the largest, as near to the middle as can be."""
     short = min(size)
-    firsts = [math.floor(edge) for edge in box[:2]]
-    lasts = [math.ceil(edge) for edge in box[2:]]
-    sides = [last - first for first, last in zip(firsts, lasts)]
-    inside = [0 <= first <= last <= length for first, last, length in zip(firsts, lasts, size)]
-    if len(box) != 4 or not all(inside) or max(sides) > short:
+    firsts = np.floor(box[:2])
+    lasts = np.ceil(box[2:])
+    edges = np.concatenate([(0, 0), firsts, lasts, size])
+    inside = len(box) == 4 and (edges[:-2] <= edges[2:]).all()
+    if not inside or max(lasts - firsts) > short:
         raise ValueError(f"its safebox {box} is not inside a square of its {size[0]}x{size[1]} pixels")
 
     side = short
     if drawn:
-        least = max(*sides, math.ceil(min(least, short)))
+        least = max(*(lasts - firsts), math.ceil(min(least, short)))
         area = max(area, (least / short) ** 2)
-        side = max(least, round(short * math.sqrt(area + drawn[0] * (1 - area))))
-    corner = []
-    for i, length in enumerate(size):
-        low = max(0, lasts[i] - side)
-        high = min(firsts[i], length - side)
-        middle = min(max(low, (length - side) // 2), high)
-        corner.append(low + int(drawn[i + 1] * (high - low + 1)) if drawn else middle)
-    return *corner, side
+        side = int(max(least, round(short * math.sqrt(area + drawn[0] * (1 - area)))))
+    room = np.array(size) - side
+    low = np.maximum(0, lasts - side)
+    high = np.minimum(firsts, room)
+    corner = (room // 2).clip(low, high)
+    if drawn:
+        corner = low + drawn[1:] * (high - low + 1) // 1
+    return *map(int, corner), side
 
 
 class Rest(Sequence):
@@ -1505,7 +1500,7 @@ class Rest(Sequence):
     def __getitem__(self, i):
         if not 0 <= i < self.count:
             raise IndexError(i)
-        return i + int(np.searchsorted(self.gaps, i, "right"))
+        return i + bisect_right(self.gaps, i)
 
 
 class Pictures:
@@ -1533,8 +1528,7 @@ class Pictures:
         self.split = split
         self.seed = seed if split == "train" else 0
 
-        entries = [parse_source(entry) for entry in config.data] or [("built-in", None)]
-        weights = [weight for _, weight in entries]
+        names, weights = zip(*map(parse_source, config.data or ["built-in"]))
         if set(weights) != {None} and not all(weights):
             given = printable(" ".join(config.data))
             raise ValueError(f"--data {given}: give all a weight above 0, or none")
@@ -1546,7 +1540,7 @@ class Pictures:
             parse_filter(text)
         self.sources = []
         self.warnings = []
-        for name, _ in entries:
+        for name in names:
             source = SOURCES[name](size) if name in SOURCES else Files(name, config)
             self.sources.append(source)
             self.warnings += source.warned
@@ -1669,16 +1663,16 @@ class Pictures:
                 with suppress(Exception):           # replaced and counted when it is drawn
                     yield from source.captions(int(row))
 
-    def square(self, key: str, view: int, drawn: list[float], picture: bytes | np.ndarray = b"",
-               meta: dict | None = None) -> tuple[float, float, float]:
+    def square(self, key: str, view: int, drawn: list[float], picture: bytes | np.ndarray,
+               meta: dict) -> tuple[float, float, float]:
         """How much of its short side a picture keeps, and where the rest is cut, see decode: around all of
         its text, with a safebox; without one a picture with text is not cut."""
         config = self.config
         if config.crops:
             drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
-        if meta and meta.get("safebox"):
+        if meta.get("safebox"):
             return self.text_square(picture, meta, drawn)
-        if self.split == "val" or config.min_crop == 1 or (meta and transcribed(meta)):
+        if self.split == "val" or config.min_crop == 1 or transcribed(meta):
             return 1.0, 0.5, 0.5
         keep, right, down = drawn
         return 1 - keep * (1 - config.min_crop), right, down
@@ -1692,7 +1686,7 @@ class Pictures:
         chosen = None
         if self.split == "train" and first < config.text_crop:
             chosen = [first / config.text_crop, *place]
-        size = size_of(picture)
+        size = lazy(picture).size
         least = self.size * max(1, np.max(meta.get("px_scale") or 1))
         left, top, side = around(size, meta["safebox"], least, config.text_area, chosen)
         width, height = (max(1, length - side) for length in size)
@@ -1703,7 +1697,7 @@ class Pictures:
         for source, rows in zip(self.sources, self.rows):
             for row in map(int, rows):
                 for view in range(max(1, self.config.crops)):
-                    crop = self.square(source.key(row), view, [])
+                    crop = self.square(source.key(row), view, [], b"", {})
                     yield f"{source.mark(row)} {crop}", partial(self.shown, source, row, crop)
 
     def shown(self, source: Source, row: int, crop: tuple) -> np.ndarray:
@@ -1723,14 +1717,14 @@ class Pictures:
         turn = visit // len(rows)
         shards, starts = self.block(chosen, visit)
         if self.split == "train":
-            first, last = starts[0], starts[-1]
+            first, *_, last = starts
             key = f"{self.seed} {chosen} {Fraction(first, len(rows))}"
             visit = first + permute(visit - first, last - first, key.encode())
 
         rng = keyed(self.seed, self.split, position)
         *drawn, which = rng.random(4).tolist()
         replaced = []
-        for tries in range(1, MAX_TRIES + 1):
+        while len(replaced) < MAX_TRIES:
             place = bisect_right(starts, visit) - 1
             row = int(rows[self.bounds[chosen][shards[place]] + visit - starts[place]])
             key = source.key(row)
@@ -1753,7 +1747,7 @@ class Pictures:
                 item |= self.texts(caption, embeddings, written)
             except Exception as error:              # decoders raise nearly anything on garbage
                 replaced.append(f"{key}: {one_line(error)}")
-                if tries % 4 == 0:                  # its whole block may be away
+                if len(replaced) % 4 == 0:                  # its whole block may be away
                     shards, starts = self.block(chosen, starts[-1])
                 visit = int(rng.integers(starts[0], starts[-1]))
                 continue
@@ -1764,12 +1758,14 @@ class Pictures:
                          f"last {replaced[-1]}")
 
     def texts(self, caption: str, embeddings: bytes = b"", written: str = "") -> dict:
-        """{"caption", "transcription"}, and with readers of them "words" and "letters", their entries."""
-        item = {"caption": caption, "transcription": written}
+        """{"caption", "transcription"}, and with readers of them "words" and "letters", their entries;
+        "uncaptioned", "overlong": whether one is empty, or cut."""
+        item = {"caption": caption, "transcription": written, "uncaptioned": not caption, "overlong": False}
         if self.reader:
             item["words"] = self.reader.read(caption, embeddings)
         if self.transcriber:
             item["letters"] = self.transcriber.read(written)
+            item["overlong"] = item["letters"]["cut"]
         return item
 
     def views(self, shown: np.ndarray, position: int, has_text: bool = False) -> dict:
@@ -1800,12 +1796,11 @@ class Pictures:
         left = int(right * room)
         top = int(down * room)
 
-        cut = {}
         for name, view in views.items():
             cell = view.width // cells
             box = [cell * edge for edge in (left, top, left + side, top + side)]
-            cut[name] = array(view.crop(box))
-        return cut
+            views[name] = array(view.crop(box))
+        return views
 
     def batch(self, items: list[dict]) -> dict:
         """Of items "picture", maybe "lowres", uint8 (B, channels, H, W), with what the reader and
@@ -1816,20 +1811,16 @@ class Pictures:
             return [item[name] for item in items]
 
         batch = {name: np.stack(column(name)) for name in ("picture", "lowres") if name in items[0]}
-        batch["captions"] = column("caption")
-        batch["transcriptions"] = column("transcription")
-        batch["positions"] = column("position")
-        batch["keys"] = column("key")
+        for name in ("caption", "transcription", "position", "key"):
+            batch[f"{name}s"] = column(name)
         batch["replaced"] = list(chain(*column("replaced")))
-        batch["uncaptioned"] = [item["key"] for item in items if not item["caption"]]
-        batch["recoded"] = [item["key"] for item in items if item["recoded"]]
-        batch["overlong"] = []
+        for name in ("uncaptioned", "recoded", "overlong"):
+            batch[name] = [item["key"] for item in items if item[name]]
         if self.reader:
             batch |= self.reader.batch(column("words"))
         if self.transcriber:
             letters = self.transcriber.batch(column("letters"))
             batch |= {f"transcription_{name}": array for name, array in letters.items()}
-            batch["overlong"] = [item["key"] for item in items if item["letters"]["cut"]]
         if self.draws:
             batch |= self.draws(batch["positions"])
         return batch
@@ -1867,7 +1858,7 @@ def send(pipe, batch: dict) -> None:
 def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
     """A worker process: its batches into a pipe, which holds each back until it is wanted."""
     ours.close()                            # or it would not break when the trainer is gone
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # where it could not be blocked
+    ignore_signals()                        # where they could not be blocked
     torch.set_num_threads(1)                # a forked process has no thread pool
     with suppress(BrokenPipeError):         # the trainer is gone
         try:
@@ -1879,9 +1870,8 @@ def work(ours, pipe, dataset: Pictures, firsts, share, stop) -> None:
 
 def start_worker(*job) -> tuple:
     """A process at work on (dataset, firsts, share, stop), and our end of its pipe."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(ours, theirs, *job), daemon=True)
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=work, args=(ours, theirs, *job), daemon=True)
 
     # Workers inherit blocked signals: only the trainer handles SIGTERM and Ctrl-C.
     change = getattr(signal, "pthread_sigmask", lambda how, signals: signals)   # Windows has none
@@ -1933,7 +1923,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
         thread.shutdown()
     atexit.register(end)
 
-    def fetch(turn: int) -> dict:
+    def fetch(turn):
         first = firsts[turn]
         if workers:
             batch = receive(*team[turn % workers], timeout)
@@ -1947,7 +1937,6 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
     seen = 0
     bad = 0
-    enough = dataset.enough()
     try:
         coming = dataset.coming(start, 1)           # before any worker is waited for
         for _ in watched(map(Remote.fetch, coming), "shards", len(coming)):
@@ -1956,17 +1945,15 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
         for worker in range(workers):
             team.append(start_worker(dataset, firsts[worker::workers], share, stop))
 
-        coming = None
+        ahead = thread.submit(fetch, 0) if workers else None
         for turn in range(len(firsts)):
+            batch = ahead.result() if ahead else fetch(turn)
             if workers:
-                batch = (coming or thread.submit(fetch, turn)).result()
-                coming = thread.submit(fetch, turn + 1)
-            else:
-                batch = fetch(turn)
+                ahead = thread.submit(fetch, turn + 1)
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
-            if bad > dataset.config.max_bad * max(seen, enough):
+            if bad > dataset.config.max_bad * max(seen, dataset.enough()):
                 last = batch["replaced"][-1]
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
@@ -1981,8 +1968,7 @@ def side_by_side(*views: Tensor) -> Tensor:
     """Pictures, each uint8 (B, 3 or 1, H, W), in a row: uint8 (B, channels, H, W of all).
     Smaller ones are enlarged to the largest by repeating pixels, grey ones get colours where
     another one has them."""
-    shapes = [view.shape[1:] for view in views]
-    channels, *sides = (max(lengths) for lengths in zip(*shapes))
+    channels, *sides = np.max([view.shape[1:] for view in views], 0).tolist()
 
     row = []
     for view in views:
@@ -1991,35 +1977,38 @@ def side_by_side(*views: Tensor) -> Tensor:
     return torch.cat(row, 3)
 
 
+font = cache(ImageFont.load_default)
+
+
 def contact_sheet(pictures: Tensor | np.ndarray, captions: list[str],
                   columns: int = 4) -> Image.Image:
     """One picture of many, uint8 (N, 3 or 1, H, W), each with its caption wrapped below it, see labels."""
     n, _, height, width = pictures.shape
     scale = max(1, 128 // height)                               # small pictures are shown larger
+    height *= scale
+    width *= scale
     columns = min(columns, n)
-    letters = ImageFont.load_default(11)
     lines = []
     for label in captions:
         caption, *written = label.split("\n")
-        wrapped = textwrap.wrap(caption, max(8, width * scale // 6))
+        wrapped = textwrap.wrap(caption, max(8, width // 6))
         lines.append([*wrapped[:3], *written] or ["(no caption)"])
 
     gap = 8
-    wide = width * scale + gap
-    high = height * scale + gap + 14 * max(map(len, lines))
+    wide = width + gap
+    high = height + gap + 14 * max(map(len, lines))
     rows = math.ceil(n / columns)
     sheet = Image.new("RGB", (gap + columns * wide, gap + rows * high), "white")
     pen = ImageDraw.Draw(sheet)
 
-    tiles = np.broadcast_to(pictures, (n, 3, height, width)).transpose(0, 2, 3, 1)
+    tiles = np.asarray(pictures).repeat(scale, 2).repeat(scale, 3)
+    tiles = np.broadcast_to(tiles, (n, 3, height, width)).transpose(0, 2, 3, 1)
     for i, tile in enumerate(tiles):
         left = gap + i % columns * wide
         top = gap + i // columns * high
-        large = ImageOps.scale(Image.fromarray(tile), scale, Image.Resampling.NEAREST)
-        sheet.paste(large, (left, top))
-
+        sheet.paste(Image.fromarray(tile), (left, top))
         text = "\n".join(lines[i])
-        pen.text((left, top + height * scale + 1), text, "black", letters, spacing=1)
+        pen.text((left, top + height + 1), text, "black", font(11), spacing=1)
     return sheet
 
 
@@ -2046,7 +2035,7 @@ def claim(path: Path) -> Path:
             stem = stem[:-1]
         free = path.with_name(stem + ending)
         try:
-            free.open("xb").close()
+            free.touch(exist_ok=False)
             return free
         except FileExistsError:
             number += 1
@@ -2147,17 +2136,19 @@ KINDS = {
 # Where things have room for letters: its centre, and half of its width and height; "" is a plain ground.
 ROOM = {"sign": (0, -16, 88, 45), "cup": (-13, 20, 58, 56), "balloon": (0, -4, 52, 40), "": (0, 0, 92, 80)}
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ23456789"            # without 0 and 1, which are as O and I
-font = cache(ImageFont.load_default)
+
+
+def choose(draw: Callable, names: Iterable, *but):
+    """One of the names, without some; draw(count) -> a number below it."""
+    left = [name for name in names if name not in but]
+    return left[draw(len(left))]
 
 
 @lru_cache(64)
 def scene(index: int) -> Scene:
     """The scene of a built-in picture, by its index alone: 81% one thing, 15% two, 4% a sign."""
     draws = iter(keyed(0, "scene", index).random(16).tolist())
-
-    def pick(names, *but):
-        left = [name for name in names if name not in but]
-        return left[int(next(draws) * len(left))]
+    pick = partial(choose, lambda count: int(next(draws) * count))
 
     def near(x):
         return x + 0.02 * (2 * next(draws) - 1)
@@ -2200,11 +2191,7 @@ def lettered(index: int) -> Scene:
     two lines of 1 to 8 characters (up to 5 on a cup or balloon), or 1 in 5 with none. An eighth of the words
     of 3 characters or more is shown from index ENDLESS on alone, and there no others are."""
     rng = keyed(0, "words", index)
-
-    def pick(names, *but):
-        left = [name for name in names if name not in but]
-        return left[rng.integers(len(left))]
-
+    pick = partial(choose, rng.integers)
     kind = pick(ROOM)
     colour = pick(COLOURS, "purple")                       # on which no ink is seen well
     lines = []
@@ -2258,8 +2245,9 @@ def tones_of(thing: Thing, ground: str) -> dict:
     return tones | TONES | SPECIAL.get(thing.colour, {})
 
 
-def draw_thing(pen, thing: Thing, side: int, tones: dict) -> None:
-    """A thing on a canvas of so many pixels."""
+def draw_thing(pen, thing: Thing, side: int, ground: str) -> None:
+    """A thing on a canvas of so many pixels and that ground."""
+    tones = tones_of(thing, ground)
     unit = thing.half * side / 100
     centre_x = thing.x * side - 0.5         # the centre of a pixel is a whole number
     centre_y = thing.y * side - 0.5
@@ -2306,13 +2294,12 @@ def draw_word(scene: Scene) -> Image.Image:
 def draw(scene: Scene, size: int) -> np.ndarray:
     """A scene, uint8 (3, size, size): drawn larger, reduced by shrink, everywhere the same."""
     side = size * (4 if size <= 256 else 2)
-    canvas = Image.new("RGB", (side, side), GROUNDS[scene.background])
-    pen = ImageDraw.Draw(canvas)
     below = GROUNDS[scene.background]
+    canvas = Image.new("RGB", (side, side), below)
+    pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
-        tones = tones_of(thing, scene.background)
-        draw_thing(pen, thing, side, tones)
-        below = tones["main"]
+        draw_thing(pen, thing, side, scene.background)
+        below = COLOURS[thing.colour]
 
     if scene.word:
         ink = TONES["snow" if sum(below) < 350 else "ink"]
@@ -2348,6 +2335,7 @@ class Words(BuiltIn):
     """Scenes with words, which the metadata has, with the box around them; the captions do not say them."""
     name = "words"
     said = ""
+    key = Source.key
 
     def sample(self, i):
         meta = {}
@@ -2368,9 +2356,6 @@ class Words(BuiltIn):
             texts = captions(shown._replace(word=""))
         word = shown.word.replace("\n", " ")
         return [f"{text}{self.said.format(word)}" if word else text for text in texts]
-
-    def key(self, i):
-        return f"{self.name}/{i}"
 
     def fingerprint(self):
         return f"{self.name} 1".encode()
@@ -2393,8 +2378,7 @@ SOURCES = {
 # ---------------------------------------------------------------------------------------- the check
 def spread(content: bytes, texts: list[str]) -> list[float]:
     """Of each caption that a KEY.t5.safetensors has, the standard deviation of its embedding's numbers."""
-    size = int.from_bytes(content[:8], "little")
-    names = json.loads(content[8:8 + size])["__metadata__"]["fingerprint"].split(" ")
+    names = header_of(io.BytesIO(content))["__metadata__"]["fingerprint"].split(" ")
     deviations = []
     for first in range(len(names)):                 # of several encoders, that of the last ends the names
         cache = Cache("KEY.t5.safetensors", " ".join(names[first:]), content)
@@ -2414,7 +2398,7 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     import text_encoder
     found = []
 
-    def look(number: int, encoder, load: Callable) -> None:
+    def look(number, encoder, load):
         cache = Cache(Path(folder, str(number)), encoder.fingerprint) if folder else None
         found.append((encoder.reader, cache))
 
@@ -2422,50 +2406,49 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     return found
 
 
-def told_of(text: str, readers: list[tuple]) -> dict:
-    """What text encoders make of a caption, {name: number}; numbered where they are several."""
-    found = {}
-    for number, (reader, cache) in enumerate(readers, 1):
+def told_of(text: str, readers: list[tuple]) -> Iterator[tuple]:
+    """Name and number of what text encoders make of a caption; numbered where they are several."""
+    for number, (reader, known) in enumerate(readers, 1):
         which = f" of encoder {number}" if len(readers) > 1 else ""
         reader.counts.clear()
         entry = reader.read(text)
-        found[f"tokens{which}"] = len(entry["ids"])
-        found[f"unknown tokens{which}"] = reader.counts["unknown"]
-        found[f"captions cut{which}"] = entry["cut"]
-        if cache:
-            cached = cache.key(text) in cache.found
-            found[f"not in the cache{which}"] = not cached
+        yield f"tokens{which}", len(entry["ids"])
+        yield f"unknown tokens{which}", reader.counts["unknown"]
+        yield f"captions cut{which}", entry["cut"]
+        if known:
+            cached = known.key(text) in known.found
+            yield f"not in the cache{which}", not cached
             if cached:
-                found[f"deviation in the cache{which}"] = float(cache[text][0].float().std())
-    return found
+                yield f"deviation in the cache{which}", float(known[text][0].float().std())
 
 
-def facts(source: Source, row: int, least: int) -> tuple[dict, np.ndarray, list[str]]:
-    """What can be counted of a picture, {name: number}, itself at 64 pixels, and its captions."""
-    stored, texts, meta = source.sample(row)
-    square = decode(stored, 64, least=least)
-    width, height = Image.open(io.BytesIO(stored)).size
-    found = {"width": width, "height": height, "captions": len(texts), "without caption": not texts}
-    found["near-black"] = square.mean() < 8
-    found["of one colour"] = np.ptp(square) < 8
+def facts(sample: Sample, square: np.ndarray) -> Iterator[tuple]:
+    """Name and number of what can be counted of a picture; square: itself, uint8 (3, 64, 64)."""
+    stored, texts, meta = sample
+    width, height = lazy(stored).size
+    yield "width", width
+    yield "height", height
+    yield "captions", len(texts)
+    yield "without caption", not texts
+    yield "near-black", square.mean() < 8
+    yield "of one colour", np.ptp(square) < 8
     embeddings = meta.pop("embeddings")
-    found["without embeddings"] = not embeddings
+    yield "without embeddings", not embeddings
     if embeddings:
         deviations = spread(embeddings, texts)
-        found["embeddings of other captions"] = len(deviations) < len(texts)
+        yield "embeddings of other captions", len(deviations) < len(texts)
         if deviations:
-            found["deviation of embeddings"] = sum(deviations) / len(deviations)
-    found["not UTF-8"] = meta.pop(RECODED, False)
-    for text in texts:
-        found["bytes of a caption"] = max(len(text.encode()), found.get("bytes of a caption", 0))
+            yield "deviation of embeddings", sum(deviations) / len(deviations)
+    yield "not UTF-8", meta.pop(RECODED, False)
+    if texts:
+        yield "bytes of a caption", max(len(text.encode()) for text in texts)
     for name, value in meta.items():
-        found[f"metadata {printable(name)}"] = number_of(value)
-    return found, square, texts
+        yield f"metadata {printable(name)}", number_of(value)
 
 
 def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str], list]:
-    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread, and of
-    what text encoders make of their captions; why some are unreadable; up to 16 squares with captions."""
+    """{name: [count, least, sum, largest]} of facts of all pictures, or of about `most`, evenly spread, and
+    of what text encoders make of their captions; why some are unreadable; up to 16 squares with captions."""
     table = {}
     reasons = []
     tiles = []
@@ -2474,19 +2457,23 @@ def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str
     for source, rows in zip(pictures.sources, pictures.rows):
         source.embedded = True
         for i in watched(range(0, len(rows), step), source.name):
-            found = {"unreadable": 0}
-            texts = []
+            row = int(rows[i])
             try:
-                more, square, texts = facts(source, int(rows[i]), pictures.config.min_size)
-                found |= more | {"caption of another": not seen.isdisjoint(texts)}
+                sample = source.sample(row)
+                square = decode(sample.picture, 64, least=pictures.config.min_size)
+                found = [("unreadable", 0), *facts(sample, square)]
+                texts = sample.captions
+            except Exception as error:              # decoders raise nearly anything on garbage
+                found = [("unreadable", 1)]
+                texts = []
+                reasons.append(f"{source.key(row)}: {one_line(error)}")
+            else:
+                found.append(("caption of another", not seen.isdisjoint(texts)))
                 seen.update(texts)
                 if len(tiles) < 16:
                     tiles.append((square, "; ".join(texts)))
-            except Exception as error:              # decoders raise nearly anything on garbage
-                found["unreadable"] = 1
-                reasons.append(f"{source.key(int(rows[i]))}: {one_line(error)}")
-            told = [told_of(text, readers) for text in texts]
-            for name, value in chain(found.items(), *(each.items() for each in told)):
+
+            for name, value in chain(found, *(told_of(text, readers) for text in texts)):
                 if value == value:                  # a word is none
                     count, least, total, largest = table.get(name, (0, value, 0, value))
                     table[name] = count + 1, min(least, value), total + value, max(largest, value)
@@ -2496,16 +2483,17 @@ def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
-    parser.add_argument("--check", nargs="+", required=True, dest="data", help="as of --data")
-    parser.add_argument("--filter", nargs="*", help="as of train.py")
-    parser.add_argument("--missing", choices=("drop", "keep"), help="as of train.py")
+    flag = parser.add_argument
+    flag("--check", nargs="+", required=True, dest="data", help="as of --data")
+    flag("--filter", nargs="*", help="as of train.py")
+    flag("--missing", choices=("drop", "keep"), help="as of train.py")
     for name in ("caption-key", "class-names", "shard-cache"):
-        parser.add_argument(f"--{name}", help="as of train.py")
-    parser.add_argument("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
-    parser.add_argument("--text-length", type=int, default=128, help="as of train.py")
-    parser.add_argument("--text-cache", default="", help="as of train.py: what it has of these captions")
-    parser.add_argument("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
-    parser.add_argument("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
+        flag(f"--{name}", help="as of train.py")
+    flag("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
+    flag("--text-length", type=int, default=128, help="as of train.py")
+    flag("--text-cache", default="", help="as of train.py: what it has of these captions")
+    flag("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
+    flag("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
     readers = readers_of(*(options.pop(name) for name in ("text_encoder", "text_length", "text_cache")))
@@ -2518,14 +2506,14 @@ def main(argv: list[str]) -> int:
     print(f"{'':32}{'counted':>12}{'least':>12}{'mean':>12}{'largest':>12}")
     for name, (count, least, total, largest) in table.items():
         print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
-    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table}
-    report["unreadable"] = reasons
+    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table,
+              "unreadable": reasons}
     Path("check.json").write_text(json.dumps(report, indent=1, default=float))
     if tiles:
         squares, texts = zip(*tiles)
         contact_sheet(np.stack(squares), texts).save("check.png")
-    count, _, bad, _ = table["unreadable"]
-    return int(bad > pictures.config.max_bad * count)
+    count, *_ = table["unreadable"]
+    return int(len(reasons) > pictures.config.max_bad * count)
 
 
 if __name__ == "__main__":

@@ -1375,7 +1375,7 @@ def test_a_shard_is_copied_with_something_beside_each_picture(tmp_path):
         (tmp_path / turn).mkdir()
         seen = []
         data.copy_shard(str(path), str(tmp_path / turn / "a.tar"),
-                        lambda texts: seen.append(texts) or f"{turn} {texts}".encode())
+                        lambda texts: seen.append(texts) or f"{turn} {texts}".encode(), DataConfig())
         path = tmp_path / turn / "a.tar"
         assert seen == [["second", "second again"], ["value 3"], [], ["first"]]
         assert [p.name for p in path.parent.iterdir()] == ["a.tar"]
