@@ -671,7 +671,7 @@ def side_of(source: data.Source) -> int:
     """The short side of the first picture that can be read [pixels]. ValueError where there is none."""
     for i in range(len(source)):
         try:
-            return min(data.size_of(source.sample(i).picture))
+            return min(data.lazy(source.sample(i).picture).size)
         except Exception:                                      # decoders raise nearly anything on garbage
             continue
     raise ValueError(f"{source.name} has no picture that can be read")
