@@ -254,9 +254,6 @@ class Signals:
     """SIGTERM and SIGINT: at once the end of the program, or remembered where somebody looks at `arrived`."""
     arrived = awaited = False
 
-    def __init__(self):
-        on_signal(self.arrive)
-
     def arrive(self, number: int, frame) -> None:
         on_signal(signal.SIG_IGN)                              # a terminal and torchrun send it twice
         self.arrived = True
@@ -270,6 +267,7 @@ def starting(cfg: "TrainConfig", ranks: "Ranks") -> Iterator[Signals]:
     try:
         try:
             signals = Signals()
+            on_signal(signals.arrive)
             yield signals
         except Stopped:
             say("stopping before the first step; run the same command to continue")
@@ -296,7 +294,7 @@ class Parser(argparse.ArgumentParser):
 
 def flag_options(kind: type) -> dict:
     """How argparse reads a field of a type."""
-    members = [member for member in get_args(kind) if member is not type(None)]
+    members = get_args(kind)
     if bool in (kind, *members):
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -306,19 +304,19 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
-def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, objective: str) -> dict:
-    """The flags that --model, --size, --pretrained and --objective move."""
+def preset(known: argparse.Namespace, pipeline: dict) -> dict:
+    """The flags that --model, --size, --lowres, --vae, --pretrained (a pipeline) and --objective move."""
     if pipeline:
         return FINETUNE | pipeline
-    if name in model.UNETS:
+    if known.model in model.UNETS:
         return PUBLISHED
     stage = 64
-    if lowres:
-        stage = 256 if size <= 256 else 1024
-    row = dict(PRESETS[stage, name])                           # weights and flops are no flags: not read
-    if latents:                                                # they say more at each place than pixels
+    if known.lowres:
+        stage = 256 if known.size <= 256 else 1024
+    row = dict(PRESETS[stage, known.model])                       # weights and flops are no flags: not read
+    if known.vae:                                              # latents say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    if objective == "clip":                                    # which overfits, and needs wrong captions
+    if known.objective == "clip":                              # which overfits, and needs wrong captions
         row |= CLIP | {"keep_best": "val_loss", "batch_size": max(128, row["batch_size"])}
     return row
 
@@ -343,14 +341,15 @@ def parse(argv: list[str]) -> Configs:
     parser.set_defaults(model="", lowres=-1)
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
-    name = known.model or usual
+    known.model = known.model or usual
     pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
     known.vae = known.vae or pipeline.get("vae", "")
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
-    ladder = 0 if known.vae else LADDER.get(known.size, 0)
-    lowres = ladder if known.lowres < 0 else known.lowres
-    row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
-    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres or known.vae else 8)
+    if known.lowres < 0:
+        known.lowres = 0 if known.vae else LADDER.get(known.size, 0)
+    row = preset(known, pipeline)
+    least = known.size if known.lowres or known.vae else 8
+    parser.set_defaults(model=known.model, lowres=known.lowres, min_size=least)
     parser.set_defaults(**row)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -362,7 +361,7 @@ def parse(argv: list[str]) -> Configs:
     args.out = args.out or f"runs/{kind}{args.size}"
     for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
         if f"--{name}" not in given:
-            scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
+            scaled = row.get(name, 0) * args.steps // row["steps"]
             setattr(args, name, min(getattr(args, name), scaled))
     if args.attn_resolutions is row.get("attn_resolutions"):   # a preset's: where they occur
         here = model.sides(args, args.size // scale)
@@ -676,6 +675,11 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
             "lowres_noise": lowres_noise, "transcription_kept": written}
 
 
+def finite(x: Tensor) -> Tensor:
+    """x without its gradient, and with 0 for what is not finite."""
+    return x.detach().nan_to_num(0, 0, 0)
+
+
 def sent(numbers, device: torch.device) -> Tensor:
     """An array or a tensor, on the device; the host does not wait for it."""
     return torch.as_tensor(numbers).to(device, non_blocking=True)
@@ -758,11 +762,11 @@ class Denoising(nn.Module):
         return given["weighted"].sum()
 
     def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
-        raw = given["raw"].nan_to_num(0, 0, 0)
+        raw = finite(given["raw"])
         buckets = diffusion.loss_buckets(raw, self.schedule.logsnr(inputs["t"]), BUCKETS)
         meter.add(loss=given["loss"], raw_loss=raw, buckets=buckets)
         if self.importance:
-            square = given["plain"].detach().nan_to_num(0, 0, 0).square()
+            square = finite(given["plain"]).square()
             sums = diffusion.bucket_sums(square, inputs["t"], len(self.importance.second_moment))
             self.squares += torch.stack(sums)
 
@@ -826,8 +830,7 @@ def orthogonal(x: Tensor) -> Tensor:
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
 
     gram = x @ x.mT                                                                   # (n, rows, rows)
-    rotation = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
-    rotation = rotation.expand(len(x), -1, -1)
+    rotation = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
     square = gram
     for number, (a, b, c) in enumerate(PASSES):
         if number:                                             # from the start, so errors do not add up
@@ -959,8 +962,7 @@ class State:
         sizes = [momentum.numel() for _, momentum in self.stacks]
         turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
         for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
-            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
-            grads = grads.view_as(momentum)
+            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights]).view_as(momentum)
             momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
             ahead = grads.lerp_(momentum, 0.95)                               # Nesterov's
             for some, result in zip(ahead.split(TOGETHER), part.view_as(ahead).split(TOGETHER)):
@@ -982,11 +984,11 @@ class State:
 
     def size(self) -> float:
         """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
-        total = 0.0
-        for group in (self.weights, *(average for _, _, average in self.averages)):
-            for norm in torch._foreach_norm(group):
-                total += norm.detach().double()
-        total = float(total)
+        tensors = list(self.weights)
+        for _, _, average in self.averages:
+            tensors += average
+        norms = torch._foreach_norm(tensors)
+        total = float(sum(norm.detach().double() for norm in norms))
         return total if math.isfinite(total) else math.inf
 
     def tensors(self) -> dict[str, model.Tensors]:
@@ -1009,35 +1011,32 @@ class State:
 
     def load(self, ema: model.Tensors, train: model.Tensors, scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
+        weights = {}
+        named = dict(self.net.named_parameters())
+        updates = self.updates
         try:
-            self.fill(ema, train)
+            for key, value in train.items():
+                kind, _, name = key.partition(".")
+                if kind == "weights":
+                    weights[name] = value
+                elif kind == "optimizer":
+                    name, _, part = name.rpartition(".")
+                    like = named[name]                         # moments in the memory layout of weights
+                    if part == "step":
+                        like = self.updates
+                        updates = value
+                    moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
+                    moment.copy_(value)
+
+            self.ema.load_state_dict(ema)
+            self.net.load_state_dict(weights)
+            self.updates.copy_(train.get("updates", updates))  # of before Muon: AdamW counted them
+            for name, value in self.snapshot().items():
+                value.copy_(train[name])
         except (RuntimeError, LookupError, ValueError) as e:
             raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
-
-    def fill(self, ema: model.Tensors, train: model.Tensors) -> None:
-        weights = {}
-        named = dict(self.net.named_parameters())
-        updates = self.updates
-        for key, value in train.items():
-            kind, _, name = key.partition(".")
-            if kind == "weights":
-                weights[name] = value
-            elif kind == "optimizer":
-                name, _, part = name.rpartition(".")
-                like = named[name]                             # moments in the memory layout of weights
-                if part == "step":
-                    like = self.updates
-                    updates = value
-                moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
-                moment.copy_(value)
-
-        self.ema.load_state_dict(ema)
-        self.net.load_state_dict(weights)
-        self.updates.copy_(train.get("updates", updates))      # of before Muon: AdamW counted them
-        for name, value in self.snapshot().items():
-            value.copy_(train[name])
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
@@ -1153,7 +1152,7 @@ def save(journal, step: int, state: State, meta: dict, keep: int, last: bool, ra
 def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> None:
     """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name` is the best so far in
     a line. Training survives a disk that is full, and a damaged old file."""
-    path = out / "checkpoints" / "best" / "ema.safetensors"
+    path = out / "checkpoints/best/ema.safetensors"
     own = {name: str(line[name]) for name in ("step", name)}
     own["config"] = without_folders(meta["config"])
     sign = -1 if name in ("val_gap", "precision", "recall", "clip_score") else 1
@@ -1243,9 +1242,9 @@ def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
 
 
 # --------------------------------------------------------------------------------------------- parts of a run
-def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: bytes) -> tuple:
+def no_embedding(reader: text_encoder.Reader, caption: str, beside: bytes) -> tuple:
     """A dry run's: as large as can be, and nothing is computed."""
-    return torch.zeros(length, dim).bfloat16(), torch.zeros(pooled_dim).bfloat16()
+    return torch.zeros(reader.length, reader.dim).bfloat16(), torch.zeros(reader.pooled_dim).bfloat16()
 
 
 def no_latent(channels: int, side: int) -> tuple:
@@ -1293,13 +1292,9 @@ def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: 
     def until_signal(items: Iterable) -> Iterable:
         return itertools.takewhile(lambda _: not signals.arrived, items)
 
-    def ours() -> Iterable[str]:
-        for text in texts:
-            if zlib.crc32(text.encode()) % ranks.world == ranks.rank:
-                yield text
-
     # A part each, then the ranks meet, until none of them has any left.
-    parts = cache.fill(until_signal(ours()), lambda texts: until_signal(encode(texts)), part)
+    ours = filter(lambda text: zlib.crc32(text.encode()) % ranks.world == ranks.rank, texts)
+    parts = cache.fill(until_signal(ours), lambda texts: until_signal(encode(texts)), part)
     signals.awaited = True
     with progress(ranks, desc=what) as bar:
         for written in itertools.chain(parts, itertools.repeat(0)):
@@ -1346,12 +1341,12 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
               ranks: Ranks) -> tuple[nn.Module, list[data.Cache]]:
     """The text encoder, and the caches of its frozen ones, in which the ranks put the captions of `sets`.
     Raises Stopped, see `filled`."""
-    cfg, _, _, _, text_cfg = configs
+    cfg, *_, text_cfg = configs
     caches = []
 
     def look_up(number: int, encoder: nn.Module, load):
         if cfg.dry_run:
-            return partial(no_embedding, encoder.length, encoder.dim, encoder.pooled_dim)
+            return partial(no_embedding, encoder.reader)
         if text_cfg.text_cache == "shards":
             return partial(embedding_inside, encoder.fingerprint)
 
@@ -1408,32 +1403,29 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
         say(f"wrote {target}")
 
 
-def continued(folder: Path, widths: tuple[int, int], reinit: str) -> model.UNet2DConditionModel:
-    """The U-Net of a folder, to go on with; what `reinit` matches, and all of a folder with nothing but a
-    config.json, starts from scratch."""
-    if [path.name for path in folder.glob("*")] == ["config.json"]:
-        say(f"note: {folder} has no weights, so it starts from scratch")
-        return model.UNet2DConditionModel(model.read_config(folder), *widths)
-    unet = model.load_unet(folder, *widths)
-    if reinit:
-        fresh = model.UNet2DConditionModel(unet.config, *widths)
-        say(f"from {folder}: {warm_start(fresh, unet.state_dict(), reinit)}")
-        unet = fresh
-    return unet
-
-
 def published(configs: Configs, text: nn.Module, space) -> model.UNet2DConditionModel:
-    """The U-Net of --pretrained, or of --model from scratch. ValueError where it does not fit the VAE."""
-    cfg, _, _, _, text_cfg = configs
-    if cfg.pretrained:
-        own = text_cfg.text_encoder == model.open_pipeline(cfg.pretrained)["text_encoder"]
-        if own and (text_cfg.text_cache == "shards" or not text_cfg.text_padding):
+    """The U-Net of --pretrained, to go on with, or of --model from scratch, as is what --reinit matches, and
+    all of a folder with nothing but a config.json. ValueError where it does not fit the VAE."""
+    cfg, *_, text_cfg = configs
+    folder = Path(cfg.pretrained, "unet")
+    widths = text.dim, text.pooled_dim
+    if cfg.pretrained and text_cfg.text_encoder == model.open_pipeline(cfg.pretrained)["text_encoder"]:
+        if text_cfg.text_cache == "shards" or not text_cfg.text_padding:
             raise ValueError("a pipeline's own text encoder needs --text-padding, and no --text-cache shards")
-        widths = (0, 0) if own else (text.dim, text.pooled_dim)
-        unet = continued(Path(cfg.pretrained, "unet"), widths, "" if cfg.init else cfg.reinit)
-    else:
+        widths = 0, 0                                          # its own
+
+    if not cfg.pretrained:
         config = model.UNETS[cfg.model] | dict.fromkeys(("in_channels", "out_channels"), space.channels)
-        unet = model.UNet2DConditionModel(config, text.dim, text.pooled_dim)
+        unet = model.UNet2DConditionModel(config, *widths)
+    elif [*folder.glob("*")] == [folder / "config.json"]:
+        say(f"note: {folder} has no weights, so it starts from scratch")
+        unet = model.UNet2DConditionModel(model.read_config(folder), *widths)
+    else:
+        unet = model.load_unet(folder, *widths)
+        if cfg.reinit and not cfg.init:
+            fresh = model.UNet2DConditionModel(unet.config, *widths)
+            say(f"from {folder}: {warm_start(fresh, unet.state_dict(), cfg.reinit)}")
+            unet = fresh
     channels = unet.config["in_channels"]
     if channels != space.channels:
         raise ValueError(f"the U-Net reads {channels} channels, the VAE gives {space.channels}. Use its own")
@@ -1476,10 +1468,10 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
 
 
 def parts_of(batch: dict, size: int) -> list[dict]:
-    """A batch in parts of up to `size` pictures."""
-    count = len(batch["captions"])
+    """A batch, whose first entry has a row for each picture, in parts of up to `size` pictures."""
+    first, *_ = batch.values()
     parts = []
-    for start in range(0, count, size):
+    for start in range(0, len(first), size):
         parts.append({name: value[start:start + size] for name, value in batch.items()})
     return parts
 
@@ -1501,7 +1493,7 @@ class Meter:
         counts) of several."""
         for name, value in values.items():
             if not isinstance(value, tuple):
-                value = value.detach().nan_to_num(0, 0, 0).sum(), value.numel()
+                value = finite(value).sum(), value.numel()
             total, count = self.sums.get(name, (0, 0))
             self.sums[name] = total + value[0], count + value[1]
 
@@ -1655,12 +1647,12 @@ TIMES = 0.1, 0.3, 0.5, 0.7, 0.9                                # of noise, at wh
 
 
 @torch.no_grad()
-def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+def retrieval(net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """How a CLIP does among n fixed pairs, a line for metrics.jsonl, for each of TIMES: how often a picture's
     own caption, or one that is equal, is the nearest, and among the nearest 5 ("text_at_1", "text_at_5"), the
     same of a caption's pictures; and the mean loss. Every rank does all of it."""
     n, most = min(n, len(fixed)), min(32, trainer.micro)
-    line = {"step": step, "val_loss": 0.0}
+    line = {"val_loss": 0.0}
     given = {t: [] for t in TIMES}
     for start in range(0, n, most):
         batch = data.collect(fixed, start, min(start + most, n))
@@ -1681,12 +1673,12 @@ def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer
 
 
 @torch.no_grad()
-def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+def validate(net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
     as the trainer's, of up to 32. val_gap = loss with the next picture's caption - loss with the right one:
     above 0 the text is used. Of a CLIP see retrieval."""
     if net.joins:
-        return retrieval(step, net, fixed, n, trainer)
+        return retrieval(net, fixed, n, trainer)
     n, most = min(n, len(fixed)), min(32, trainer.micro)
     device, ranks = trainer.device, trainer.ranks
     sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
@@ -1704,7 +1696,7 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
         sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
 
     total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
-    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
+    return {"val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
@@ -1721,7 +1713,7 @@ def scored(step: int, cfg: TrainConfig) -> dict:
         say(f"warning: no score of step {step}, see above; training continues")
         return {}
     words = done.stdout.splitlines()[-1].split()               # name value  name value
-    return {"step": step} | dict(zip(words[::2], map(float, words[1::2])))
+    return dict(zip(words[::2], map(float, words[1::2])))
 
 
 def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
@@ -1761,11 +1753,11 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         denoise = diffusion.guided(net.network(), net.schedule, net.config, condition, scale)
         denoise = diffusion.threshold(denoise, limit=net.space.limit)
 
-        keys = torch.as_tensor(part["noise"])
+        keys = sent(part["noise"], device)
         side = part["picture"].shape[-1] // net.space.scale
         shape = (net.space.channels, side, side)
-        x = diffusion.gaussian(keys, shape, device)
-        noise = diffusion.noise_source(keys, shape, device)
+        x = diffusion.gaussian(keys, shape)
+        noise = diffusion.noise_source(keys, shape)
         times = diffusion.sampling_times(net.schedule, 2 if enlarges else 20)
         drawn = diffusion.dpmpp_2m(denoise, x, times, noise, net.schedule)
         views = [net.space.decode(drawn)]
@@ -1786,8 +1778,8 @@ def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image
     notes = []
     for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"]):
         notes.append(f"t {t:.2f}: {caption if kept else '(dropped)'}")
-    told = zip(part["transcriptions"], part["transcription_kept"])
-    written = [text if kept else "" for text, kept in told]
+    written = [text if kept else ""
+               for text, kept in zip(part["transcriptions"], part["transcription_kept"])]
     return data.contact_sheet(data.side_by_side(*views), data.labels(notes[:16], written))
 
 
@@ -1811,7 +1803,6 @@ class Trainer:
         for name, p in objective.named_parameters():
             part = ".".join(name.split(".")[:2])
             self.parts.setdefault(part, []).append(p)
-        self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
 
@@ -1901,17 +1892,14 @@ class Trainer:
             return self.objective.loss(given) / total
         gathered = {name: self.ranks.gathered(rows) for name, rows in given.items()}
         loss = self.objective.loss(gathered)
-        share = loss.detach().nan_to_num(0, 0, 0) / self.ranks.world
-        self.meter.add(loss=(share, total))
+        self.meter.add(loss=(finite(loss) / self.ranks.world, total))
         return loss / total
 
     def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
         """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching,
         Gao et al. 2021, arXiv:2101.06983): of all parts and ranks, without graphs, so memory is a part's."""
-        given = []
-        for part in parts:
-            with torch.no_grad(), self.autocast:
-                given.append(self.run(**self.objective.inputs(part, self.device)))
+        with torch.no_grad(), self.autocast:
+            given = [self.run(**self.objective.inputs(part, self.device)) for part in parts]
 
         leaves = {}
         for name in given[0]:
@@ -1919,9 +1907,7 @@ class Trainer:
         loss = self.loss(leaves, total)
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
-        sizes = [len(part["captions"]) for part in parts]
-        split = [gradient.split(sizes) for gradient in gradients]
-        return [dict(zip(leaves, rows)) for rows in zip(*split)]
+        return parts_of(dict(zip(leaves, gradients)), len(parts[0]["captions"]))
 
     def line(self, step: int, images: int) -> dict:
         """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first.
@@ -1995,15 +1981,13 @@ def pictures_of(configs: Configs) -> list[data.Pictures]:
 
 def attach(sets: list[data.Pictures], text: nn.Module, cfg: TrainConfig, images: int) -> None:
     """What data workers add to the pictures of `pictures_of`: what is read of texts, and random numbers."""
-    for pictures in sets:
+    for pictures, purpose in zip(sets, ("noise", "validation", "samples")):
         pictures.reader = text.reader
         pictures.transcriber = text.transcriber
-    train_set, val_set, shown_set = sets
+        pictures.draws = partial(draws, 0, purpose, 0.0, 0, 1)
     drops = (cfg.transcription_drop, cfg.both_drop) if text.transcriber else (0.0, 0.0)
-    train_set.draws = partial(
+    sets[0].draws = partial(
         draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size, drops=drops)
-    val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
-    shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
 
 
 def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int) -> None:
@@ -2104,10 +2088,11 @@ def main(argv: list[str]) -> None:
             line = {}
             if due(cfg.val_every):
                 with trainer.autocast:
-                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
+                    line = validate(state.ema, val_set, cfg.val_images, trainer)
             if due(cfg.score_every) and own:
                 line |= scored(step, cfg)
             if line:
+                line = {"step": step} | line
                 say(gist(line))
                 journal.put(step, "metrics.jsonl", line)
                 if own and cfg.keep_best in line:
