@@ -656,7 +656,7 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
     of its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption,
     "noise", the key of its noise; "lowres_u" and "lowres_noise", the same of its small picture;
     "transcription_kept". drops: shares of pictures that lose their transcription, and both texts."""
-    def columns(purpose: str) -> list[np.ndarray]:
+    def columns(purpose):
         rows = []
         for position in positions:
             rng = data.keyed(seed, purpose, position)
@@ -665,10 +665,11 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
 
     u, caption_u, noise = columns(purpose)
     lowres_u, _, lowres_noise = columns("lowres")
-    written_u, both_u, _ = columns(f"{purpose} transcription")
-    alone, both = drops
-    told = both_u >= both
-    written = told & (written_u >= alone)
+    told = written = np.ones(len(u), bool)
+    if any(drops):                                             # else it would take half as long again
+        written_u, both_u, _ = columns(f"{purpose} transcription")
+        told = both_u >= drops[1]
+        written = told & (written_u >= drops[0])
     index = (np.array(positions) - first) % batch_size
     u = diffusion.stratify(u, index.astype(np.float32), batch_size)
     return {"u": u, "kept": told & (caption_u >= uncond_prob), "noise": noise, "lowres_u": lowres_u,
@@ -961,7 +962,8 @@ class State:
         ranks, dealt = Ranks(), itertools.count()
         sizes = [momentum.numel() for _, momentum in self.stacks]
         turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
-        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+        stacks = list(zip(self.stacks, turned.split(sizes)))
+        for (weights, momentum), part in stacks:
             grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights]).view_as(momentum)
             momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
             ahead = grads.lerp_(momentum, 0.95)                               # Nesterov's
@@ -973,7 +975,7 @@ class State:
 
         ranks.sum_(turned)                                     # of each matrix all ranks but one have 0
         decay = self.optimizer.param_groups[0]["weight_decay"]
-        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+        for (weights, momentum), part in stacks:
             size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
             torch._foreach_mul_(weights, 1 - lr * decay)
             torch._foreach_sub_(weights, unstacked((part * size).float(), weights))
@@ -1260,7 +1262,7 @@ def prompts_of(cfg: TrainConfig) -> list[str]:
     """The prompts of grids, if they are given."""
     content = Path(cfg.prompts).read_bytes() if cfg.prompts else b""
     text, _ = data.read_text(content)
-    lines = [data.clean(line) for line in text.splitlines()]
+    lines = map(data.clean, text.splitlines())
     return [line for line in lines if line]
 
 
@@ -1289,7 +1291,7 @@ def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: 
            what: str) -> data.Cache:
     """A cache with what the ranks put into it, each of its own `texts`, `part` of them to a file.
     Raises Stopped where a signal arrives; what was computed until then is kept."""
-    def until_signal(items: Iterable) -> Iterable:
+    def until_signal(items):
         return itertools.takewhile(lambda _: not signals.arrived, items)
 
     # A part each, then the ranks meet, until none of them has any left.
@@ -1321,7 +1323,7 @@ def load_latents(configs: Configs, sets: list[data.Pictures], net: "Denoising", 
     for pictures in sets:
         readers.update(pictures.squares())
 
-    def encode(texts: list[str]) -> Iterable[tuple]:
+    def encode(texts):
         for i, text in enumerate(texts):
             try:
                 picture = readers[text]()
@@ -1344,13 +1346,13 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
     cfg, *_, text_cfg = configs
     caches = []
 
-    def look_up(number: int, encoder: nn.Module, load):
+    def look_up(number, encoder, load):
         if cfg.dry_run:
             return partial(no_embedding, encoder.reader)
         if text_cfg.text_cache == "shards":
             return partial(embedding_inside, encoder.fingerprint)
 
-        def encode(texts: list[str]) -> Iterable[tuple]:
+        def encode(texts):
             load()
             return text_encoder.encode_captions(encoder.to(device), texts)
 
@@ -1385,7 +1387,7 @@ def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig
 def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache], config: data.DataConfig,
                       ranks: Ranks) -> None:
     """Copies of this rank's share of shards, with what the caches have of each caption beside its picture."""
-    def beside(texts: list[str]) -> bytes:
+    def beside(texts):
         tensors, meta = {}, {}
         for cache in caches:
             more, marks = cache.pack({text: cache[text] for text in texts}, meta)
@@ -1486,7 +1488,7 @@ class Meter:
     """Named sums on the device: `add` waits for nothing, `read` is where the host waits."""
 
     def __init__(self):
-        self.sums: dict[str, tuple] = {}
+        self.sums = {}                                         # by name: (sums, counts)
 
     def add(self, **values) -> None:
         """Count values, a tensor of one for each picture or update, 0 for what is not finite; or (sums,
@@ -1521,12 +1523,13 @@ def flat(line: dict) -> dict[str, float]:
 
 
 def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
-    """Functions that log (step, numbers, pictures by name), and that end it. ImportError without it."""
+    """Functions that log (step, numbers by name, pictures by name), and that end it. ImportError without
+    it."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(out / "tensorboard"))
     writer.add_text("config", json.dumps(recipe, indent=1))
 
-    def log(step: int, numbers: dict, pictures: dict) -> None:
+    def log(step, numbers, pictures):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         for name, picture in pictures.items():
@@ -1539,7 +1542,7 @@ def to_wandb(out: Path, recipe: dict) -> tuple[Callable, Callable]:
     import wandb
     board = wandb.init(project="limn", name=out.name, dir=str(out), config=recipe)
 
-    def log(step: int, numbers: dict, pictures: dict) -> None:
+    def log(step, numbers, pictures):
         images = {name: wandb.Image(picture) for name, picture in pictures.items()}
         board.log(numbers | images, step=step)
     return log, board.finish
@@ -2055,8 +2058,8 @@ def main(argv: list[str]) -> None:
         batches = trainer.batches(train_set, first, images)
         signals.awaited = True
 
-    def due(every: int) -> bool:
-        return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
+    def due(every):
+        return step > first and every and (step % every == 0 or step == cfg.steps)
 
     bar = progress(ranks, total=cfg.steps, initial=first, unit="step")
     try:
@@ -2085,22 +2088,21 @@ def main(argv: list[str]) -> None:
                 return say(f"stopping at step {step}; run the same command to continue")
 
             # Validate, score and draw samples with the averaged weights.
-            line = {}
-            if due(cfg.val_every):
-                with trainer.autocast:
+            with trainer.autocast:
+                line = {}
+                if due(cfg.val_every):
                     line = validate(state.ema, val_set, cfg.val_images, trainer)
-            if due(cfg.score_every) and own:
-                line |= scored(step, cfg)
-            if line:
-                line = {"step": step} | line
-                say(gist(line))
-                journal.put(step, "metrics.jsonl", line)
-                if own and cfg.keep_best in line:
-                    keep_best(out, state, meta, line, cfg.keep_best)
-            if drawing and own:
-                with trainer.autocast:
+                if due(cfg.score_every) and own:
+                    line |= scored(step, cfg)
+                if line:
+                    line = {"step": step} | line
+                    say(gist(line))
+                    journal.put(step, "metrics.jsonl", line)
+                    if own and cfg.keep_best in line:
+                        keep_best(own, state, meta, line, cfg.keep_best)
+                if drawing and own:
                     sheet = sample_grid(state.ema, shown, trainer.micro, device)
-                journal.put(step, f"samples/{step:06d}.png", sheet)
+                    journal.put(step, f"samples/{step:06d}.png", sheet)
             if looking:
                 ranks.wait()
                 trainer.since += clock(device) - began
