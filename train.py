@@ -660,7 +660,8 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
         rows = []
         for position in positions:
             rng = data.keyed(seed, purpose, position)
-            rows.append((np.float32(rng.random()), rng.random(), rng.integers(2**63)))
+            u = np.float32(rng.random())
+            rows.append((u, rng.random(), rng.integers(2**63)))
         return [np.array(column) for column in zip(*rows)]
 
     u, caption_u, noise = columns(purpose)
@@ -831,7 +832,8 @@ def orthogonal(x: Tensor) -> Tensor:
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
 
     gram = x @ x.mT                                                                   # (n, rows, rows)
-    rotation = torch.eye(x.shape[1], device=x.device, dtype=x.dtype).expand(len(x), -1, -1)
+    rotation = torch.eye(x.shape[1], device=x.device, dtype=x.dtype)
+    rotation = rotation.expand(len(x), -1, -1)
     square = gram
     for number, (a, b, c) in enumerate(PASSES):
         if number:                                             # from the start, so errors do not add up
@@ -964,7 +966,8 @@ class State:
         turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
         stacks = list(zip(self.stacks, turned.split(sizes)))
         for (weights, momentum), part in stacks:
-            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights]).view_as(momentum)
+            grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
+            grads = grads.view_as(momentum)
             momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
             ahead = grads.lerp_(momentum, 0.95)                               # Nesterov's
             for some, result in zip(ahead.split(TOGETHER), part.view_as(ahead).split(TOGETHER)):
@@ -1844,7 +1847,8 @@ class Trainer:
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
             self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
-        self.meter.add(grad_norm=norm, clipped=(norm > self.state.clip).float(), skipped=bad)
+        clipped = (norm > self.state.clip).float()
+        self.meter.add(grad_norm=norm, clipped=clipped, skipped=bad)
         for name in COUNTED:
             self.meter.add(**{name: (len(batch[name]), 1)})
 
