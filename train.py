@@ -122,7 +122,7 @@ SMALL = dict(NEW, head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=100
 BASE = dict(
     NEW, head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
 LARGE = dict(BASE, steps=500000, batch_size=1024, warmup=5000, cooldown=50000)
-DRAWS = dict(
+FROM_NOISE = dict(
     channel_mult=(1, 2, 3, 4), num_res_blocks=(3,), attn_resolutions=(32, 16, 8), patch=1)
 ENLARGES = dict(channel_mult=(1, 2, 4, 8), num_res_blocks=(2, 4, 8, 8), efficient=True)
 ENLARGES_CROPS = dict(ENLARGES, conv_only=True, crop=256)
@@ -139,9 +139,10 @@ PRESETS = {
         SMALL, weights=62.8e6, flops=50.2e9, channels=128, channel_mult=(1, 2, 2, 3), num_res_blocks=(2,),
         attn_resolutions=(16, 8), patch=1, steps=50000, cooldown=5000),
     (64, "base"): dict(
-        BASE | DRAWS, weights=306e6, flops=202e9, channels=192, emb_dim=768, steps=200000, cooldown=20000),
+        BASE | FROM_NOISE, weights=306e6, flops=202e9, channels=192, emb_dim=768, steps=200000,
+        cooldown=20000),
     (64, "large"): dict(
-        LARGE | DRAWS, weights=1.22e9, flops=779e9, channels=384, emb_dim=1536),
+        LARGE | FROM_NOISE, weights=1.22e9, flops=779e9, channels=384, emb_dim=1536),
     (256, "tiny"): dict(
         TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, t_mean=0.5,
         steps=3400, batch_size=16, cooldown=2000),
@@ -313,7 +314,7 @@ def preset(known: argparse.Namespace, pipeline: dict) -> dict:
     stage = 64
     if known.lowres:
         stage = 256 if known.size <= 256 else 1024
-    row = dict(PRESETS[stage, known.model])                       # weights and flops are no flags: not read
+    row = dict(PRESETS[stage, known.model])                    # weights and flops are no flags: not read
     if known.vae:                                              # latents say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
     if known.objective == "clip":                              # which overfits, and needs wrong captions
@@ -1016,25 +1017,24 @@ class State:
 
     def load(self, ema: model.Tensors, train: model.Tensors, scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
-        weights = {}
+        parts = defaultdict(dict)
+        for key, value in train.items():
+            kind, _, name = key.partition(".")
+            parts[kind][name] = value
         named = dict(self.net.named_parameters())
         updates = self.updates
         try:
-            for key, value in train.items():
-                kind, _, name = key.partition(".")
-                if kind == "weights":
-                    weights[name] = value
-                elif kind == "optimizer":
-                    name, _, part = name.rpartition(".")
-                    like = named[name]                         # moments in the memory layout of weights
-                    if part == "step":
-                        like = self.updates
-                        updates = value
-                    moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
-                    moment.copy_(value)
-
             self.ema.load_state_dict(ema)
-            self.net.load_state_dict(weights)
+            self.net.load_state_dict(parts["weights"])
+            for key, value in parts["optimizer"].items():
+                name, _, part = key.rpartition(".")
+                like = named[name]                             # moments in the memory layout of weights
+                if part == "step":
+                    like = self.updates
+                    updates = value
+                moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
+                moment.copy_(value)
+
             self.updates.copy_(train.get("updates", updates))  # of before Muon: AdamW counted them
             for name, value in self.snapshot().items():
                 value.copy_(train[name])
