@@ -122,6 +122,8 @@ SMALL = dict(NEW, head_dim=64, steps=100000, batch_size=256, lr=3e-4, warmup=100
 BASE = dict(
     NEW, head_dim=64, steps=300000, batch_size=512, lr=1e-4, warmup=1000, cooldown=30000, ema_decay=0.9999)
 LARGE = dict(BASE, steps=500000, batch_size=1024, warmup=5000, cooldown=50000)
+FROM_NOISE = dict(
+    channel_mult=(1, 2, 3, 4), num_res_blocks=(3,), attn_resolutions=(32, 16, 8), patch=1)
 ENLARGES = dict(channel_mult=(1, 2, 4, 8), num_res_blocks=(2, 4, 8, 8), efficient=True)
 ENLARGES_CROPS = dict(ENLARGES, conv_only=True, crop=256)
 TINY_ENLARGES = dict(
@@ -137,11 +139,10 @@ PRESETS = {
         SMALL, weights=62.8e6, flops=50.2e9, channels=128, channel_mult=(1, 2, 2, 3), num_res_blocks=(2,),
         attn_resolutions=(16, 8), patch=1, steps=50000, cooldown=5000),
     (64, "base"): dict(
-        BASE, weights=306e6, flops=202e9, channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
-        attn_resolutions=(32, 16, 8), patch=1, emb_dim=768, steps=200000, cooldown=20000),
+        BASE | FROM_NOISE, weights=306e6, flops=202e9, channels=192, emb_dim=768, steps=200000,
+        cooldown=20000),
     (64, "large"): dict(
-        LARGE, weights=1.22e9, flops=779e9, channels=384, channel_mult=(1, 2, 3, 4), num_res_blocks=(3,),
-        attn_resolutions=(32, 16, 8), patch=1, emb_dim=1536),
+        LARGE | FROM_NOISE, weights=1.22e9, flops=779e9, channels=384, emb_dim=1536),
     (256, "tiny"): dict(
         TINY_ENLARGES, weights=3.27e6, flops=9.54e9, crop=64, max_aug=0.2, t_mean=0.5,
         steps=3400, batch_size=16, cooldown=2000),
@@ -175,7 +176,8 @@ CLIP = dict(
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
            "prompts", "save_minutes", "keep_best", "score_every", "score",
-           "text_cache", "text_shards", "latent_cache", "allow_bin", "shard_cache", "shard_cache_size"}
+           "text_cache", "text_shards", "latent_cache", "allow_bin", "shard_cache", "shard_cache_size",
+           "text_encoder", "vae"}                              # the content of these is compared
 SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
          "schedule", "size_shift", "prediction", "learn_sigma", "picture_mode", "lowres", "lowres_mode"}
 WITH_WEIGHTS = {"learned", "importance"}                       # values of other flags that bring weights
@@ -224,7 +226,7 @@ def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
 def die_of(error: Exception, micro: int) -> None:
     """End the run with one line if the error is a lack of memory, or of another rank."""
     text = str(error)
-    reason = re.sub(r"\[\S+\] ", "", (text.splitlines() or [""])[0])[:100]   # without where in its source
+    reason = re.sub(r"\[\S+\] ", "", text.partition("\n")[0])[:100]           # without where in its source
     if isinstance(error, dist.DistError) or "/gloo/" in text:
         die(f"another rank has ended or is late ({reason}). Run the same command to continue", status=1,
             everywhere=True)
@@ -235,8 +237,14 @@ def die_of(error: Exception, micro: int) -> None:
 
 def progress(ranks: "Ranks", **options) -> tqdm:
     """A bar on a terminal, of rank 0."""
-    seen = ranks.rank == 0 and sys.stderr is not None and sys.stderr.isatty()
-    return tqdm(disable=not seen, **options)
+    hidden = ranks.rank > 0 or sys.stderr is None
+    return tqdm(disable=hidden or None, **options)             # None: where there is no terminal
+
+
+def on_signal(handler) -> None:
+    """What SIGTERM and SIGINT do from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
 
 class Stopped(Exception):
@@ -247,13 +255,8 @@ class Signals:
     """SIGTERM and SIGINT: at once the end of the program, or remembered where somebody looks at `arrived`."""
     arrived = awaited = False
 
-    def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.arrive)
-
     def arrive(self, number: int, frame) -> None:
-        for either in (signal.SIGTERM, signal.SIGINT):         # a terminal and torchrun send it twice
-            signal.signal(either, signal.SIG_IGN)
+        on_signal(signal.SIG_IGN)                              # a terminal and torchrun send it twice
         self.arrived = True
         if not self.awaited:
             raise Stopped
@@ -265,6 +268,7 @@ def starting(cfg: "TrainConfig", ranks: "Ranks") -> Iterator[Signals]:
     try:
         try:
             signals = Signals()
+            on_signal(signals.arrive)
             yield signals
         except Stopped:
             say("stopping before the first step; run the same command to continue")
@@ -291,7 +295,7 @@ class Parser(argparse.ArgumentParser):
 
 def flag_options(kind: type) -> dict:
     """How argparse reads a field of a type."""
-    members = [member for member in get_args(kind) if member is not type(None)]
+    members = get_args(kind)
     if bool in (kind, *members):
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kind) is Literal:
@@ -301,20 +305,19 @@ def flag_options(kind: type) -> dict:
     return {"type": kind}
 
 
-def preset(name: str, size: int, lowres: int, latents: bool, pipeline: dict, objective: str) -> dict:
-    """The flags that --model, --size, --pretrained and --objective move."""
+def preset(known: argparse.Namespace, pipeline: dict) -> dict:
+    """The flags that --model, --size, --lowres, --vae, --pretrained (a pipeline) and --objective move."""
     if pipeline:
         return FINETUNE | pipeline
-    if name in model.UNETS:
-        return dict(PUBLISHED)
+    if known.model in model.UNETS:
+        return PUBLISHED
     stage = 64
-    if lowres:
-        stage = 256 if size <= 256 else 1024
-    row = dict(PRESETS[stage, name])
-    del row["weights"], row["flops"]
-    if latents:                                                # they say more at each place than pixels
+    if known.lowres:
+        stage = 256 if known.size <= 256 else 1024
+    row = dict(PRESETS[stage, known.model])                    # weights and flops are no flags: not read
+    if known.vae:                                              # latents say more at each place than pixels
         row["patch"] = max(1, row.get("patch", model.ModelConfig.patch) // 2)
-    if objective == "clip":                                    # which overfits, and needs wrong captions
+    if known.objective == "clip":                              # which overfits, and needs wrong captions
         row |= CLIP | {"keep_best": "val_loss", "batch_size": max(128, row["batch_size"])}
     return row
 
@@ -339,14 +342,15 @@ def parse(argv: list[str]) -> Configs:
     parser.set_defaults(model="", lowres=-1)
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
-    name = known.model or usual
+    known.model = known.model or usual
     pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
     known.vae = known.vae or pipeline.get("vae", "")
     scale = model.open_vae(known.vae)[0].scale if known.vae else 1
-    ladder = 0 if known.vae else LADDER.get(known.size, 0)
-    lowres = ladder if known.lowres < 0 else known.lowres
-    row = preset(name, known.size, lowres, bool(known.vae), pipeline, known.objective)
-    parser.set_defaults(model=name, lowres=lowres, min_size=known.size if lowres or known.vae else 8)
+    if known.lowres < 0:
+        known.lowres = 0 if known.vae else LADDER.get(known.size, 0)
+    row = preset(known, pipeline)
+    least = known.size if known.lowres or known.vae else 8
+    parser.set_defaults(model=known.model, lowres=known.lowres, min_size=least)
     parser.set_defaults(**row)
 
     given = [word.split("=")[0] for word in argv if word.startswith("--")]
@@ -358,7 +362,7 @@ def parse(argv: list[str]) -> Configs:
     args.out = args.out or f"runs/{kind}{args.size}"
     for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
         if f"--{name}" not in given:
-            scaled = row.get(name, 0) * args.steps // row.get("steps", args.steps)
+            scaled = row.get(name, 0) * args.steps // row["steps"]
             setattr(args, name, min(getattr(args, name), scaled))
     if args.attn_resolutions is row.get("attn_resolutions"):   # a preset's: where they occur
         here = model.sides(args, args.size // scale)
@@ -366,11 +370,8 @@ def parse(argv: list[str]) -> Configs:
 
     configs = []
     for cls in get_args(Configs):
-        values = {}
-        for field in dataclasses.fields(cls):
-            value = getattr(args, field.name)
-            values[field.name] = tuple(value) if isinstance(field.default, tuple) else value
-        configs.append(cls(**values))
+        values = {name: getattr(args, name) for name in get_type_hints(cls)}
+        configs.append(model.configured(cls, values))
     check(*configs, scale)
     return tuple(configs)
 
@@ -380,25 +381,26 @@ def check_caches(data_cfg, model_cfg, text_cfg) -> None:
     ends = data_cfg.data or data_cfg.limit
     if text_cfg.text_cache and not ends:
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
-    if data_cfg.latent_cache and not (ends and model_cfg.vae):
-        raise ValueError(f"--latent-cache {data_cfg.latent_cache} needs --vae, and pictures that end: add "
-                         "--data or --limit")
-    if data_cfg.latent_cache and data_cfg.min_crop < 1 and not data_cfg.crops:
-        raise ValueError(f"--latent-cache cannot keep the crops of --min-crop {data_cfg.min_crop}, which are "
-                         "new in each pass. Add --crops 4")
-    if data_cfg.latent_cache and data_cfg.flip:
-        raise ValueError(f"--latent-cache cannot keep what --flip {data_cfg.flip} mirrors. Drop one")
     if text_cfg.text_cache and data_cfg.shuffle_tags:
         raise ValueError(f"--text-cache {text_cfg.text_cache} cannot keep the captions of --shuffle-tags, "
                          "which are new in each pass. Drop one")
+    if not data_cfg.latent_cache:
+        return
+    if not (ends and model_cfg.vae):
+        raise ValueError(f"--latent-cache {data_cfg.latent_cache} needs --vae, and pictures that end: add "
+                         "--data or --limit")
+    if data_cfg.min_crop < 1 and not data_cfg.crops:
+        raise ValueError(f"--latent-cache cannot keep the crops of --min-crop {data_cfg.min_crop}, which are "
+                         "new in each pass. Add --crops 4")
+    if data_cfg.flip:
+        raise ValueError(f"--latent-cache cannot keep what --flip {data_cfg.flip} mirrors. Drop one")
 
 
 def check(cfg: TrainConfig, data_cfg, model_cfg, diff_cfg, text_cfg, scale: int) -> None:
-    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit.
-    scale: pixels of a picture per position of its latents."""
+    """Raise ValueError for what is wrong, before any work is done: one line with the value and the limit. The
+    values of each field alone are right already. scale: pixels of a picture per position of its latents."""
     clip = cfg.objective == "clip"
     for config in (cfg, data_cfg, model_cfg, diff_cfg, text_cfg):
-        model.check_fields(config)
         for name, value in vars(config).items():
             if clip and CLIP.get(name, value) != value:
                 flag = f"--{name.replace('_', '-')}"
@@ -476,12 +478,11 @@ class Ranks:
         """Meet the others, who wait for one another at most so long, but for a grid as long as it takes.
         Until then a signal ends the process without Python, which learns of none while it waits there."""
         if self.world > 1:
-            numbers = signal.SIGTERM, signal.SIGINT
-            handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+            before = signal.getsignal(signal.SIGTERM)
+            on_signal(signal.SIG_DFL)
             dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler)
+            on_signal(before)
 
     def wait(self) -> None:
         if self.world > 1:
@@ -634,7 +635,7 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as e:                                     # of whatever compiler is or is not there
-        reason = f"{type(e).__name__}: {str(e).splitlines()[0][:80]}"
+        reason = f"{type(e).__name__}: {str(e)[:80]}".partition("\n")[0]
         say(f"warning: torch.compile is unavailable ({reason}); running uncompiled")
         return net
     return torch.compile(net)
@@ -656,26 +657,35 @@ def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: i
     of its batch (the batches of `batch_size` start at `first`), "kept", whether it keeps its caption,
     "noise", the key of its noise; "lowres_u" and "lowres_noise", the same of its small picture;
     "transcription_kept". drops: shares of pictures that lose their transcription, and both texts."""
-    def columns(purpose: str) -> list[np.ndarray]:
+    def columns(purpose):
         rows = []
         for position in positions:
             rng = data.keyed(seed, purpose, position)
-            rows.append((rng.random(), rng.random(), rng.integers(2**63)))
-        u, other_u, key = zip(*rows)
-        return [np.array(u, np.float32), np.array(other_u), np.array(key)]
+            u = np.float32(rng.random())
+            rows.append((u, rng.random(), rng.integers(2**63)))
+        return [np.array(column) for column in zip(*rows)]
 
     u, caption_u, noise = columns(purpose)
     lowres_u, _, lowres_noise = columns("lowres")
     told = written = np.ones(len(u), bool)
-    if any(drops):
+    if any(drops):                                             # else it would take half as long again
         written_u, both_u, _ = columns(f"{purpose} transcription")
-        alone, both = drops
-        told = both_u >= both
-        written = told & (written_u >= alone)
+        told = both_u >= drops[1]
+        written = told & (written_u >= drops[0])
     index = (np.array(positions) - first) % batch_size
     u = diffusion.stratify(u, index.astype(np.float32), batch_size)
     return {"u": u, "kept": told & (caption_u >= uncond_prob), "noise": noise, "lowres_u": lowres_u,
             "lowres_noise": lowres_noise, "transcription_kept": written}
+
+
+def finite(x: Tensor) -> Tensor:
+    """x without its gradient, and with 0 for what is not finite."""
+    return x.detach().nan_to_num(0, 0, 0)
+
+
+def sent(numbers, device: torch.device) -> Tensor:
+    """An array or a tensor, on the device; the host does not wait for it."""
+    return torch.as_tensor(numbers).to(device, non_blocking=True)
 
 
 class Denoising(nn.Module):
@@ -689,22 +699,12 @@ class Denoising(nn.Module):
         self.unet, self.config, self.max_aug = unet, config, max_aug
         self.schedule = diffusion.make_schedule(config, size)
         self.small_schedule = diffusion.make_schedule(config, lowres or size)
-        self.beside = {"space": space, "text": text}           # in a dict: not a part of the checkpoint
+        vars(self).update(space=space, text=text)              # not registered: no part of the checkpoint
         if text.trainable:
             self.text_encoder = text
         self.uncertainty = diffusion.Uncertainty() if config.loss_weight == "learned" else None
-        self.importance = None
-        if config.t_density == "importance":
-            self.importance = diffusion.Importance()
-            self.register_buffer("squares", torch.zeros(2, 100), persistent=False)
-
-    @property
-    def space(self):
-        return self.beside["space"]
-
-    @property
-    def text(self) -> nn.Module:
-        return self.beside["text"]
+        self.importance = diffusion.Importance() if config.t_density == "importance" else None
+        self.squares = 0                                       # its sums since the last step
 
     def network(self):
         """The U-Net, preconditioned around the small picture where there is one."""
@@ -721,15 +721,14 @@ class Denoising(nn.Module):
         for name in words:
             stream, mask, _ = name.partition("mask")           # of captions, or transcription_
             if mask:
-                kept = torch.as_tensor(part[f"{stream}kept"]).to(device, non_blocking=True)
-                words[name] = words[name] & kept[:, None]
+                words[name] = words[name] & sent(part[f"{stream}kept"], device)[:, None]
         condition = words if self.text.trainable else self.text(**words)
         if "lowres" not in part:
             return condition
 
-        small = self.space.encode(torch.as_tensor(part["lowres"]).to(device, non_blocking=True))
-        t = self.max_aug * torch.as_tensor(part["lowres_u"]).to(device, non_blocking=True)
-        eps = diffusion.gaussian(torch.as_tensor(part["lowres_noise"]), small.shape[1:], device)
+        small = self.space.encode(sent(part["lowres"], device))
+        t = self.max_aug * sent(part["lowres_u"], device)
+        eps = diffusion.gaussian(sent(part["lowres_noise"], device), small.shape[1:])
         return condition | diffusion.augmented(small, eps, t, self.small_schedule)
 
     def encode(self, **condition) -> model.Tensors:
@@ -741,11 +740,11 @@ class Denoising(nn.Module):
 
     @torch.no_grad()
     def inputs(self, part: dict, device: torch.device) -> model.Tensors:
-        x0 = torch.as_tensor(part["picture"]).to(device, non_blocking=True)
+        x0 = sent(part["picture"], device)
         if x0.dtype == torch.uint8:                            # else latents, out of a cache
             x0 = self.space.encode(x0)
-        eps = diffusion.gaussian(torch.as_tensor(part["noise"]), x0.shape[1:], device)
-        u = torch.as_tensor(part["u"]).to(device, non_blocking=True)
+        eps = diffusion.gaussian(sent(part["noise"], device), x0.shape[1:])
+        u = sent(part["u"], device)
         if self.importance:
             t, weight = self.importance.draw(u)
         else:
@@ -766,19 +765,18 @@ class Denoising(nn.Module):
         return given["weighted"].sum()
 
     def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
-        loss = given["loss"].detach().nan_to_num(0, 0, 0)
-        raw = given["raw"].detach().nan_to_num(0, 0, 0)
+        raw = finite(given["raw"])
         buckets = diffusion.loss_buckets(raw, self.schedule.logsnr(inputs["t"]), BUCKETS)
-        meter.add(loss=loss, raw_loss=raw, buckets=buckets)
+        meter.add(loss=given["loss"], raw_loss=raw, buckets=buckets)
         if self.importance:
-            square = given["plain"].detach().nan_to_num(0, 0, 0).square()
-            sums = diffusion.bucket_sums(square, inputs["t"], self.squares.shape[1])
+            square = finite(given["plain"]).square()
+            sums = diffusion.bucket_sums(square, inputs["t"], len(self.importance.second_moment))
             self.squares += torch.stack(sums)
 
     def after_step(self, ranks: Ranks) -> None:
         if self.importance:
             self.importance.update(*ranks.sum_(self.squares))
-            self.squares.zero_()
+            self.squares = 0
 
 
 class Contrastive(Denoising):
@@ -817,7 +815,7 @@ class Contrastive(Denoising):
         return sum(both) / 2
 
     def record(self, meter: "Meter", inputs: model.Tensors, given: model.Tensors) -> None:
-        meter.add(scale=given["scale"].detach())
+        meter.add(scale=given["scale"])
 
 
 # ------------------------------------------------------------------------------------- optimizer and averages
@@ -902,33 +900,32 @@ class State:
         self.frozen, stacks = [], {}
         named = dict(net.named_parameters())
         trained = matching(train_only, named)
+        if not trained:
+            raise ValueError(f"--train-only {train_only} is no weight, as {next(iter(net.state_dict()))} is")
         for name, p in named.items():
             if name not in trained:
                 self.frozen.append(p)
             elif matrices and p in matrices:
                 shape = len(p) // matrices[p], p[0].numel()
                 stacks.setdefault(shape, []).append(p)
-        if len(self.frozen) == len(self.weights):
-            raise ValueError(f"--train-only {train_only} is no weight, as {next(iter(net.state_dict()))} is")
         decayed = {"params": [p for p in self.weights if p.ndim > 1], "weight_decay": weight_decay}
         others = {"params": [p for p in self.weights if p.ndim < 2], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([decayed, others], betas=(0.9, 0.99), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self.stacks = []
         for shape, group in stacks.items():
-            count = sum(p.numel() for p in group) // math.prod(shape)
+            count = sum(matrices[p] for p in group)
             momentum = torch.zeros(count, *shape, device=device)
             self.stacks.append((group, momentum))
             for p, own in zip(group, unstacked(momentum, group)):
                 self.optimizer.state[p]["momentum"] = own
 
         # Averages: exponent, cap of the decay, weights.
-        self.profiles = {}
-        if snapshots:
-            self.profiles = {width: [p.detach().clone() for p in self.weights] for width in PROFILES}
         self.averages = [(0.0, ema_decay, list(self.ema.parameters()))]
-        for width, average in self.profiles.items():
-            self.averages.append((PROFILES[width], 1.0, average))
+        self.profiles = {}
+        for width, exponent in PROFILES.items() if snapshots else ():
+            self.profiles[width] = [p.detach().clone() for p in self.weights]
+            self.averages.append((exponent, 1.0, self.profiles[width]))
 
     @torch.no_grad()
     def update(self, lr: float) -> tuple[Tensor, Tensor]:
@@ -968,7 +965,8 @@ class State:
         ranks, dealt = Ranks(), itertools.count()
         sizes = [momentum.numel() for _, momentum in self.stacks]
         turned = torch.zeros(sum(sizes), dtype=torch.bfloat16, device=lr.device)
-        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+        stacks = list(zip(self.stacks, turned.split(sizes)))
+        for (weights, momentum), part in stacks:
             grads = torch.cat([p.grad.movedim(1, -1).flatten() for p in weights])
             grads = grads.view_as(momentum)
             momentum.lerp_(grads.nan_to_num_(0, 0, 0), 0.05 * (lr > 0))
@@ -981,7 +979,7 @@ class State:
 
         ranks.sum_(turned)                                     # of each matrix all ranks but one have 0
         decay = self.optimizer.param_groups[0]["weight_decay"]
-        for (weights, momentum), part in zip(self.stacks, turned.split(sizes)):
+        for (weights, momentum), part in stacks:
             size = 0.2 * math.sqrt(max(momentum.shape[1:])) * lr
             torch._foreach_mul_(weights, 1 - lr * decay)
             torch._foreach_sub_(weights, unstacked((part * size).float(), weights))
@@ -992,11 +990,11 @@ class State:
 
     def size(self) -> float:
         """The sum of the norms of weights and averages: equal on all ranks, inf where one is not finite."""
-        total = 0.0
-        for group in (self.weights, *(average for _, _, average in self.averages)):
-            for norm in torch._foreach_norm(group):
-                total += norm.detach().double()
-        total = float(total)
+        tensors = list(self.weights)
+        for _, _, average in self.averages:
+            tensors += average
+        norms = torch._foreach_norm(tensors)
+        total = float(sum(norm.detach().double() for norm in norms))
         return total if math.isfinite(total) else math.inf
 
     def tensors(self) -> dict[str, model.Tensors]:
@@ -1019,42 +1017,38 @@ class State:
 
     def load(self, ema: model.Tensors, train: model.Tensors, scaler: dict) -> None:
         """The inverse of `tensors`, bit for bit, and the scaler's state. ValueError where they do not fit."""
+        parts = defaultdict(dict)
+        for key, value in train.items():
+            kind, _, name = key.partition(".")
+            parts[kind][name] = value
+        named = dict(self.net.named_parameters())
+        updates = self.updates
         try:
-            self.fill(ema, train)
+            self.ema.load_state_dict(ema)
+            self.net.load_state_dict(parts["weights"])
+            for key, value in parts["optimizer"].items():
+                name, _, part = key.rpartition(".")
+                like = named[name]                             # moments in the memory layout of weights
+                if part == "step":
+                    like = self.updates
+                    updates = value
+                moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
+                moment.copy_(value)
+
+            self.updates.copy_(train.get("updates", updates))  # of before Muon: AdamW counted them
+            for name, value in self.snapshot().items():
+                value.copy_(train[name])
         except (RuntimeError, LookupError, ValueError) as e:
             raise ValueError(f"the checkpoint does not fit these flags: {str(e)[:200]}") from e
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
-
-    def fill(self, ema: model.Tensors, train: model.Tensors) -> None:
-        weights = {}
-        for key in train:
-            if key.startswith("weights."):
-                weights[key.removeprefix("weights.")] = train[key]
-        self.ema.load_state_dict(ema)
-        self.net.load_state_dict(weights)
-
-        if "updates" not in train:                             # of before Muon: AdamW counted them
-            counted = [value for key, value in train.items() if key.endswith(".step")]
-            train["updates"] = counted[0] if counted else self.updates
-        self.updates.copy_(train["updates"])
-        for name, value in self.snapshot().items():
-            value.copy_(train[name])
-
-        named = dict(self.net.named_parameters())
-        for key in train:
-            if key.startswith("optimizer."):                   # moments in the memory layout of weights
-                name, part = key.removeprefix("optimizer.").rsplit(".", 1)
-                like = self.updates if part == "step" else named[name]
-                moment = self.optimizer.state[named[name]].setdefault(part, torch.empty_like(like))
-                moment.copy_(train[key])
 
 
 def rate(step: int, cfg: TrainConfig) -> float:
     """The learning rate of a step: linear warm-up, constant, linear cooldown to 0."""
     rising = (step + 1) / (cfg.warmup + 1)
     falling = (cfg.steps - step) / (cfg.cooldown + 1)
-    return cfg.lr * max(0.0, min(1.0, rising, falling))
+    return cfg.lr * min(1.0, rising, falling)
 
 
 # ---------------------------------------------------------------------------------- checkpoints and their run
@@ -1090,10 +1084,9 @@ def save_checkpoint(run: Path, step: int, files: dict, meta: dict, keep: int, ow
     parent = run / "checkpoints"
     target = parent / f"{step:06d}"
     temp = parent / f".tmp-{step:06d}"
-    parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temp, ignore_errors=True)
     try:
-        temp.mkdir()
+        temp.mkdir(parents=True)
         for name, tensors in files.items():
             model.save_tensors(temp / f"{name}.safetensors", tensors, meta | (own or {}).get(name, {}))
         if target.exists():                                    # of this step, and damaged: keep it aside
@@ -1137,9 +1130,16 @@ def without_folders(config: str) -> str:
     return json.dumps(recipe)
 
 
-def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: bool) -> None:
-    """Write a snapshot of the profiles, if any, and a checkpoint. Training survives a disk that is full,
-    unless this is the last one."""
+def save(journal, step: int, state: State, meta: dict, keep: int, last: bool, ranks: Ranks) -> None:
+    """Publish a checkpoint of what is the same on every rank, else the run ends, and a snapshot of the
+    profiles, if any. Training survives a disk that is full, unless this is the last one."""
+    if not ranks.equal(state.size()):
+        die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
+            "The same command goes on from the last checkpoint", status=1)
+    out = journal.out
+    if not out:
+        return
+
     meta = {**meta, "step": str(step), "scaler": json.dumps(state.scaler.state_dict())}
     shared = {"ema": {"config": without_folders(meta["config"])}}
     try:
@@ -1150,12 +1150,14 @@ def publish(out: Path, step: int, state: State, meta: dict, keep: int, last: boo
         if last:
             die(f"the last checkpoint, step {step}, could not be written: {e}", status=1)
         say(f"warning: checkpoint at step {step} not written ({e}); training continues")
+    journal.saved = time.monotonic()
+    (out / "save").unlink(missing_ok=True)
 
 
 def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> None:
     """Write `out`/checkpoints/best/ema.safetensors, the averaged weights, if `name` is the best so far in
     a line. Training survives a disk that is full, and a damaged old file."""
-    path = out / "checkpoints" / "best" / "ema.safetensors"
+    path = out / "checkpoints/best/ema.safetensors"
     own = {name: str(line[name]) for name in ("step", name)}
     own["config"] = without_folders(meta["config"])
     sign = -1 if name in ("val_gap", "precision", "recall", "clip_score") else 1
@@ -1166,17 +1168,6 @@ def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> Non
             model.save_tensors(path, state.ema.state_dict(), meta | own)
     except (OSError, ValueError) as e:
         say(f"warning: {path} not written ({e}); training continues")
-
-
-def save(journal, step: int, state: State, meta: dict, keep: int, last: bool, ranks: Ranks) -> None:
-    """Publish a checkpoint of what is the same on every rank; else the run ends."""
-    if not ranks.equal(state.size()):
-        die(f"the weights of step {step} are not finite, or differ between ranks: not saved. "
-            "The same command goes on from the last checkpoint", status=1)
-    if journal.out:
-        publish(journal.out, step, state, meta, keep, last)
-        journal.saved = time.monotonic()
-        (journal.out / "save").unlink(missing_ok=True)
 
 
 def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, net: Denoising) -> tuple:
@@ -1200,11 +1191,8 @@ def resume(out: Path, state: State, configs: Configs, pictures: data.Pictures, n
         for name, value in dataclasses.asdict(config).items():
             flag = f"--{name.replace('_', '-')}"
             old = stored.get(group, {}).get(name, getattr(type(config)(), name))
-            if name in MACHINE or json.dumps(old) == json.dumps(value):
-                continue
-            if name in ("text_encoder", "vae"):                # by their content, below
-                continue
-            if name == "pretrained" and old and value:         # it may have moved
+            moved = name == "pretrained" and old and value
+            if name in MACHINE or moved or json.dumps(old) == json.dumps(value):
                 continue
             if name in SHAPE or group in SHAPE or WITH_WEIGHTS & {str(old), str(value)}:
                 raise ValueError(f"the checkpoint has {flag} {old}, not {value}. Use that, or another --out")
@@ -1253,16 +1241,15 @@ def warm_start(net: nn.Module, tensors: model.Tensors, reinit: str = "") -> str:
 
     report = []
     for kind, names in found.items():
-        shown = " ".join(names[:8])
-        named = kind != "copied" and shown
-        report.append(f"{len(names)} {kind}" + (f": {shown}" if named else ""))
+        shown = "" if kind == "copied" else " ".join(names[:8])
+        report.append(f"{len(names)} {kind}: {shown}".rstrip(": "))
     return ", ".join(report)
 
 
 # --------------------------------------------------------------------------------------------- parts of a run
-def no_embedding(length: int, dim: int, pooled_dim: int, caption: str, beside: bytes) -> tuple:
+def no_embedding(reader: text_encoder.Reader, caption: str, beside: bytes) -> tuple:
     """A dry run's: as large as can be, and nothing is computed."""
-    return torch.zeros(length, dim).bfloat16(), torch.zeros(pooled_dim).bfloat16()
+    return torch.zeros(reader.length, reader.dim).bfloat16(), torch.zeros(reader.pooled_dim).bfloat16()
 
 
 def no_latent(channels: int, side: int) -> tuple:
@@ -1278,7 +1265,7 @@ def prompts_of(cfg: TrainConfig) -> list[str]:
     """The prompts of grids, if they are given."""
     content = Path(cfg.prompts).read_bytes() if cfg.prompts else b""
     text, _ = data.read_text(content)
-    lines = [data.clean(line) for line in text.splitlines()]
+    lines = map(data.clean, text.splitlines())
     return [line for line in lines if line]
 
 
@@ -1307,25 +1294,21 @@ def filled(cache: data.Cache, texts: Iterable[str], encode, part: int, signals: 
            what: str) -> data.Cache:
     """A cache with what the ranks put into it, each of its own `texts`, `part` of them to a file.
     Raises Stopped where a signal arrives; what was computed until then is kept."""
-    def until_signal(items: Iterable) -> Iterable:
+    def until_signal(items):
         return itertools.takewhile(lambda _: not signals.arrived, items)
 
-    def ours() -> Iterable[str]:
-        for text in texts:
-            if zlib.crc32(text.encode()) % ranks.world == ranks.rank:
-                yield text
-
     # A part each, then the ranks meet, until none of them has any left.
-    parts = cache.fill(until_signal(ours()), lambda texts: until_signal(encode(texts)), part)
+    ours = filter(lambda text: zlib.crc32(text.encode()) % ranks.world == ranks.rank, texts)
+    parts = cache.fill(until_signal(ours), lambda texts: until_signal(encode(texts)), part)
     signals.awaited = True
-    bar = progress(ranks, desc=what)
-    for written in itertools.chain(parts, itertools.repeat(0)):
-        bar.update(written)
-        if not ranks.agreed(written) or ranks.agreed(signals.arrived):
-            break
-    bar.close()
-    if ranks.agreed(signals.arrived):
-        raise Stopped
+    with progress(ranks, desc=what) as bar:
+        for written in itertools.chain(parts, itertools.repeat(0)):
+            bar.update(written)
+            more = ranks.agreed(written)
+            if ranks.agreed(signals.arrived):
+                raise Stopped
+            if not more:
+                break
     signals.awaited = False
     return data.Cache(cache.name, cache.fingerprint)           # with what the others wrote
 
@@ -1343,7 +1326,7 @@ def load_latents(configs: Configs, sets: list[data.Pictures], net: "Denoising", 
     for pictures in sets:
         readers.update(pictures.squares())
 
-    def encode(texts: list[str]) -> Iterable[tuple]:
+    def encode(texts):
         for i, text in enumerate(texts):
             try:
                 picture = readers[text]()
@@ -1363,16 +1346,16 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
               ranks: Ranks) -> tuple[nn.Module, list[data.Cache]]:
     """The text encoder, and the caches of its frozen ones, in which the ranks put the captions of `sets`.
     Raises Stopped, see `filled`."""
-    cfg, _, _, _, text_cfg = configs
+    cfg, *_, text_cfg = configs
     caches = []
 
-    def look_up(number: int, encoder: nn.Module, load):
+    def look_up(number, encoder, load):
         if cfg.dry_run:
-            return partial(no_embedding, encoder.length, encoder.dim, encoder.pooled_dim)
+            return partial(no_embedding, encoder.reader)
         if text_cfg.text_cache == "shards":
             return partial(embedding_inside, encoder.fingerprint)
 
-        def encode(texts: list[str]) -> Iterable[tuple]:
+        def encode(texts):
             load()
             return text_encoder.encode_captions(encoder.to(device), texts)
 
@@ -1407,7 +1390,7 @@ def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig
 def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache], config: data.DataConfig,
                       ranks: Ranks) -> None:
     """Copies of this rank's share of shards, with what the caches have of each caption beside its picture."""
-    def beside(texts: list[str]) -> bytes:
+    def beside(texts):
         tensors, meta = {}, {}
         for cache in caches:
             more, marks = cache.pack({text: cache[text] for text in texts}, meta)
@@ -1425,32 +1408,29 @@ def write_text_shards(shards: list[str], folder: Path, caches: list[data.Cache],
         say(f"wrote {target}")
 
 
-def continued(folder: Path, widths: tuple[int, int], reinit: str) -> model.UNet2DConditionModel:
-    """The U-Net of a folder, to go on with; what `reinit` matches, and all of a folder with nothing but a
-    config.json, starts from scratch."""
-    if [path.name for path in folder.glob("*")] == ["config.json"]:
-        say(f"note: {folder} has no weights, so it starts from scratch")
-        return model.UNet2DConditionModel(model.read_config(folder), *widths)
-    unet = model.load_unet(folder, *widths)
-    if reinit:
-        fresh = model.UNet2DConditionModel(unet.config, *widths)
-        say(f"from {folder}: {warm_start(fresh, unet.state_dict(), reinit)}")
-        unet = fresh
-    return unet
-
-
 def published(configs: Configs, text: nn.Module, space) -> model.UNet2DConditionModel:
-    """The U-Net of --pretrained, or of --model from scratch. ValueError where it does not fit the VAE."""
-    cfg, _, _, _, text_cfg = configs
-    if cfg.pretrained:
-        own = text_cfg.text_encoder == model.open_pipeline(cfg.pretrained)["text_encoder"]
-        if own and (text_cfg.text_cache == "shards" or not text_cfg.text_padding):
+    """The U-Net of --pretrained, to go on with, or of --model from scratch, as is what --reinit matches, and
+    all of a folder with nothing but a config.json. ValueError where it does not fit the VAE."""
+    cfg, *_, text_cfg = configs
+    folder = Path(cfg.pretrained, "unet")
+    widths = text.dim, text.pooled_dim
+    if cfg.pretrained and text_cfg.text_encoder == model.open_pipeline(cfg.pretrained)["text_encoder"]:
+        if text_cfg.text_cache == "shards" or not text_cfg.text_padding:
             raise ValueError("a pipeline's own text encoder needs --text-padding, and no --text-cache shards")
-        widths = (0, 0) if own else (text.dim, text.pooled_dim)
-        unet = continued(Path(cfg.pretrained, "unet"), widths, "" if cfg.init else cfg.reinit)
-    else:
+        widths = 0, 0                                          # its own
+
+    if not cfg.pretrained:
         config = model.UNETS[cfg.model] | dict.fromkeys(("in_channels", "out_channels"), space.channels)
-        unet = model.UNet2DConditionModel(config, text.dim, text.pooled_dim)
+        unet = model.UNet2DConditionModel(config, *widths)
+    elif [*folder.glob("*")] == [folder / "config.json"]:
+        say(f"note: {folder} has no weights, so it starts from scratch")
+        unet = model.UNet2DConditionModel(model.read_config(folder), *widths)
+    else:
+        unet = model.load_unet(folder, *widths)
+        if cfg.reinit and not cfg.init:
+            fresh = model.UNet2DConditionModel(unet.config, *widths)
+            say(f"from {folder}: {warm_start(fresh, unet.state_dict(), cfg.reinit)}")
+            unet = fresh
     channels = unet.config["in_channels"]
     if channels != space.channels:
         raise ValueError(f"the U-Net reads {channels} channels, the VAE gives {space.channels}. Use its own")
@@ -1493,10 +1473,10 @@ def build(configs: Configs, text: nn.Module, device: torch.device) -> Denoising:
 
 
 def parts_of(batch: dict, size: int) -> list[dict]:
-    """A batch in parts of up to `size` pictures."""
-    count = len(batch["captions"])
+    """A batch, whose first entry has a row for each picture, in parts of up to `size` pictures."""
+    first, *_ = batch.values()
     parts = []
-    for start in range(0, count, size):
+    for start in range(0, len(first), size):
         parts.append({name: value[start:start + size] for name, value in batch.items()})
     return parts
 
@@ -1511,24 +1491,24 @@ class Meter:
     """Named sums on the device: `add` waits for nothing, `read` is where the host waits."""
 
     def __init__(self):
-        self.sums: dict[str, tuple] = {}
+        self.sums = {}                                         # by name: (sums, counts)
 
     def add(self, **values) -> None:
-        """Count values, a tensor of one for each picture or update; or (sums, counts) of several."""
+        """Count values, a tensor of one for each picture or update, 0 for what is not finite; or (sums,
+        counts) of several."""
         for name, value in values.items():
-            pair = value if isinstance(value, tuple) else (value.sum(), value.numel())
-            before = self.sums.get(name, (0, 0))
-            self.sums[name] = before[0] + pair[0], before[1] + pair[1]
+            if not isinstance(value, tuple):
+                value = finite(value).sum(), value.numel()
+            total, count = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value[0], count + value[1]
 
     def read(self, ranks: Ranks, device: torch.device) -> tuple[dict, dict]:
         """(sums, counts) of all ranks by name, each a list of numbers; starts anew."""
-        columns, sizes = [], []
-        for pair in self.sums.values():
-            for value in pair:
-                columns.append(torch.as_tensor(value, device=device).float().flatten())
-                sizes.append(columns[-1].numel())
+        columns = []
+        for value in itertools.chain(*self.sums.values()):
+            columns.append(torch.as_tensor(value, device=device).float().flatten())
         numbers = ranks.sum_(torch.cat(columns)).double().cpu()
-        values = [part.tolist() for part in numbers.split(sizes)]
+        values = [part.tolist() for part in numbers.split([len(column) for column in columns])]
         names = list(self.sums)
         self.sums = {}
         return dict(zip(names, values[::2])), dict(zip(names, values[1::2]))
@@ -1546,12 +1526,13 @@ def flat(line: dict) -> dict[str, float]:
 
 
 def to_tensorboard(out: Path, recipe: dict) -> tuple[Callable, Callable]:
-    """Functions that log (step, numbers, pictures by name), and that end it. ImportError without it."""
+    """Functions that log (step, numbers by name, pictures by name), and that end it. ImportError without
+    it."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(out / "tensorboard"))
     writer.add_text("config", json.dumps(recipe, indent=1))
 
-    def log(step: int, numbers: dict, pictures: dict) -> None:
+    def log(step, numbers, pictures):
         for name, value in numbers.items():
             writer.add_scalar(name, value, step)
         for name, picture in pictures.items():
@@ -1564,7 +1545,7 @@ def to_wandb(out: Path, recipe: dict) -> tuple[Callable, Callable]:
     import wandb
     board = wandb.init(project="limn", name=out.name, dir=str(out), config=recipe)
 
-    def log(step: int, numbers: dict, pictures: dict) -> None:
+    def log(step, numbers, pictures):
         images = {name: wandb.Image(picture) for name, picture in pictures.items()}
         board.log(numbers | images, step=step)
     return log, board.finish
@@ -1640,15 +1621,16 @@ def draw_panel(pen: ImageDraw.ImageDraw, left: int, top: int, name: str, runs: l
         return
 
     steps, values = np.concatenate([line for *_, line in lines]).T
-    scale = np.log10 if values.min() > 0 else np.positive
-    ends = scale([values.min(), values.max()])
+    least, most = values.min(), values.max()
+    scale = np.log10 if least > 0 else np.positive
+    ends = scale([least, most])
     for ink, level, line in lines:
         x = np.interp(line[:, 0], (0, steps.max()), (left, left + 480))
         y = np.interp(scale(line[:, 1]), ends, (top + 192, top + 28))
         pen.line([*zip(x, y), (x[-1], y[-1])], ink, 2)
         pen.text((x[-1] + 2, y[-1] - 6), level[1:], ink)
     pen.rectangle((left, top + 20, left + 480, top + 200), outline="grey")
-    title = f"{name}: {values.min():.4g} to {values.max():.4g}, {steps.max():.0f} steps"
+    title = f"{name}: {least:.4g} to {most:.4g}, {steps.max():.0f} steps"
     pen.text((left, top + 4), title, "black")
 
 
@@ -1671,16 +1653,16 @@ TIMES = 0.1, 0.3, 0.5, 0.7, 0.9                                # of noise, at wh
 
 
 @torch.no_grad()
-def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+def retrieval(net: Contrastive, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """How a CLIP does among n fixed pairs, a line for metrics.jsonl, for each of TIMES: how often a picture's
     own caption, or one that is equal, is the nearest, and among the nearest 5 ("text_at_1", "text_at_5"), the
     same of a caption's pictures; and the mean loss. Every rank does all of it."""
     n, most = min(n, len(fixed)), min(32, trainer.micro)
-    line = {"step": step, "val_loss": 0.0}
+    line = {"val_loss": 0.0}
     given = {t: [] for t in TIMES}
     for start in range(0, n, most):
-        items = [fixed[position] for position in range(start, min(start + most, n))]
-        inputs = net.inputs(fixed.batch(items), trainer.device)
+        batch = data.collect(fixed, start, min(start + most, n))
+        inputs = net.inputs(batch, trainer.device)
         for t, parts in given.items():
             parts.append(net(**inputs | {"t": torch.full_like(inputs["t"], t)}))
 
@@ -1697,20 +1679,19 @@ def retrieval(step: int, net: Contrastive, fixed: data.Pictures, n: int, trainer
 
 
 @torch.no_grad()
-def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
+def validate(net: Denoising, fixed: data.Pictures, n: int, trainer: "Trainer") -> dict:
     """Losses on n fixed pictures, times and noise, a line for metrics.jsonl; ranks share the work, in parts
     as the trainer's, of up to 32. val_gap = loss with the next picture's caption - loss with the right one:
     above 0 the text is used. Of a CLIP see retrieval."""
     if net.joins:
-        return retrieval(step, net, fixed, n, trainer)
+        return retrieval(net, fixed, n, trainer)
     n, most = min(n, len(fixed)), min(32, trainer.micro)
     device, ranks = trainer.device, trainer.ranks
     sums = torch.zeros(2 * BUCKETS + 1, dtype=torch.float64)
     for start in range(ranks.rank * most, n, ranks.world * most):
         stop = min(start + most, n)
         items = [fixed[position] for position in (*range(start, stop), stop % n)]
-        others = [item | {"caption": after["caption"], "words": after["words"]}
-                  for item, after in itertools.pairwise(items)]
+        others = [item | {"words": after["words"]} for item, after in itertools.pairwise(items)]
         right, wrong = fixed.batch(items[:-1]), fixed.batch(others)
 
         even = [(position * 0.6180339887 + 0.5) % 1 for position in right["positions"]]       # for any n
@@ -1721,23 +1702,24 @@ def validate(step: int, net: Denoising, fixed: data.Pictures, n: int, trainer: "
         sums += torch.cat([*buckets, (other - loss).sum()[None]]).cpu()
 
     total, count, gap = ranks.sum_(sums).split([BUCKETS, BUCKETS, 1])
-    return {"step": step, "val_loss": number(total.sum() / n), "val_gap": number(gap / n),
+    return {"val_loss": number(total.sum() / n), "val_gap": number(gap / n),
             "val_buckets": [number(x) for x in total / count.clamp(min=1)]}
 
 
 def scored(step: int, cfg: TrainConfig) -> dict:
     """What sample.py says of the checkpoint of this step, a line for metrics.jsonl: of pictures of held-out
     captions, from seeds that stay, against held-out pictures, unless --score says otherwise."""
-    command = [sys.executable, str(Path(__file__).with_name("sample.py")), f"--device={cfg.device}"]
-    command += [f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz"]
-    command += [f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
+    command = [
+        sys.executable, str(Path(__file__).with_name("sample.py")), f"--device={cfg.device}",
+        f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz",
+        f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}           # not a rank of torchrun
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         say(f"warning: no score of step {step}, see above; training continues")
         return {}
     words = done.stdout.splitlines()[-1].split()               # name value  name value
-    return {"step": step} | dict(zip(words[::2], map(float, words[1::2])))
+    return dict(zip(words[::2], map(float, words[1::2])))
 
 
 def shown_batch(pictures: data.Pictures, size: int, prompts: list[str]) -> dict:
@@ -1777,17 +1759,17 @@ def sample_grid(net: Denoising, shown: dict, most: int, device: torch.device) ->
         denoise = diffusion.guided(net.network(), net.schedule, net.config, condition, scale)
         denoise = diffusion.threshold(denoise, limit=net.space.limit)
 
-        keys = torch.as_tensor(part["noise"])
+        keys = sent(part["noise"], device)
         side = part["picture"].shape[-1] // net.space.scale
         shape = (net.space.channels, side, side)
-        x = diffusion.gaussian(keys, shape, device)
-        noise = diffusion.noise_source(keys, shape, device)
+        x = diffusion.gaussian(keys, shape)
+        noise = diffusion.noise_source(keys, shape)
         times = diffusion.sampling_times(net.schedule, 2 if enlarges else 20)
         drawn = diffusion.dpmpp_2m(denoise, x, times, noise, net.schedule)
         views = [net.space.decode(drawn)]
         if enlarges:
             views = [net.space.decode(condition["lowres"]), *views, torch.as_tensor(part["picture"])]
-        rows.append(data.side_by_side(*(view.cpu() for view in views)))
+        rows.append(data.side_by_side(*views))
     pictures = torch.cat(rows)
     say(f"samples: {described(pictures)}")
     return data.contact_sheet(pictures, data.labels(shown["captions"], shown["transcriptions"]))
@@ -1798,12 +1780,12 @@ def first_batch(net: Denoising, part: dict, device: torch.device) -> Image.Image
     inputs = net.inputs(part, device)
     x_t = diffusion.noised(inputs["x0"], inputs["eps"], inputs["t"], net.schedule)
     views = [inputs[name] for name in ("lowres", "x0") if name in inputs]
-    views = [net.space.decode(view[:16]).cpu() for view in (*views, x_t)]
+    views = [net.space.decode(view[:16]) for view in (*views, x_t)]
     notes = []
     for t, caption, kept in zip(inputs["t"].tolist(), part["captions"], part["kept"]):
         notes.append(f"t {t:.2f}: {caption if kept else '(dropped)'}")
-    told = zip(part["transcriptions"], part["transcription_kept"])
-    written = [text if kept else "" for text, kept in told]
+    written = [text if kept else ""
+               for text, kept in zip(part["transcriptions"], part["transcription_kept"])]
     return data.contact_sheet(data.side_by_side(*views), data.labels(notes[:16], written))
 
 
@@ -1827,7 +1809,6 @@ class Trainer:
         for name, p in objective.named_parameters():
             part = ".".join(name.split(".")[:2])
             self.parts.setdefault(part, []).append(p)
-        self.since = clock(device)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
 
@@ -1855,20 +1836,19 @@ class Trainer:
         self.backward(parts_of(batch, self.micro), len(batch["captions"]))
         self.objective.after_step(self.ranks)
         watched = self.cfg.log_every and number and number % self.cfg.log_every == 0
-        if watched or self.queries:
-            one = torch.ones((), device=self.device)
-            scale = self.state.scaler.scale(one)               # of fp16's gradients, else 1
+        one = torch.ones((), device=self.device)
+        scale = self.state.scaler.scale(one)                   # of fp16's gradients, else 1
         for part, weights in self.parts.items() if watched else ():
             gradients = [p.grad for p in weights if p.grad is not None]
-            length = nn.utils.get_total_norm(gradients) / scale
-            self.meter.add(**{f"gradients/{part}": length.nan_to_num(0, 0, 0)})
-            self.meter.add(**{f"weights/{part}": nn.utils.get_total_norm(weights).detach()})
+            steepness = nn.utils.get_total_norm(gradients) / scale
+            length = nn.utils.get_total_norm(weights)
+            self.meter.add(**{f"gradients/{part}": steepness, f"weights/{part}": length})
         if self.queries:                                       # in a network that learns nothing it goes to 0
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
             self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
-        self.meter.add(grad_norm=norm.nan_to_num(0, 0, 0), clipped=clipped, skipped=bad)
+        self.meter.add(grad_norm=norm, clipped=clipped, skipped=bad)
         for name in COUNTED:
             self.meter.add(**{name: (len(batch[name]), 1)})
 
@@ -1919,17 +1899,14 @@ class Trainer:
             return self.objective.loss(given) / total
         gathered = {name: self.ranks.gathered(rows) for name, rows in given.items()}
         loss = self.objective.loss(gathered)
-        share = loss.detach().nan_to_num(0, 0, 0) / self.ranks.world
-        self.meter.add(loss=(share, total))
+        self.meter.add(loss=(finite(loss) / self.ranks.world, total))
         return loss / total
 
     def shares(self, parts: list[dict], total: int) -> list[model.Tensors]:
         """Gradients of a loss that joins pictures, by what forward gives of each part (gradient caching,
         Gao et al. 2021, arXiv:2101.06983): of all parts and ranks, without graphs, so memory is a part's."""
-        given = []
-        for part in parts:
-            with torch.no_grad(), self.autocast:
-                given.append(self.run(**self.objective.inputs(part, self.device)))
+        with torch.no_grad(), self.autocast:
+            given = [self.run(**self.objective.inputs(part, self.device)) for part in parts]
 
         leaves = {}
         for name in given[0]:
@@ -1937,28 +1914,24 @@ class Trainer:
         loss = self.loss(leaves, total)
         gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
 
-        sizes = [len(part["captions"]) for part in parts]
-        split = [gradient.split(sizes) for gradient in gradients]
-        return [dict(zip(leaves, rows)) for rows in zip(*split)]
+        return parts_of(dict(zip(leaves, gradients)), len(parts[0]["captions"]))
 
     def line(self, step: int, images: int) -> dict:
         """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first.
         The only place where the host waits for the device."""
         sums, counts = self.meter.read(self.ranks, self.device)
-        seconds = clock(self.device) - self.since
+        began = self.since
         self.since = clock(self.device)
         line = {"step": step, "images": images}
         for name, totals in sums.items():
-            means = []
-            for total, count in zip(totals, counts[name]):
-                means.append(number(total / max(1, count)))
+            means = [number(total / max(1, count)) for total, count in zip(totals, counts[name])]
             line[name] = means if len(means) > 1 else means[0]
 
         # These are counted, not averaged; loss has a value for each picture.
         line["skipped"] = round(sums["skipped"][0] / self.ranks.world)
         for name in COUNTED:
             line[name] = round(sums[name][0])
-        speed = counts["loss"][0] / seconds
+        speed = counts["loss"][0] / (self.since - began)
         line["pictures/s"] = number(speed)
         line["share_of_peak"] = number(3 * self.flops * speed / self.ranks.world / self.peak)
         line["lr"] = number(rate(step - 1, self.cfg))
@@ -1983,12 +1956,10 @@ def tell(line: dict, bar: tqdm) -> None:
 def dry_run(trainer: Trainer, batches: Iterable[dict], configs: Configs) -> None:
     """The configuration, and what it costs here: measured on real updates, without the first two."""
     cfg = configs[0]
-    began, pictures = clock(trainer.device), 0
     for step in range(min(6, cfg.steps)):
-        if step == 2:
+        if step in (0, 2):
             began, pictures = clock(trainer.device), 0
-        batch = next(batches)
-        trainer.step(batch, rate(step, cfg))
+        trainer.step(next(batches), rate(step, cfg))
         pictures += cfg.batch_size
     speed = pictures / (clock(trainer.device) - began)
     used, peak = 3 * trainer.flops * speed, trainer.peak
@@ -2017,15 +1988,13 @@ def pictures_of(configs: Configs) -> list[data.Pictures]:
 
 def attach(sets: list[data.Pictures], text: nn.Module, cfg: TrainConfig, images: int) -> None:
     """What data workers add to the pictures of `pictures_of`: what is read of texts, and random numbers."""
-    for pictures in sets:
+    for pictures, purpose in zip(sets, ("noise", "validation", "samples")):
         pictures.reader = text.reader
         pictures.transcriber = text.transcriber
-    train_set, val_set, shown_set = sets
+        pictures.draws = partial(draws, 0, purpose, 0.0, 0, 1)
     drops = (cfg.transcription_drop, cfg.both_drop) if text.transcriber else (0.0, 0.0)
-    train_set.draws = partial(
+    sets[0].draws = partial(
         draws, cfg.seed, "noise", cfg.uncond_prob, images, cfg.batch_size, drops=drops)
-    val_set.draws = partial(draws, 0, "validation", 0.0, 0, 1)
-    shown_set.draws = partial(draws, 0, "samples", 0.0, 0, 1)
 
 
 def announce(cfg: TrainConfig, pictures: data.Pictures, state: State, first: int) -> None:
@@ -2043,13 +2012,13 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
     if out:
         content = json.dumps({**recipe, "versions": VERSIONS}, indent=1)
         (out / "config.json").write_text(content, "utf-8")
-    meta = {}
+    meta = {
+        "config": json.dumps(recipe), "data": pictures.fingerprint, "text": objective.text.fingerprint,
+        "space": objective.space.fingerprint, "versions": json.dumps(VERSIONS)}
     if isinstance(objective.unet, model.UNet2DConditionModel):
         adapted = {"_adapter": objective.unet.adapter is not None}
         meta["unet"] = json.dumps(objective.unet.config | adapted)
-    return meta | {
-        "config": json.dumps(recipe), "data": pictures.fingerprint, "text": objective.text.fingerprint,
-        "space": objective.space.fingerprint, "versions": json.dumps(VERSIONS)}
+    return meta
 
 
 def main(argv: list[str]) -> None:
@@ -2057,9 +2026,9 @@ def main(argv: list[str]) -> None:
     if cfg.plot:
         return plot(cfg.plot)
     out, ranks = Path(cfg.out), Ranks()
-    writes = ranks.rank == 0 and not cfg.dry_run
+    own = None if ranks.rank or cfg.dry_run else out           # the run, where this rank writes it
     with starting(cfg, ranks) as signals:
-        if writes:
+        if own:
             lock(out)
         device = launch(cfg, ranks)
 
@@ -2086,15 +2055,15 @@ def main(argv: list[str]) -> None:
         # How it runs: what the data workers add to the pictures, compiled or not, ranks side by side.
         attach(sets, text, cfg, images)
         shown = shown_batch(shown_set, cfg.size, prompts_of(cfg))
-        meta = describe(configs, train_set, objective, out if writes else None)
-        journal = Journal(out if writes else None, cfg.log_to, json.loads(meta["config"]))
+        meta = describe(configs, train_set, objective, own)
+        journal = Journal(own, cfg.log_to, json.loads(meta["config"]))
         trainer = Trainer(cfg, objective, state, device, ranks)
         trainer.measure(data.collect(val_set, 0, 1))
         batches = trainer.batches(train_set, first, images)
         signals.awaited = True
 
-    def due(every: int) -> bool:
-        return step > first and every > 0 and (step % every == 0 or step == cfg.steps)
+    def due(every):
+        return step > first and every and (step % every == 0 or step == cfg.steps)
 
     bar = progress(ranks, total=cfg.steps, initial=first, unit="step")
     try:
@@ -2102,8 +2071,7 @@ def main(argv: list[str]) -> None:
             return dry_run(trainer, batches, configs)
         for step in range(first, cfg.steps + 1):
             wish = ranks.agreed(2 * signals.arrived or journal.wants_save(cfg.save_minutes))
-            leaving = wish == 2
-            last = leaving or step == cfg.steps
+            last = wish == 2 or step == cfg.steps
 
             if step > first and (last or due(cfg.log_every)):
                 line = trainer.line(step, images)
@@ -2115,30 +2083,30 @@ def main(argv: list[str]) -> None:
 
             # Time from here on is not that of training.
             drawing = due(cfg.sample_every) or (step == 0 and cfg.prompts and cfg.sample_every)
-            looking = last or wish or drawing or due(cfg.val_every) or due(cfg.save_every)
-            looking = looking or due(cfg.score_every)
+            saving = step > first and (last or wish or due(cfg.save_every) or due(cfg.score_every))
+            looking = saving or drawing or due(cfg.val_every)
             began = clock(device) if looking else 0.0
-            if step > first and (last or wish or due(cfg.save_every) or due(cfg.score_every)):
-                save(journal, step, state, meta | {"images": str(images)}, cfg.keep, last, ranks)
-            if leaving:
+            if saving:
+                save(journal, step, state, meta, cfg.keep, last, ranks)
+            if wish == 2:
                 return say(f"stopping at step {step}; run the same command to continue")
 
             # Validate, score and draw samples with the averaged weights.
-            line = {}
-            if due(cfg.val_every):
-                with trainer.autocast:
-                    line = validate(step, state.ema, val_set, cfg.val_images, trainer)
-            if due(cfg.score_every) and writes:
-                line |= scored(step, cfg)
-            if line:
-                say(gist(line))
-                journal.put(step, "metrics.jsonl", line)
-                if writes and cfg.keep_best in line:
-                    keep_best(out, state, meta | {"images": str(images)}, line, cfg.keep_best)
-            if drawing and writes:
-                with trainer.autocast:
+            with trainer.autocast:
+                line = {}
+                if due(cfg.val_every):
+                    line = validate(state.ema, val_set, cfg.val_images, trainer)
+                if due(cfg.score_every) and own:
+                    line |= scored(step, cfg)
+                if line:
+                    line = {"step": step} | line
+                    say(gist(line))
+                    journal.put(step, "metrics.jsonl", line)
+                    if own and cfg.keep_best in line:
+                        keep_best(own, state, meta, line, cfg.keep_best)
+                if drawing and own:
                     sheet = sample_grid(state.ema, shown, trainer.micro, device)
-                journal.put(step, f"samples/{step:06d}.png", sheet)
+                    journal.put(step, f"samples/{step:06d}.png", sheet)
             if looking:
                 ranks.wait()
                 trainer.since += clock(device) - began
@@ -2146,11 +2114,12 @@ def main(argv: list[str]) -> None:
                 return
 
             batch = next(batches)
-            if step == 0 and writes:
+            if step == 0 and own:
                 sheet = first_batch(objective, parts_of(batch, trainer.micro)[0], device)
                 journal.put(step, "first_batch.png", sheet)
             trainer.step(batch, rate(step, cfg), step + 1)
             images += cfg.batch_size
+            meta["images"] = str(images)
             bar.update()
     except (MemoryError, RuntimeError) as e:
         die_of(e, trainer.micro)

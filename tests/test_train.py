@@ -626,7 +626,8 @@ def test_retrieval_counts_equal_captions_as_right():
 
         class Pictures(list):
             batch = staticmethod(lambda items: torch.tensor(items))
-        return train.retrieval(3, Fixed(), Pictures(range(8)), 100, trainer)
+            fetch_ahead = staticmethod(lambda position: None)
+        return train.retrieval(Fixed(), Pictures(range(8)), 100, trainer)
 
     right = answers(eye[[0, 1, 2, 3, 4, 5, 7, 6]])                            # the twins see each other
     assert right["text_at_1"] == right["picture_at_5"] == [1] * len(train.TIMES)
@@ -3011,9 +3012,10 @@ def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values
     """Through a restart, too."""
     real, ema = train.validate, {}
 
-    def validate(step, net, *rest):
+    def validate(net, *rest):
+        step = len(ema) + 1
         ema[step] = {name: p.clone() for name, p in net.state_dict().items()}
-        return real(step, net, *rest) | {name: values[step - 1]}
+        return real(net, *rest) | {name: values[step - 1]}
     monkeypatch.setattr(train, "validate", validate)
     flag = f"--keep-best {name}"
     for steps in (2, 3):
