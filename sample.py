@@ -1197,6 +1197,8 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     columns, recipes = [], []
     for path in paths:
         pictures, _ = run_stage(load(path), 0, args, prompts, None, {})
+        if len(pictures) < len(prompts):
+            die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}: nothing to compare", 130)
         columns.append(pictures)
         *_, meta = model.read(path)
         recipe = {"step": meta["step"]}

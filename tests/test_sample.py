@@ -1208,6 +1208,10 @@ def test_ctrl_c_keeps_the_pictures_that_are_drawn(here, cli, monkeypatch):
     calls[:] = [0, 0]
     status, out, err = cli("a house")
     assert (status, out, err) == (130, "", "sample.py: error: stopped before a picture was drawn\n")
+    calls[:] = [0]
+    status, out, err = cli("a house", "--n", "4", "--batch-size", "2", "--compare", "runs/16", "runs/16")
+    told = "sample.py: error: stopped after 2 of 4 pictures of runs/16: nothing to compare\n"
+    assert (status, out, err) == (130, "", told)
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped(here):
