@@ -499,8 +499,8 @@ class LetterEmbedding(Module):
         first = self.line(line) + self.place(index - start)
 
         # The end of a line is a break, or what is no byte: the end token, padding.
-        ends = breaks | (ids < 3)
-        end = torch.where(ends, index, ids.shape[1] - 1).flip(1).cummin(1).values.flip(1)
+        ends = torch.where(breaks | (ids < 3), index, ids.shape[1] - 1)
+        end = ends.flip(1).cummin(1).values.flip(1)
         last = self.lines_left(line[:, -1:] - line) + self.places_left(end - index)
         return self.bytes(ids) + first + last                                         # (B, L, D)
 
