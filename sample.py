@@ -1198,7 +1198,8 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     for path in paths:
         pictures, _ = run_stage(load(path), 0, args, prompts, None, {})
         if len(pictures) < len(prompts):
-            die(f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}: nothing to compare", 130)
+            told = f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}"
+            die(f"{told}: nothing to compare", 130)
         columns.append(pictures)
         *_, meta = model.read(path)
         recipe = {"step": meta["step"]}
