@@ -2398,11 +2398,14 @@ def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
     import text_encoder
     found = []
 
-    def look(number, encoder, load):
-        cache = Cache(Path(folder, str(number)), encoder.fingerprint) if folder else None
+    def look(_, encoder, load):
+        cache = Cache(Path(folder, str(len(found))), encoder.fingerprint) if folder else None
         found.append((encoder.reader, cache))
 
-    text_encoder.load_text_encoder(text_encoder.TextConfig(names, text_length=length), look)
+    for name in names:
+        text = text_encoder.load_text_encoder(text_encoder.TextConfig([name], text_length=length), look)
+        if name == "bytes":
+            found.append((text.reader, None))
     return found
 
 

@@ -1978,6 +1978,10 @@ def test_the_check_counts_tokens_and_what_the_cache_lacks(byt5, tmp_path, monkey
 
     _, table = check(more, f"--text-encoder {byt5} {byt5}", "--text-length 32")
     assert table["captions cut of encoder 2"][2] == 1 + (len(said[0]) > 31)
+    _, table = check(more, f"--text-encoder bytes {byt5}", f"--text-cache {tmp_path / 'other'}")
+    assert table["tokens of encoder 1"] == [2, len(said[0]) + 1, len(said[0]) + 1 + 99, 99]
+    assert "not in the cache of encoder 1" not in table
+    assert table["not in the cache of encoder 2"] == [2, 1, 2, 1]
     with pytest.raises(ValueError, match=r"was made with .*length=64.*, not .*length=32.* Delete it"):
         check(more, *same, "--text-length 32")
     with pytest.raises(ValueError, match=r"--text-cache cache needs the --text-encoder"):
