@@ -32,7 +32,7 @@ from collections import Counter, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache, lru_cache, partial
 from hashlib import blake2b
@@ -1935,8 +1935,8 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
                 batch[name] = tensor.pin_memory() if pin else tensor
         return batch
 
-    seen = 0
-    bad = 0
+    seen = bad = 0
+    enough = dataset.enough()
     try:
         coming = dataset.coming(start, 1)           # before any worker is waited for
         for _ in watched(map(Remote.fetch, coming), "shards", len(coming)):
@@ -1953,7 +1953,7 @@ def loader(dataset: Pictures, start: int, stop: int, batch_size: int, rank: int 
 
             seen += len(batch["keys"]) + len(batch["replaced"])
             bad += len(batch["replaced"])
-            if bad > dataset.config.max_bad * max(seen, dataset.enough()):
+            if bad > dataset.config.max_bad * max(seen, enough):
                 last = batch["replaced"][-1]
                 raise ValueError(f"{bad} of {seen} pictures are unreadable (last: {last}); "
                                  f"--max-bad {dataset.config.max_bad} allows fewer")
@@ -2388,29 +2388,9 @@ def spread(content: bytes, texts: list[str]) -> list[float]:
     return deviations
 
 
-def readers_of(names: list[str], length: int, folder: str) -> list[tuple]:
-    """The reader of each --text-encoder, and what --text-cache has of it, or None. The check alone asks for
-    text_encoder.py, and only where one is named: else this file needs no other."""
-    if folder and not names:
-        raise ValueError(f"--text-cache {folder} needs the --text-encoder that it is of")
-    if not names:
-        return []
-    import text_encoder
-    found = []
-
-    def look(_, encoder, load):
-        cache = Cache(Path(folder, str(len(found))), encoder.fingerprint) if folder else None
-        found.append((encoder.reader, cache))
-
-    for name in names:
-        text = text_encoder.load_text_encoder(text_encoder.TextConfig([name], text_length=length), look)
-        if name == "bytes":
-            found.append((text.reader, None))
-    return found
-
-
 def told_of(text: str, readers: list[tuple]) -> Iterator[tuple]:
-    """Name and number of what text encoders make of a caption; numbered where they are several."""
+    """Name and number of what text encoders make of a caption; numbered where they are several. readers: of
+    each its reader, see Pictures, and its Cache, or None."""
     for number, (reader, known) in enumerate(readers, 1):
         which = f" of encoder {number}" if len(readers) > 1 else ""
         reader.counts.clear()
@@ -2483,6 +2463,27 @@ def survey(pictures: Pictures, readers: list, most: int) -> tuple[dict, list[str
     return table, reasons, tiles
 
 
+def report(config: DataConfig, most: int, readers: list[tuple]) -> int:
+    """Print and write what `survey` finds; 1 where more than --max-bad are unreadable, else 0."""
+    pictures = Pictures(replace(config, held_out=0, shuffle_shards=1), 64, 0)
+    if any(source.endless for source in pictures.sources):
+        raise ValueError("--check built-in has no end; give folders, tars, patterns")
+    table, reasons, tiles = survey(pictures, readers, most)
+
+    print(pictures.summary, *pictures.warnings, *reasons[:10], sep="\n")
+    print(f"{'':32}{'counted':>12}{'least':>12}{'mean':>12}{'largest':>12}")
+    for name, (count, least, total, largest) in table.items():
+        print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
+    found = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table,
+             "unreadable": reasons}
+    Path("check.json").write_text(json.dumps(found, indent=1, default=float))
+    if tiles:
+        squares, texts = zip(*tiles)
+        contact_sheet(np.stack(squares), texts).save("check.png")
+    count, *_ = table["unreadable"]
+    return int(len(reasons) > config.max_bad * count)
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
@@ -2492,31 +2493,11 @@ def main(argv: list[str]) -> int:
     flag("--missing", choices=("drop", "keep"), help="as of train.py")
     for name in ("caption-key", "class-names", "shard-cache"):
         flag(f"--{name}", help="as of train.py")
-    flag("--text-encoder", nargs="*", default=[], help="as of train.py: lengths in its tokens")
-    flag("--text-length", type=int, default=128, help="as of train.py")
-    flag("--text-cache", default="", help="as of train.py: what it has of these captions")
     flag("--max-bad", type=float, help="status 1 above this share of unreadable ones [0..1]")
     flag("--sample", type=int, default=0, help="how many are looked at, 0 = all [images]")
     options = vars(parser.parse_args(argv))
     most = options.pop("sample")
-    readers = readers_of(*(options.pop(name) for name in ("text_encoder", "text_length", "text_cache")))
-    pictures = Pictures(DataConfig(**options, held_out=0, shuffle_shards=1), 64, 0)
-    if any(source.endless for source in pictures.sources):
-        raise ValueError("--check built-in has no end; give folders, tars, patterns")
-    table, reasons, tiles = survey(pictures, readers, most)
-
-    print(pictures.summary, *pictures.warnings, *reasons[:10], sep="\n")
-    print(f"{'':32}{'counted':>12}{'least':>12}{'mean':>12}{'largest':>12}")
-    for name, (count, least, total, largest) in table.items():
-        print(f"{name:32}{count:12}{least:12.5g}{total / count:12.5g}{largest:12.5g}")
-    report = {"summary": pictures.summary, "warnings": pictures.warnings, "table": table,
-              "unreadable": reasons}
-    Path("check.json").write_text(json.dumps(report, indent=1, default=float))
-    if tiles:
-        squares, texts = zip(*tiles)
-        contact_sheet(np.stack(squares), texts).save("check.png")
-    count, *_ = table["unreadable"]
-    return int(len(reasons) > pictures.config.max_bad * count)
+    return report(DataConfig(**options), most, [])
 
 
 if __name__ == "__main__":

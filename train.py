@@ -98,6 +98,7 @@ class TrainConfig:
     workers: int = -1             # processes that load pictures, a rank; -1 = 8 with a GPU, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
     log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # these, too
+    check: int = 0                # tell what is in so many pictures of --data, then leave [0..1e9 images]
     plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
     prompts: str = ""             # a file of its prompts, one a line, drawn at step 0 too; else held-out ones
@@ -175,7 +176,7 @@ CLIP = dict(
 # Flags that are free to change between starts, and those that must equal the checkpoint's; the rest is noted.
 MACHINE = {"out", "micro_batch", "compile", "checkpointing", "device", "workers", "log_every", "sample_every",
            "val_every", "val_images", "save_every", "keep", "timeout", "dry_run", "max_bad", "log_to", "plot",
-           "prompts", "save_minutes", "keep_best", "score_every", "score",
+           "prompts", "check", "save_minutes", "keep_best", "score_every", "score",
            "text_cache", "text_shards", "latent_cache", "allow_bin", "shard_cache", "shard_cache_size",
            "text_encoder", "vae"}                              # the content of these is compared
 SHAPE = {"size", "model", "pretrained", "objective", "optimizer", "profiles", "ModelConfig", "TextConfig",
@@ -1374,6 +1375,25 @@ def load_text(configs: Configs, sets: list[data.Pictures], device: torch.device,
     return text.to(device), caches
 
 
+def check_pictures(configs: Configs) -> int:
+    """`data.py --check` of --data, with the tokens of its captions and what --text-cache lacks of them."""
+    cfg, data_cfg, *_, text_cfg = configs
+    readers = []
+
+    def look_up(_, encoder, load):
+        cache = None
+        if text_cfg.text_cache not in ("", "shards"):
+            cache = data.Cache(Path(text_cfg.text_cache, str(len(readers))), encoder.fingerprint)
+        readers.append((encoder.reader, cache))
+
+    for name in text_cfg.text_encoder:
+        alone = dataclasses.replace(text_cfg, text_encoder=[name], transcription="")
+        text = text_encoder.load_text_encoder(alone, look_up)
+        if name == "bytes":
+            readers.append((text.reader, None))
+    return data.report(data_cfg, cfg.check, readers)
+
+
 def check_text_shards(pictures: data.Pictures, text_cfg: text_encoder.TextConfig) -> list[str]:
     """The shards that --text-shards copies; ValueError where that cannot be, before any work."""
     try:
@@ -2021,10 +2041,10 @@ def describe(configs: Configs, pictures: data.Pictures, objective: Denoising, ou
     return meta
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int | None:
     configs = cfg, data_cfg, _, _, text_cfg = parse(argv)
-    if cfg.plot:
-        return plot(cfg.plot)
+    if cfg.plot or cfg.check:                                  # nothing is trained
+        return plot(cfg.plot) if cfg.plot else check_pictures(configs)
     out, ranks = Path(cfg.out), Ranks()
     own = None if ranks.rank or cfg.dry_run else out           # the run, where this rank writes it
     with starting(cfg, ranks) as signals:
@@ -2139,6 +2159,6 @@ if __name__ == "__main__":
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")      # a name that the terminal cannot show
     try:
-        main(sys.argv[1:])
+        sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
         die(error)
