@@ -184,7 +184,7 @@ def plain(image: Image.Image, mode: str) -> Image.Image:
 
     if image.mode == "F":
         raise ValueError("its colours are floats, of which nothing says what is white")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)         # which would copy it
 
 
 @lru_cache(32)

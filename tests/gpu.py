@@ -7,6 +7,7 @@
 
 Exits with 1 where a figure is missing: that stands in the table, and why on standard error. A package that is
 not installed is named and is no failure. --shrink: all of it small, to show on any machine that it runs.
+One side of one preset, also on a CPU: python tests/gpu.py --device cpu --preset tiny --batches 40 --of limn
 """
 import argparse
 import importlib.util
@@ -119,8 +120,10 @@ def settings(args, name: str):
 
 
 def ours(args, name: str):
-    """A step of limn, and the operations of one picture's forward pass."""
+    """A step of limn and a pass as when drawing, the operations of one picture's pass, and the weights."""
     from functools import partial
+
+    import torch
 
     import data
     import text_encoder
@@ -138,19 +141,31 @@ def ours(args, name: str):
     pictures.draws = partial(train.draws, cfg.seed, "noise", cfg.uncond_prob, 0, cfg.batch_size)
     trainer.measure(data.collect(pictures, 0, 1))
     batch = next(data.loader(pictures, 0, cfg.batch_size, cfg.batch_size, pin=device.type == "cuda"))
-    return lambda: trainer.step(batch, 1e-4), trainer.flops, state.count()
+
+    given = objective.inputs(batch, device)
+    with torch.no_grad(), trainer.autocast:
+        told = objective.encode(**objective.condition(batch, device))
+
+    def draw():
+        with trainer.autocast:
+            objective.network()(given["x0"], given["t"], **told)
+
+    return lambda: trainer.step(batch, 1e-4), draw, trainer.flops, state.count()
 
 
 def theirs(args, name: str):
-    """The same of a U-Net of another package, of the width and depth of one of our presets: forward, mean
-    squared error, backward, clipping and fused AdamW; no average, no text encoder."""
+    """The same of a U-Net of another package, of the width and depth of one of our presets, with levels of
+    half the width in place of its patches: forward, mean squared error, backward, clipping and fused AdamW;
+    no average, no text encoder."""
     import torch
 
     import train
 
     cfg, _, shape, *_ = settings(args, name)
     device, batch = train.launch(cfg, train.Ranks()), cfg.batch_size
-    widths = [shape.channels * mult for mult in shape.channel_mult]
+    patch = shape.patch
+    finer = [shape.channels // share for share in (8, 4, 2) if share <= patch and patch > 1]
+    widths = [*finer, *(shape.channels * mult for mult in shape.channel_mult)]
     sides = [cfg.size // 2**level for level in range(len(widths))]
     attends = [side in shape.attn_resolutions for side in sides]
     x = torch.randn(batch, 3, cfg.size, cfg.size, device=device)
@@ -186,24 +201,39 @@ def theirs(args, name: str):
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, flops, sum(p.numel() for p in weights)
+    def draw():
+        with torch.autocast(device.type, torch.bfloat16):
+            run(compiled, x, t, context)
+
+    return step, draw, flops, sum(p.numel() for p in weights)
 
 
 def speed_of(args, name: str) -> None:
-    """In a process of its own: a JSON line of what one side reaches."""
+    """In a process of its own: a JSON line of what one side reaches, training and drawing."""
+    import torch
+
     import train
-    step, flops, weights = ours(args, name) if args.of == "limn" else theirs(args, name)
+    step, draw, flops, weights = ours(args, name) if args.of == "limn" else theirs(args, name)
     device = train.choose_device(args.device)
-    for _ in range(1 if args.shrink else 5):
-        step()
-    best, steps = float("inf"), 1 if args.shrink else 5
-    for _ in range(3):
-        start = train.clock(device)
-        for _ in range(steps):
-            step()
-        best = min(best, (train.clock(device) - start) / steps)
-    print(json.dumps({"speed": args.batches[-1] / best, "flops": flops, "weights": weights,
-                      "memory": train.memory_peak(device) / 2**30}))
+    times = 1 if args.shrink else 5
+
+    def speed(work) -> float:
+        for _ in range(times if device.type == "cuda" else 1):
+            work()
+        best = float("inf")
+        for _ in range(3):
+            start = train.clock(device)
+            for _ in range(times):
+                work()
+            best = min(best, (train.clock(device) - start) / times)
+        return args.batches[-1] / best
+
+    trained = speed(step)
+    memory = train.memory_peak(device) / 2**30
+    with torch.no_grad():
+        drawn = speed(draw)
+    reached = {"speed": trained, "drawn": drawn, "flops": flops, "weights": weights, "memory": memory}
+    print(json.dumps(reached))
 
 
 def steps_of(figures: Figures, args, name: str, side: str) -> str:
@@ -212,9 +242,11 @@ def steps_of(figures: Figures, args, name: str, side: str) -> str:
     printed = figures.run(["tests/gpu.py", "--of", side, "--preset", name, "--device", args.device,
                            "--batches", str(args.batches[-1]), *(["--shrink"] if args.shrink else [])], 200)
     row = json.loads(printed.splitlines()[-1])
+    work = row["flops"] / 1e12                                 # of a picture's pass [TFLOP]
     return (f"batch {args.batches[-1]}: {row['speed']:.1f} pictures/s, {row['weights'] / 1e6:.1f} M weights, "
-            f"{row['flops'] / 1e9:.2f} GFLOPs a picture, "
-            f"{3 * row['flops'] * row['speed'] / 1e12:.3g} TFLOP/s, {row['memory']:.2f} GiB")
+            f"{1000 * work:.2f} GFLOPs a picture, {3 * work * row['speed']:.3g} TFLOP/s, "
+            f"{row['memory']:.2f} GiB; a pass of drawing {row['drawn']:.1f} pictures/s, "
+            f"{work * row['drawn']:.3g} TFLOP/s")
 
 
 def text_speed(figures: Figures, args) -> str:
@@ -261,8 +293,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--train", metavar="FOLDER", default="", help="train small on these pictures, too")
     parser.add_argument("--train-minutes", type=float, default=10)
     parser.add_argument("--shrink", action="store_true", help="all of it small")
-    parser.add_argument("--of", choices=["limn", *THEIRS], help=argparse.SUPPRESS)
-    parser.add_argument("--preset", help=argparse.SUPPRESS)
+    parser.add_argument("--of", choices=["limn", *THEIRS], help="only the steps of this side")
+    parser.add_argument("--preset", default="small", help="of --of")
     args = parser.parse_args(argv)
     args.smaller = SHRINK if args.shrink else []
     if args.of:

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -24,6 +25,7 @@ import time
 import types
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -2437,6 +2439,110 @@ def test_remote_pictures_arrive_as_from_disk_from_a_server_that_fails(server, tm
     assert not disk
     assert len(copies()) <= 2
     assert len(server.asked) > 20
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of Hugging Face's Hub as is asked when the files of a dataset are listed and read."""
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, content, code=200, **headers):
+        self.send_response(code)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def entries(self, names):
+        found = [self.server.folder / name for name in names if (self.server.folder / name).is_file()]
+        told = [{"type": "file", "path": path.name, "size": path.stat().st_size, "oid": "0" * 40}
+                for path in found]
+        self.answer(json.dumps(told).encode(), Content_Type="application/json")
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.entries(asked["paths"])
+
+    def do_GET(self):
+        if "/tree/" in self.path:
+            self.entries(sorted(path.name for path in self.server.folder.iterdir()))
+        elif "/resolve/" in self.path:
+            content = (self.server.folder / self.path.rsplit("/", 1)[1]).read_bytes()
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            where = f"bytes {first}-{last}/{len(content)}"
+            self.answer(content[first:last + 1], 206, Content_Range=where, ETag="1")
+        else:
+            self.answer(b'{"id": "bucket/far", "sha": "%s"}' % (b"0" * 40), Content_Type="application/json")
+
+
+CLOUDS = {                      # what each needs, what speaks for it on a port, and how its client finds that
+    "s3": ("s3fs moto", "moto.server -p {port}",
+           {"AWS_ENDPOINT_URL": "http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}),
+    "gs": ("gcsfs gcp_storage_emulator", "gcp_storage_emulator start --port={port} --in-memory",
+           {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:{port}", "FSSPEC_GS": '{"token": "anon"}',
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}),         # or another protocol, with certificates
+    "hf": ("huggingface_hub", "", {"HF_ENDPOINT": "http://127.0.0.1:{port}"}),
+}
+FROM_A_CLOUD = """
+import sys, fsspec, data
+folder, far = sys.argv[1:]
+protocol, _, place = far.partition("://")
+if protocol != "hf":
+    disk = fsspec.filesystem(protocol)
+    disk.mkdir("bucket")
+    disk.put(folder + "/", place + "/", recursive=True)
+near = data.Pictures(data.DataConfig(data=[folder], held_out=0), 8, 0)
+here = {item["key"]: item for item in map(near.__getitem__, range(len(near)))}
+for pattern in ("*", "{00..09}"):
+    config = data.DataConfig(data=[f"{far}/{pattern}.tar"], held_out=0, shuffle_shards=2)
+    pictures = data.Pictures(config, 8, 0)
+    assert len(pictures) == len(here) == 200
+    for batch in data.loader(pictures, 0, len(pictures), 20, workers=2):
+        assert not batch["replaced"], batch["replaced"]
+        for key, picture in zip(batch["keys"], batch["picture"]):
+            assert (picture.numpy() == here[key]["picture"]).all()
+print("as from disk")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", CLOUDS)
+def test_pictures_of_a_cloud_arrive_as_from_disk(protocol, server):
+    """The published clients of S3, Google's storage and the Hub, against what speaks for those here:
+    pip install s3fs "moto[server]" gcsfs gcp-storage-emulator huggingface_hub"""
+    needed, command, where = CLOUDS[protocol]
+    for package in needed.split():
+        pytest.importorskip(package)
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    hub.folder = server.folder
+    port = str(hub.server_port)
+    if protocol == "hf":
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+    else:
+        hub.server_close()
+        command = [sys.executable, "-m", *command.replace("{port}", port).split()]
+        cloud = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    told = {name: value.replace("{port}", port) for name, value in where.items()}
+    url = "hf://datasets/bucket/far" if protocol == "hf" else f"{protocol}://bucket/far"
+    try:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+                break
+            time.sleep(0.2)
+        done = subprocess.run([sys.executable, "-c", FROM_A_CLOUD, str(server.folder), url], text=True,
+                              cwd=Path(data.__file__).parent, env=os.environ | told, capture_output=True,
+                              timeout=100)
+    finally:
+        if protocol == "hf":
+            hub.shutdown()
+            hub.server_close()
+        else:
+            cloud.kill()
+            cloud.wait()
+    assert done.stdout.endswith("as from disk\n"), done.stderr[-2000:]
 
 
 def test_each_remote_shard_is_fetched_once_a_pass_and_ranks_and_runs_share_a_cache(server):
