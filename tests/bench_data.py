@@ -182,8 +182,9 @@ def indexing(args, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for flag, default in (("pictures", 200), ("side", 512), ("size", 64), ("pairs", 7), ("many", 1_000_000)):
-        parser.add_argument(f"--{flag}", type=int, default=default)
+    numbers = {"--pictures": 200, "--side": 512, "--size": 64, "--pairs": 7, "--many": 1_000_000}
+    for flag, default in numbers.items():
+        parser.add_argument(flag, type=int, default=default)
     parser.add_argument("--old", help="another checkout, to be compared with")
     parser.add_argument("--folder", help="of what is made, and removed")
     args = parser.parse_args()
