@@ -163,8 +163,7 @@ def theirs(args, name: str):
 
     cfg, _, shape, *_ = settings(args, name)
     device, batch = train.launch(cfg, train.Ranks()), cfg.batch_size
-    patch = shape.patch
-    finer = [shape.channels // share for share in (8, 4, 2) if share <= patch and patch > 1]
+    finer = [shape.channels // share for share in (8, 4, 2) if share <= shape.patch]
     widths = [*finer, *(shape.channels * mult for mult in shape.channel_mult)]
     sides = [cfg.size // 2**level for level in range(len(widths))]
     attends = [side in shape.attn_resolutions for side in sides]

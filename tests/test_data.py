@@ -25,7 +25,7 @@ import time
 import types
 import zlib
 from collections import Counter
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -2476,14 +2476,40 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.answer(b'{"id": "bucket/far", "sha": "%s"}' % (b"0" * 40), Content_Type="application/json")
 
 
-CLOUDS = {                      # what each needs, what speaks for it on a port, and how its client finds that
-    "s3": ("s3fs moto", "moto.server -p {port}",
-           {"AWS_ENDPOINT_URL": "http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}),
-    "gs": ("gcsfs gcp_storage_emulator", "gcp_storage_emulator start --port={port} --in-memory",
-           {"STORAGE_EMULATOR_HOST": "http://127.0.0.1:{port}", "FSSPEC_GS": '{"token": "anon"}',
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}),         # or another protocol, with certificates
-    "hf": ("huggingface_hub", "", {"HF_ENDPOINT": "http://127.0.0.1:{port}"}),
+@contextmanager
+def speaking(command, folder):
+    """The port of a server that a command of python starts; without one, of a Hub with a folder's files."""
+    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    hub.folder = folder
+    port = str(hub.server_port)
+    if not command:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield port
+        hub.shutdown()
+        hub.server_close()
+        return
+
+    hub.server_close()
+    words = command.replace("{port}", port).split()
+    with subprocess.Popen([sys.executable, "-m", *words], stderr=subprocess.DEVNULL) as process:
+        for _ in range(100):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
+                break
+            time.sleep(0.2)
+        yield port
+        process.kill()
+
+
+# Where pictures are, what is needed, what speaks for the cloud on a port, and how its client finds that.
+CLOUDS = {
+    "s3://bucket/far": ("s3fs moto", "moto.server -p {port}", {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}),
+    "gs://bucket/far": ("gcsfs gcp_storage_emulator",
+                        "gcp_storage_emulator start --port {port} --in-memory", {
+        "STORAGE_EMULATOR_HOST": "http://127.0.0.1:{port}", "FSSPEC_GS": '{"token": "anon"}',
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}),             # or another protocol, with certificates
+    "hf://datasets/bucket/far": ("huggingface_hub", "", {"HF_ENDPOINT": "http://127.0.0.1:{port}"}),
 }
 FROM_A_CLOUD = """
 import sys, fsspec, data
@@ -2508,40 +2534,18 @@ print("as from disk")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", CLOUDS)
-def test_pictures_of_a_cloud_arrive_as_from_disk(protocol, server):
+@pytest.mark.parametrize("url", CLOUDS)
+def test_pictures_of_a_cloud_arrive_as_from_disk(url, server):
     """The published clients of S3, Google's storage and the Hub, against what speaks for those here:
     pip install s3fs "moto[server]" gcsfs gcp-storage-emulator huggingface_hub"""
-    needed, command, where = CLOUDS[protocol]
+    needed, command, where = CLOUDS[url]
     for package in needed.split():
         pytest.importorskip(package)
-    hub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    hub.folder = server.folder
-    port = str(hub.server_port)
-    if protocol == "hf":
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-    else:
-        hub.server_close()
-        command = [sys.executable, "-m", *command.replace("{port}", port).split()]
-        cloud = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    told = {name: value.replace("{port}", port) for name, value in where.items()}
-    url = "hf://datasets/bucket/far" if protocol == "hf" else f"{protocol}://bucket/far"
-    try:
-        for _ in range(100):
-            with suppress(OSError), socket.create_connection(("127.0.0.1", int(port)), 1):
-                break
-            time.sleep(0.2)
+    with speaking(command, server.folder) as port:
+        told = {name: value.replace("{port}", port) for name, value in where.items()}
         done = subprocess.run([sys.executable, "-c", FROM_A_CLOUD, str(server.folder), url], text=True,
                               cwd=Path(data.__file__).parent, env=os.environ | told, capture_output=True,
-                              timeout=100)
-    finally:
-        if protocol == "hf":
-            hub.shutdown()
-            hub.server_close()
-        else:
-            cloud.kill()
-            cloud.wait()
+                              check=False)
     assert done.stdout.endswith("as from disk\n"), done.stderr[-2000:]
 
 
