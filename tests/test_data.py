@@ -2802,7 +2802,9 @@ def test_filters_and_held_out_pictures_of_remote_shards(server):
     ("http://127.0.0.1:9/a.zip", r"^--data http://127.0.0.1:9/a.zip is no .tar"),
     ("memory://empty/*.tar", r"^no pictures in memory://empty/\*.tar"),
 ])
-def test_a_wrong_url_is_one_line(entry, message):
+def test_a_wrong_url_is_one_line(entry, message, monkeypatch):
+    for package in ("s3fs", "gcsfs"):                   # as where they are not installed
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=message) as error:
         open_source(entry)
     assert "\n" not in str(error.value)
