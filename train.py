@@ -564,23 +564,17 @@ def clock(device: torch.device) -> float:
 
 
 def fastest_dtype(device: torch.device) -> str:
-    """bf16, but on a GPU without it fp16, with loss scaling, and on a processor without it fp32: most
-    desktops have to imitate it, ten times slower (measured with AVX2)."""
+    """bf16, but on a GPU without it fp16, with loss scaling, and on a processor without it fp32."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return "fp16"
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)                               # or other work would disturb it
-        imitated = matmul_peak(device, torch.bfloat16, 256) < matmul_peak(device, torch.float32, 256)
-        torch.set_num_threads(threads)
-        return "fp32" if imitated else "bf16"
+    if device.type == "cpu" and text_encoder.imitates_bf16():
+        return "fp32"
     return "bf16"
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, n: int = 0) -> float:
-    """What a square matrix product, a large one unless n says otherwise, reaches here and now, the best of
-    some [operations/second]."""
-    n = n or (8192 if device.type == "cuda" else 1024)
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """What a large square matrix product reaches here and now, the best of some [operations/second]."""
+    n = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     best = math.inf
     for _ in range(20):
@@ -826,11 +820,13 @@ TOGETHER = 4                                                   # matrices in a p
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16: Newton-Schulz, coefficients of
-    Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
+    """About U V^T of each matrix U S V^T of x (n, rows, columns), in bfloat16 or, where that is not the
+    fastest, in float32: Newton-Schulz, coefficients of Amsel et al. 2025, arXiv:2505.16932, algorithm 1, on
+    x x^T (Zhang et al. 2026, Gram Newton-Schulz)."""
     if x.shape[1] > x.shape[2]:
         return orthogonal(x.mT).mT
-    x = x.bfloat16()
+    if fastest_dtype(x.device) == "bf16":
+        x = x.bfloat16()
     x = x / (1.01 * x.norm(dim=(1, 2), keepdim=True) + 1e-7)
 
     gram = x @ x.mT                                                                   # (n, rows, rows)

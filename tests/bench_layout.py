@@ -34,7 +34,7 @@ def step(layout: str, args: argparse.Namespace, device: torch.device) -> None:
         best = float("inf")
         for _ in range(3):
             start = train.clock(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, train.fastest_dtype(device) == "bf16"):
                 t = torch.rand(batch, device=device)
                 loss, _ = diffusion.losses(network, x, torch.randn_like(x), t, schedule, noise, **condition)
                 loss = loss.mean()

@@ -228,6 +228,49 @@ def test_t5_equals_transformers(kind, seed, tmp_path, spiece):
         assert pooled.shape == (5, encoder.pooled_dim)
 
 
+@pytest.mark.parametrize("kind", ["t5", "clip", "pictures"])
+def test_where_bf16_is_imitated_its_weights_multiply_in_float32(kind, t5_folder, clip_folder, monkeypatch):
+    def said(dtype):
+        if kind == "pictures":
+            tower = load_image_encoder(str(clip_folder), TextConfig(text_dtype=dtype))
+            pictures = torch.arange(3 * 3 * 32 * 32).view(3, 3, 32, 32) % 251
+            given = (pictures.byte(),)
+        else:
+            folder = t5_folder if kind == "t5" else clip_folder
+            encoder = load_text_encoder(TextConfig([str(folder)], 32, text_dtype=dtype))
+            batch = encoder.inputs(read(encoder, CAPTIONS), "cpu")
+            tower, given = encoder.tower, (batch["ids"], batch["mask"])
+        before = {name: weight.clone() for name, weight in tower.state_dict().items()}
+        monkeypatch.setattr(torch.nn.functional, "linear", counted)
+        results = tower(*given) if kind != "pictures" else (tower(*given),)
+        monkeypatch.undo()
+        for name, weight in tower.state_dict().items():
+            assert weight.dtype == T.DTYPES[dtype]
+            assert torch.equal(weight, before[name])
+        for module in tower.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        rounded = tower.float()(*given)
+        return results, rounded if kind != "pictures" else (rounded,)
+
+    # CLIP adds its places, and what it reads, in the type of its weights.
+    limit = {True: 1e-6 if kind == "t5" else 0.01, False: 0.05}
+    used, linear = set(), torch.nn.functional.linear
+
+    def counted(x, *weights):
+        used.add(x.dtype)
+        return linear(x, *weights)
+
+    for imitated in (True, False):
+        used.clear()
+        monkeypatch.setattr(T, "imitates_bf16", lambda imitated=imitated: imitated)
+        results, exact = said("bf16")
+        assert used == {torch.float32 if imitated else torch.bfloat16}
+        for ours, theirs in zip(results, exact):
+            error = (ours.float() - theirs).abs().max() / theirs.abs().max()
+            assert error < limit[imitated]
+
+
 # -------------------------------------------------------------------------------------------------- tokens
 
 

@@ -150,7 +150,7 @@ def dies(capfd, function, status):
 def own_process(monkeypatch, tmp_path):
     """Signal handlers and environment as they were; nothing slow is measured."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n=0: 1e11)
+    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 1e11)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     yield
@@ -1337,7 +1337,7 @@ def test_stopping_three_times_changes_no_bit(tmp_path, monkeypatch, straight, wo
     assert digest(tmp_path / "run")[0] == 1
     for stop in (5, 11):
         monkeypatch.undo()
-        monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n=0: 1e11)
+        monkeypatch.setattr(train, "matmul_peak", lambda device, dtype: 1e11)
         steps = stop - digest(tmp_path / "run")[0]
         during(monkeypatch, lambda state: os.kill(os.getpid(), signal.SIGINT), at=steps)
         run(tmp_path / "run", "--micro-batch 4", f"--workers {2 - workers}")
@@ -2319,11 +2319,17 @@ def test_a_signal_before_the_loop_ends_the_program_at_once(tmp_path, monkeypatch
 
 def test_bf16_is_taken_where_it_is_faster_than_float32(monkeypatch):
     cpu = torch.device("cpu")
-    speeds = {torch.bfloat16: 3.0, torch.float32: 1.0}
-    monkeypatch.setattr(train, "matmul_peak", lambda device, dtype, n: speeds[dtype])
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: False)
     assert train.fastest_dtype(cpu) == "bf16"
-    speeds[torch.bfloat16] = 0.1
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: True)
     assert train.fastest_dtype(cpu) == "fp32"
+
+
+@pytest.mark.parametrize("imitated", [True, False])
+def test_muon_multiplies_what_the_processor_multiplies(monkeypatch, imitated):
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: imitated)
+    turned = train.orthogonal(torch.randn(3, 32, 48))
+    assert turned.dtype == (torch.float32 if imitated else torch.bfloat16)
 
 
 def test_without_bf16_instructions_float32_is_chosen_and_said(tmp_path):
