@@ -18,7 +18,7 @@ import math
 import os
 import re
 import struct
-import time
+import timeit
 import unicodedata
 import zipfile
 from collections import Counter
@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
-from torch.nn import Embedding, LayerNorm, Linear, Module, ModuleDict, ModuleList, RMSNorm
+from torch.nn import Embedding, Module, ModuleDict, ModuleList
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -375,6 +375,49 @@ class MultiReader:
         return batch
 
 
+# ------------------------------------------------------------------------------------------- towers
+@cache
+def imitates_bf16() -> bool:
+    """Whether this processor multiplies float32 faster than bfloat16, as most desktops do: without
+    AVX-512 BF16, AMX or ARM's they imitate it, up to sixty times slower. Measured on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                            # or other work would disturb it
+    best = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.ones(256, 256, dtype=dtype)
+        best.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=5)))
+    torch.set_num_threads(threads)
+    return best[0] > best[1]
+
+
+class Tower(Module):
+    """A network whose layers compute in the type of their input. wide: on a processor that is float32,
+    whatever that of the weights, of which one at a time is then widened."""
+    wide = False
+
+    def widened(self, x):
+        return x.float() if self.wide and x.is_cpu else x
+
+
+def weights_for(layer, x):
+    return [weight.to(x.dtype) for weight in layer.parameters()]
+
+
+class Linear(torch.nn.Linear):
+    def forward(self, x):
+        return F.linear(x, *weights_for(self, x))
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, *weights_for(self, x), eps=self.eps)
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, *weights_for(self, x), eps=self.eps)
+
+
 # ----------------------------------------------------------------------------------------------- T5
 # What shapes a tower, by its name in config.json: the default, or all that is known here, the
 # default first.
@@ -506,7 +549,7 @@ class LetterEmbedding(Module):
         return self.bytes(ids) + first + last                                         # (B, L, D)
 
 
-class T5Encoder(Module):
+class T5Encoder(Tower):
     """The encoder of T5 v1.0 (Raffel et al. 2020, arXiv:1910.10683), v1.1, Flan, mT5, umT5, ByT5:
     pre-norm, no biases, q.k unscaled, one unscaled table of relative positions for all layers
     (umT5: one each). ids (B, L) int64, mask (B, L) bool -> context (B, L, D), its mean over the
@@ -528,7 +571,7 @@ class T5Encoder(Module):
 
     def forward(self, ids, mask):
         buckets = relative_buckets(self.shape, ids.shape[1], ids.device)
-        x = tokens = self.shared(ids)                                                 # (B, L, D)
+        x = tokens = self.widened(self.shared(ids))                                   # (B, L, D)
         for block in self.encoder.block:
             attention = block.layer[0]["SelfAttention"]
             if "relative_attention_bias" in attention:
@@ -594,7 +637,7 @@ class ClipTower(ModuleDict):
         self.encoder = ModuleDict({"layers": layers})
 
 
-class CLIPTextEncoder(Module):
+class CLIPTextEncoder(Tower):
     """The text tower of CLIP or OpenCLIP. ids (B, L) int64, mask (B, L) bool -> context (B, L, D),
     the last layer normalised or the penultimate as it is; pooled (B, P), the last layer at the
     first token `end`, projected if the checkpoint has a projection."""
@@ -616,7 +659,7 @@ class CLIPTextEncoder(Module):
     def forward(self, ids, mask):
         model = self.text_model
         place = model.embeddings.position_embedding.weight[:ids.shape[1]]
-        x = model.embeddings.token_embedding(ids) + place                             # (B, L, D)
+        x = self.widened(model.embeddings.token_embedding(ids)) + place               # (B, L, D)
         for layer in model.encoder.layers:
             before = x
             x = layer(x, causal=True)           # no token sees the padding behind it
@@ -643,7 +686,7 @@ def clip_pixels(pictures, size):
     return (x - mean) / deviation
 
 
-class CLIPImageEncoder(Module):
+class CLIPImageEncoder(Tower):
     """The picture tower: uint8 (B, 3, H, W) -> (B, P) float32, in the space of its text tower's
     pooled."""
     others = ("text_", "logit_scale")
@@ -666,7 +709,7 @@ class CLIPImageEncoder(Module):
         embed = model.embeddings
         first = embed.class_embedding.expand(len(pictures), 1, -1)
         x = embed.patch_embedding(clip_pixels(pictures, self.size).to(first.dtype))
-        x = torch.cat([first, x.flatten(2).transpose(1, 2)], 1)                       # (B, L, D)
+        x = self.widened(torch.cat([first, x.flatten(2).transpose(1, 2)], 1))         # (B, L, D)
         x = model.pre_layrnorm(x + embed.position_embedding.weight)
         for layer in model.encoder.layers:
             x = layer(x, causal=False)
@@ -759,38 +802,6 @@ def open_weights(path: Path):
                     yield name, shape, partial(read_rows, path, name)
 
 
-@cache
-def imitates_bf16() -> bool:
-    """Whether this processor multiplies float32 faster than bfloat16, as most desktops do: without
-    AVX-512 BF16, AMX or ARM's they imitate it, up to sixty times slower. Measured on one core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                            # or other work would disturb it
-    best = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.ones(256, 256, dtype=dtype)
-        times = []
-        while len(times) < 2 or (len(times) < 20 and sum(times) < 0.05):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        best.append(min(times))
-    torch.set_num_threads(threads)
-    return best[0] > best[1]
-
-
-def widen(layer, given):
-    """Before a layer on the processor: its weights in float32, and so what comes in."""
-    if not layer.weight.is_cpu:
-        return given
-    layer.float()
-    return tuple(x.float() for x in given)
-
-
-def narrow(layer, given, said):
-    """Behind it: as they were, exactly."""
-    layer.bfloat16()
-
-
 class Weights:
     """The tensors of a folder by their published names; each is read only when it is asked for."""
     def __init__(self, folder: Path, allow_bin: bool):
@@ -825,7 +836,7 @@ class Weights:
     def fill(self, model: Module, dtype):
         """Give `model` (checked, on the meta device) its weights, frozen; peaks a tensor above it.
         A number that is not finite is an error; other flipped bits are not seen: there is no
-        checksum. Where bfloat16 is imitated, layers multiply in float32, each widened as it runs."""
+        checksum."""
         state = {}
         for name in model.state_dict():
             tensor = self.read[name](slice(None))
@@ -837,11 +848,7 @@ class Weights:
                 raise ValueError(f"{self.folder}: {name} is not finite in {dtype}. "
                                  "Download it again")
         model.load_state_dict(state, assign=True)
-        if dtype == torch.bfloat16 and imitates_bf16():
-            for layer in model.modules():
-                if hasattr(layer, "weight") and not isinstance(layer, Embedding):
-                    layer.register_forward_pre_hook(widen)
-                    layer.register_forward_hook(narrow)
+        model.wide = dtype == torch.bfloat16 and imitates_bf16()
         return model.eval().requires_grad_(False)
 
     def digest(self, model, parts, also=()):
