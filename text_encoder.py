@@ -383,8 +383,8 @@ def imitates_bf16() -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                            # or other work would disturb it
     best = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x = torch.ones(256, 256, dtype=dtype)
+    ones = torch.ones(256, 256)
+    for x in (ones.bfloat16(), ones):
         best.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=5)))
     torch.set_num_threads(threads)
     return best[0] > best[1]
