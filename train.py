@@ -1827,6 +1827,7 @@ class Trainer:
             self.parts.setdefault(part, []).append(p)
         self.replaced = self.cut = self.captions = 0
         self.told = set()
+        self.marks = []                                        # when the first updates were done
 
     def batches(self, pictures: data.Pictures, first: int, images: int) -> Iterator[dict]:
         """The batches of the steps from `first`, of this rank, whose first picture is number `images`."""
@@ -1867,6 +1868,12 @@ class Trainer:
         self.meter.add(grad_norm=norm, clipped=clipped, skipped=bad)
         for name in COUNTED:
             self.meter.add(**{name: (len(batch[name]), 1)})
+        if number and len(self.marks) < 3:
+            self.marks.append(clock(self.device))
+            if len(self.marks) == 3:                           # the first may have compiled
+                seconds = self.marks[2] - self.marks[1]
+                left = tqdm.format_interval(seconds * (self.cfg.steps - number))
+                say(f"about {left} to go, {seconds:.2f} s a step")
 
     def tell(self, batch: dict) -> None:
         """Name what was replaced, the first ten pictures and each thousandth, and each shard that is away;

@@ -2325,6 +2325,17 @@ def test_bf16_is_taken_where_it_is_faster_than_float32(monkeypatch):
     assert train.fastest_dtype(cpu) == "fp32"
 
 
+def test_how_long_a_run_will_take_is_said_once_and_before_its_first_line(tmp_path, capsys, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(train, "clock", lambda device: 1000.0 * next(ticks))
+    run(tmp_path / "run", "--steps 9", "--log-every 4")
+    said = capsys.readouterr().out
+    assert said.count("to go") == 1
+    assert said.index("about 1:40:00 to go, 1000.00 s a step\n") < said.index("step 4 ")
+    run(tmp_path / "short", "--steps 2")
+    assert "to go" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("imitated", [True, False])
 def test_muon_multiplies_what_the_processor_multiplies(monkeypatch, imitated):
     monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: imitated)
