@@ -353,7 +353,7 @@ def whole(path: Path, stamp: float | None = None) -> Iterator[io.IOBase]:
     finally:
         temporary.unlink(missing_ok=True)
 
-    if hasattr(os, "O_DIRECTORY"):                  # Windows opens no folder
+    with suppress(OSError):                         # Windows opens no folder, some disks sync none
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -429,6 +429,9 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
+            return
+        except OSError:                             # a disk without locks
+            yield True
             return
         try:
             yield True
@@ -952,7 +955,7 @@ def index_all(shards: list[Shard]) -> None:
     missing.sort(key=lambda shard: hash_of(f"{rank} {shard.index}".encode()))
     gc.freeze()                                     # or a third of the time is spent on what is there already
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    helpers = min(cores, len(missing) // 4)
+    helpers = min(cores, len(missing) // 4, 32)
     if helpers < 2:
         for shard in watched(missing, "shards"):
             index(shard)

@@ -34,7 +34,7 @@ LossWeight = Literal["uniform", "min_snr", "soft_min_snr", "sigmoid", "p2", "edm
 class DiffusionConfig:
     schedule: Literal["cosine", "linear", "scaled_linear", "sigmoid", "flow", "edm"] = "cosine"  # of noise
     shift_base: int = 64  # picture side at which the schedule is not shifted, 0 = never shift [pixels]
-    size_shift: Literal["uniform", "interpolated"] = "uniform"  # interpolated: it fades, no end is lost
+    size_shift: Literal["uniform", "interpolated"] = "uniform"  # interpolated: fades to no shift at t = 0
     zero_snr: bool = False  # rescale linear or scaled_linear so that no signal is left at t = 1
     prediction: Literal["v", "eps", "x0", "flow"] = "v"  # what the network predicts
     learn_sigma: bool = False  # predict the variance of a step too, for the ddpm sampler (twice the outputs)
@@ -86,7 +86,7 @@ def gaussian(keys: Tensor, shape: tuple[int, ...], device=None) -> Tensor:
     the batch. Counter-based (Salmon et al. 2011): splitmix64 of key and counter, then Box-Muller,
     two normals a hash. keys (B,) int64, shape without B -> (B, *shape) float32 within +-6.8.
     Devices agree but for rounding."""
-    keys = keys.to(device, non_blocking=True)  # a copy that blocks waits for the device
+    keys = keys.to(device)
     count = math.prod(shape)
     half = (count + 1) // 2
     counter = torch.arange(1, half + 1, device=keys.device) * GOLDEN

@@ -10,6 +10,7 @@
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
+import errno
 import hashlib
 import inspect
 import json
@@ -19,7 +20,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import zip_longest
@@ -48,7 +49,7 @@ class ModelConfig:
     efficient: bool = False  # sides double after the convolutions of a level: Imagen's Efficient U-Net
     conv_only: bool = False  # no place, norms of one position, attention to text alone: to train on crops
     weave_resolutions: tuple[int, ...] = ()  # sides where a transcription reads the picture [1..4096 pixels]
-    weave_carried: bool = False  # it goes on from what it read last, instead of from its encoder
+    weave_carried: bool = False  # a transcription keeps what it read in one weave for the next
     vae: str = ""  # folder of a published VAE, in whose latents diffusion happens; pixels when not given
     vae_dtype: Literal["fp32", "bf16"] = "fp32"  # of the VAE's weights
 
@@ -198,8 +199,8 @@ class Attention(nn.Module):
             self.place = nn.Linear(12, channels)
         self.out = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, context: Tensor, hidden: Tensor) -> Tensor:
-        """x (B, C, H, W); context (B, L+1, E) and hidden (B, 1, 1, L+1), as with_null gives them."""
+    def forward(self, x: Tensor, context: Tensor, bias: Tensor) -> Tensor:
+        """x (B, C, H, W); context (B, L+1, E) and bias (B, 1, 1, L+1), as with_null gives them."""
         _, C, H, W = x.shape
         heads = C // self.head_dim
         tokens = positions(self.norm(x))                                              # (B, N, C)
@@ -218,10 +219,10 @@ class Attention(nn.Module):
         if not self.local:
             k = torch.cat([self.k_norm(own[0]), k], 1)                                # (B, N+L+1, K, ...)
             v = torch.cat([own[1], v], 1)
-            hidden = F.pad(hidden, (H * W, 0))                                        # (B, 1, 1, N+L+1)
+            bias = F.pad(bias, (H * W, 0))                                        # (B, 1, 1, N+L+1)
 
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=hidden)                 # (B, K, N, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                 # (B, K, N, head_dim)
         h = self.out(h.transpose(1, 2).flatten(2))                                    # (B, N, C)
         return x + h.transpose(1, 2).view_as(x)
 
@@ -265,8 +266,8 @@ class Weave(nn.Module):
         read = y + reads * self.read(self.read_norm(y), tokens)                       # (B, L, D)
         read = read + feeds * self.feed(read)
 
-        keys, hidden = with_null(self.write_norm(read), self.null, mask)              # (B, L+1, D), ...
-        h = self.write(tokens, keys, hidden)                                          # (B, N, C)
+        keys, bias = with_null(self.write_norm(read), self.null, mask)                # (B, L+1, D), ...
+        h = self.write(tokens, keys, bias)                                            # (B, N, C)
         x = x + writes * h.transpose(1, 2).view_as(x)
         return x, read if self.carried else y
 
@@ -430,7 +431,7 @@ class UNet(nn.Module):
     def _run(self, blocks, h, told):
         for block in blocks:
             kind = type(block)
-            h = called(block, self.checkpointing, h, *told[kind])
+            h = called(block, self.checkpointing, h, *told.get(kind, told[ResBlock]))
             if kind is Weave:
                 h, told[kind][0] = h                           # the text, for the next one
         return h
@@ -468,19 +469,19 @@ class UNet(nn.Module):
             if lowres.shape[-2:] != x_t.shape[-2:]:
                 lowres = F.interpolate(lowres, x_t.shape[-2:], mode="bicubic")        # (B, c, H, W)
             x = torch.cat([x, lowres], 1)
-        context, hidden, vector = embed_text(self, context, mask, pooled)             # (B, L+1, E), ...
+        context, bias, vector = embed_text(self, context, mask, pooled)               # (B, L+1, E), ...
         time = time + vector
 
         # Behind them those of what is written.
         parts = []
         if written:
             parts = [written[f"transcription_{name}"] for name in ("context", "mask", "pooled")]
-            keys, hides, vector = self.transcription(*parts)
+            keys, more, vector = self.transcription(*parts)
             context = torch.cat([context, keys], 1)
-            hidden = torch.cat([hidden, hides], -1)
+            bias = torch.cat([bias, more], -1)
             time = time + vector
         emb = F.silu(time)                                                            # (B, E)
-        told = {ResBlock: [emb], Attention: [context, hidden], Weave: [*parts[:2], emb]}
+        told = {ResBlock: [emb], Attention: [context, bias], Weave: [*parts[:2], emb]}
 
         *skips, h = self._down(x, told)
         for blocks in self.up:
@@ -1161,8 +1162,8 @@ class CLIP(UNet):
         (B, E) float32 of unit length."""
         time = timed(self.time, t)
         no_text = time.new_zeros(len(x_t), 0, self.config.emb_dim)
-        context, hidden = with_null(no_text, self.null, no_text[..., 0].bool())       # the null alone
-        *_, h = self._down(x_t, {ResBlock: [F.silu(time)], Attention: [context, hidden]})
+        context, bias = with_null(no_text, self.null, no_text[..., 0].bool())         # the null alone
+        *_, h = self._down(x_t, {ResBlock: [F.silu(time)], Attention: [context, bias]})
         tokens = positions(self.norm_out(h))                                          # (B, N, C)
         return self.picture_pool(tokens.mean(1), tokens)
 
@@ -1267,14 +1268,18 @@ def checksum(tensors: Tensors, meta: dict[str, str]) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk."""
-    if os.name == "nt" and path.is_dir():                      # Windows opens no folders
-        return
-    fd = os.open(path, os.O_RDONLY)
+    """Have a file on disk, or the names in a folder, where the system can: Windows opens no folders, and
+    some disks of a network know nothing of it."""
+    folder = path.is_dir()
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        if not folder or e.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
@@ -1294,7 +1299,8 @@ def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
     # safetensors creates its files for the owner alone. To read the umask is to set it.
     umask = os.umask(0)
     os.umask(umask)
-    os.chmod(temp, 0o666 & ~umask)
+    with suppress(PermissionError):                            # a disk that keeps no rights
+        os.chmod(temp, 0o666 & ~umask)
     fsync(temp)
     os.replace(temp, path)
     fsync(path.parent)
@@ -1400,6 +1406,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict:
         config = json.loads(path.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
+        config.pop("_name_or_path", None)                      # a folder of another machine
     return config
 
 

@@ -1,4 +1,4 @@
-"""Prompts to pictures: `python sample.py "a house"` draws from the newest run.
+"""Prompts to pictures: `python sample.py "a house"` draws from the newest run, and what enlarges it.
 
 A checkpoint is all it needs: network, schedule and text encoder are rebuilt from its metadata. A picture
 depends on its prompt, its seed and the settings, not on the others of its batch."""
@@ -302,6 +302,8 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
     if shape.vae:
         places = [vae, vae_lay, shape.vae, *(folder / Path(shape.vae).name for folder in near)]
         space = model.find_vae(filter(None, places), made_in, shape.vae_dtype).to(device)
+        if text_encoder.imitates_bf16(device.type):
+            space.float()
     side = size // space.scale
 
     # Built without memory, and compared with the file, before anything is allocated.
@@ -339,7 +341,7 @@ class Settings:
     clip: str = ""  # a CLIP run that guides: a forward and backward pass a call; a,b: of two stages
     clip_scale: float = 1.0  # how strongly it does [0..1e6]
     negative: str = ""  # a prompt to move away from
-    write: str = ""  # what is written in the pictures, lines by \\n, by a run with --transcription
+    write: str = ""  # what is written in the pictures, lines by \n, by a run with --transcription
     write_guidance: float = -1.0  # guidance scale of --write, -1 = that of --guidance [-1..100]
     aug: float = 0.0  # noise on a low-resolution picture before it is enlarged, a time t [0..1]
     threshold: str = "static"  # predictions are clipped at 1 (static), a percentile of each (0..1], or none
@@ -350,7 +352,7 @@ class Settings:
     respacing: str = ""  # these of 1000 steps instead: 250, 10,10,20 (of equal sections) or ddim25
     eta: float = -1.0  # fresh noise of a step, -1 = the sampler's own [-1..1]
     churn: float = 0.0  # fresh noise that heun adds in all its steps together [0..1000]
-    init: str = ""  # a picture to start from
+    init: str = ""  # a picture to start from, with --strength below 1 or --mask
     strength: float = 1.0  # how far it is noised [0.001..1]
     mask: str = ""  # a picture: black where --init stays, white where it is drawn anew, grey between
     trajectory: int = 0  # beside the picture, the x0 of every so many calls of the network [0..1000]
@@ -469,8 +471,9 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
         raise ValueError(f"a stage from {stage.data.lowres} to {stage.size} pixels was given {small_side}. "
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
     alone = s.mask or s.strength != 1
-    if (alone and not s.init) or (s.resample > 1 and not s.mask):
-        raise ValueError("--mask and --strength have no effect without --init, nor --resample without --mask")
+    if bool(alone) != bool(s.init) or (s.resample > 1 and not s.mask):
+        raise ValueError("--mask and --strength have no effect without --init, nor --init without one of "
+                         "them (try --strength 0.7), nor --resample without --mask")
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
@@ -872,7 +875,7 @@ class Flags:
     interactive: bool = False  # ask for prompts, and draw each
     prompts: str | None = None  # a file of prompts, one a line, or a run: its held-out captions
     ckpt: str = ""  # run, checkpoint or ema.safetensors; a,b: of stages; empty: the newest
-    stop_at: int = 0  # the last stage, 0 = all there are [0..4096 pixels]
+    stop_at: int = 0  # side of the last stage that is drawn, 0 = all there are [0..4096 pixels]
     lowres: str = ""  # a picture: enlarge this one instead of drawing the first
     keep_stages: bool = False  # write those below, too
     validate: int = 0  # first compare held-out pictures with what is made of them, by --aug [0..10000 images]
@@ -886,11 +889,11 @@ class Flags:
     rank: str = ""  # a CLIP, published or a run, whose score is noted
     best: int = 0  # keep so many of --n by that score, 0 = all [0..10000 images]
     score: str = ""  # score a set: .npz, folder, shards, or a run's held-out pictures
-    against: str = ""  # by this set; without --score it is what is drawn
-    features: str = ""  # of this TorchScript file, or CLIP's folder
+    against: str = ""  # the set to compare with; without --score what is drawn is scored
+    features: str = ""  # a TorchScript file (a program: use one that you trust), or CLIP's folder
     feature_input: str = "auto"  # how it takes pictures
     score_size: int = 0  # side of both, 0 = of the smaller [0..4096 pixels]
-    keep_features: str = ""  # keep them in this folder, for the next score
+    keep_features: str = ""  # a folder that keeps the features, for the next score
     limit: int = 0  # the first so many of each of these, 0 = all [images]
     seed: int = 0  # of the noise [0..9223372036854775807]
     out: str = "."  # a folder, or the name of a .png
@@ -979,6 +982,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
         die(f"--best {args.best} needs as many pictures, --n {args.n}, and scores, --rank DIR")
     if args.clip_scale != (Settings.clip_scale,) and not any(args.clip):
         die(f"--clip-scale {args.clip_scale[0]} has no effect without --clip RUN")
+    if args.interactive and (args.prompt or args.prompts or args.compare or args.validate):
+        die("-i asks for prompts and draws them: leave PROMPT, --prompts, --compare and --validate away")
     args.write = data.transcribed({"transcription": args.write.replace("\\n", "\n")})
     args.wanted = [args.prompt or ""]
     if args.npz and args.keep_stages:
@@ -996,7 +1001,8 @@ def arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace, i: int, stage: Stage) -> dict:
-    """The settings of the i-th stage that is drawn, and its seed: a list's last value counts for the rest."""
+    """The settings of the i-th stage that is drawn, and its seed: a list's last value counts for the rest,
+    but above those that are named nothing is guided."""
     chosen = {}
     for name, usual in {"seed": 0, **vars(Settings())}.items():
         value = getattr(args, name)
@@ -1302,7 +1308,7 @@ def main(argv: list[str]) -> None:
         while True:
             try:
                 prompt = input("prompt: ")
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
                 return
             draw(paths, plain, args, device, [prompt] * args.n, {})
     if not all(map(str.strip, args.wanted)):

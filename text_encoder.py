@@ -43,7 +43,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @dataclass
 class TextConfig:
     text_encoder: list[str] = field(default_factory=lambda: ["bytes"])  # bytes (trained along), or folders
-    text_length: int = 128  # a caption is cut or padded to this length (tokens, or bytes) [4..4096 tokens]
+    text_length: int = 128  # a caption is cut to this length (tokens, or bytes) [4..4096 tokens]
     text_dtype: Literal["bf16", "fp32"] = "bf16"  # of the weights of frozen encoders
     text_cache: str = ""  # folder that keeps the embeddings of all captions; or "shards", which hold them
     text_shards: str = ""  # write the shards of --data with the embeddings of --text-cache here, then leave
@@ -53,7 +53,7 @@ class TextConfig:
     byte_width: int = 128  # width of the byte encoder, a multiple of 32 [32..2048 channels]
     byte_layers: int = 1  # layers of the byte encoder [1..24 layers]
     transcription: Literal["", "bytes"] = ""  # bytes: read what is written in pictures, too (trained along)
-    transcription_length: int = 64  # it is cut or padded to this length [4..4096 bytes]
+    transcription_length: int = 64  # it is cut to this length [4..4096 bytes]
     transcription_width: int = 128  # width of its encoder, a multiple of 32 [32..2048 channels]
     transcription_layers: int = 2  # layers of its encoder [1..24 layers]
 
@@ -377,9 +377,13 @@ class MultiReader:
 
 # ------------------------------------------------------------------------------------------- towers
 @cache
-def imitates_bf16() -> bool:
-    """Whether this processor multiplies float32 faster than bfloat16, as most desktops do: without
-    AVX-512 BF16, AMX or ARM's they imitate it, up to sixty times slower. Measured on one core."""
+def imitates_bf16(kind: str) -> bool:
+    """Whether a device of a kind, such as "cpu", multiplies float32 faster than bfloat16: GPUs before
+    Ampere, and most desktops, which without AVX-512 BF16, AMX or ARM's imitate it, up to sixty times
+    slower. Processors are measured, on one core."""
+    if kind != "cpu":
+        there = kind == "cuda" and torch.cuda.is_available()
+        return there and not torch.cuda.is_bf16_supported(including_emulation=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                            # or other work would disturb it
     best = []
@@ -387,16 +391,16 @@ def imitates_bf16() -> bool:
     for x in (ones.bfloat16(), ones):
         best.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=5)))
     torch.set_num_threads(threads)
-    return best[0] > best[1]
+    return best[0] > 1.5 * best[1]                      # where they are near, always the same
 
 
 class Tower(Module):
-    """A network whose layers compute in the type of their input. wide: on a processor that is float32,
-    whatever that of the weights, of which one at a time is then widened."""
-    wide = False
+    """A network whose layers compute in the type of their input. wide: the kinds of devices where that
+    is float32, whatever that of the weights, of which a part at a time is then widened."""
+    wide = ()
 
     def widened(self, x):
-        return x.float() if self.wide and x.is_cpu else x
+        return x.float() if x.device.type in self.wide else x
 
 
 def weights_for(layer, x):
@@ -405,7 +409,13 @@ def weights_for(layer, x):
 
 class Linear(torch.nn.Linear):
     def forward(self, x):
-        return F.linear(x, *weights_for(self, x))
+        if self.weight.dtype == x.dtype:
+            return super().forward(x)
+        parts = []
+        for rows in self.weight.split(1024):            # what is so small malloc keeps: 4 times faster
+            parts.append(F.linear(x, rows.to(x.dtype)))
+        y = torch.cat(parts, -1)
+        return y if self.bias is None else y + self.bias
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -562,7 +572,7 @@ class T5Encoder(Tower):
         self.shape = shape
         self.dim = self.pooled_dim = shape.d_model
 
-        self.shared = table(shape.vocab_size, shape.d_model)
+        self.shared = table(shape.vocab_size, shape.d_model)   # of bytes, see byte_encoder, another
         self.encoder = Module()
         self.encoder.block = ModuleList(
             T5Block(shape, has_table=i == 0 or shape.model_type == "umt5")
@@ -848,7 +858,8 @@ class Weights:
                 raise ValueError(f"{self.folder}: {name} is not finite in {dtype}. "
                                  "Download it again")
         model.load_state_dict(state, assign=True)
-        model.wide = dtype == torch.bfloat16 and imitates_bf16()
+        if dtype == torch.bfloat16:
+            model.wide = [kind for kind in ("cpu", "cuda") if imitates_bf16(kind)]
         return model.eval().requires_grad_(False)
 
     def digest(self, model, parts, also=()):
@@ -917,7 +928,7 @@ class TextEncoder(Module):
                 x = torch.as_tensor(batch[name])
                 if x.dtype == torch.uint16:
                     x = x.view(torch.bfloat16)
-                x = x.to(device, non_blocking=True)
+                x = x.to(device, non_blocking=torch.device(device).type != "mps")
                 if name != "pooled":
                     x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, more))
                 found[name] = x

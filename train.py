@@ -1,7 +1,8 @@
-"""Train one stage: `torchrun train.py --size 64`, or `python train.py --size 64` on one device.
+"""Train one stage: `python train.py --size 64`, with torchrun before it on several devices.
 
-Pictures seen so far are the only state beside the weights: every random choice is a function of (seed,
-position), so the same command run again continues exactly where the last checkpoint stands."""
+A checkpoint holds weights, their averages and the optimizer's moments, and of the data no more than how many
+pictures were seen: every random choice in training is a function of (seed, purpose, position), where position
+is the number of a picture in the stream. So the same command run again continues exactly."""
 import argparse
 import copy
 import ctypes
@@ -68,12 +69,12 @@ SCORES = "frechet", "kernel", "cmmd", "precision", "recall", "clip_score"      #
 @dataclasses.dataclass
 class TrainConfig:
     size: int = 64                # side of the pictures [8..4096 pixels]
-    model: Model = "tiny"         # row of presets, small where there is a GPU; sd15, ...: published U-Nets
+    model: Model = "tiny"         # row of presets, small where there is CUDA; sd15, ...: published U-Nets
     pretrained: str = ""          # a published pipeline's folder: its U-Net, VAE, text encoder and noise
     objective: Objective = "denoise"  # clip: pictures and captions find each other, to guide and to rank
     out: str = ""                 # run directory, runs/SIZE when not given; the same command continues it
     init: str = ""                # a run, checkpoint or file whose averaged weights a new run starts from
-    reinit: str = ""              # but not these: a regular expression of names
+    reinit: str = ""              # names, a regular expression, that --init or --pretrained leaves fresh
     train_only: str = ""          # train these weights alone: a regular expression of names
     steps: int = 5000             # updates of the whole run [1..1e9 steps]
     batch_size: int = 32          # pictures of one update, all ranks together [1..1048576 images]
@@ -81,7 +82,7 @@ class TrainConfig:
     lr: float = 1e-3              # learning rate between warm-up and cooldown [1e-12..1]
     warmup: int = 100             # the rate rises linearly over the first so many steps [steps]
     cooldown: int = 1000          # and falls linearly to 0 over the last so many [steps]
-    optimizer: Literal["adamw", "muon"] = "adamw"  # of matrices in the U-Net, of any --model; AdamW of others
+    optimizer: Literal["adamw", "muon"] = "adamw"  # moves matrices inside the U-Net; all else AdamW
     weight_decay: float = 0.01    # decay of weight matrices; biases and gains have none [0..1]
     clip: float = 1.0             # largest norm of the gradient, 0 = no clipping
     ema_decay: float = 0.999      # of the averaged weights, plain up to 1 / (1 - it) updates [0..0.999999]
@@ -95,20 +96,20 @@ class TrainConfig:
     compile: bool | None = None   # torch.compile; on for CUDA when not given
     checkpointing: bool = False   # recompute activations in the backward pass: less memory, a third more work
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
-    workers: int = -1             # processes that load pictures, a rank; -1 = 8 with a GPU, else 0 [-1..256]
+    workers: int = -1             # processes that load pictures, a rank; -1: to 8 with CUDA, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
-    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # these, too
+    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # there, too
     check: int = 0                # tell what is in so many pictures of --data, then leave [0..1e9 images]
     plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
-    prompts: str = ""             # a file of its prompts, one a line, drawn at step 0 too; else held-out ones
+    prompts: str = ""             # a file of prompts for grids, one a line, from step 0; else held-out ones
     val_every: int = 1000         # validation, and once at the end, 0 = never [steps]
     val_images: int = 256         # pictures of the fixed validation set [2..1e6 images]
     save_every: int = 500         # a checkpoint, 0 = only at the end; now: touch OUT/save [steps]
-    save_minutes: float = 0       # one when the last is so old, 0 = never [0..1e6 minutes]
+    save_minutes: float = 0       # a checkpoint when the last is so old, 0 = never [0..1e6 minutes]
     keep: int = 2                 # checkpoints kept [1..99]
     score_every: int = 0          # save, and let sample.py score the averaged weights, 0 = never [steps]
-    score: str = ""               # by these flags of it: "--features inception.pt --limit 500", see README
+    score: str = ""               # by its flags: --score="--features inception.pt --limit 500", see README
     keep_best: Literal["", "val_loss", "val_gap", *SCORES] = ""  # and as checkpoints/best the best by this
     timeout: float = 600          # how long to wait for another rank or a data worker [1..1e6 seconds]
     dry_run: bool = False         # measure memory, speed and time of this configuration, then leave
@@ -330,7 +331,8 @@ def is_published(cfg: TrainConfig) -> bool:
 
 def parse(argv: list[str]) -> Configs:
     """The dataclasses from the command line: a field is a flag, the comment behind it the help."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description=__doc__.splitlines()[0],
+    about = __doc__.splitlines()[0] + " Defaults are those of the --size and --model before --help."
+    parser = Parser(prog="train.py", allow_abbrev=False, description=about,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for cls in get_args(Configs):
         group = parser.add_argument_group(cls.__name__)
@@ -361,7 +363,7 @@ def parse(argv: list[str]) -> Configs:
     args = parser.parse_args(argv)
     kind = "clip-" if args.objective == "clip" else ""
     args.out = args.out or f"runs/{kind}{args.size}"
-    for name in ("warmup", "cooldown"):                        # those of a preset go with its steps
+    for name in ("warmup", "cooldown"):                        # a preset's shrink with fewer steps
         if f"--{name}" not in given:
             scaled = row.get(name, 0) * args.steps // row["steps"]
             setattr(args, name, min(getattr(args, name), scaled))
@@ -565,11 +567,9 @@ def clock(device: torch.device) -> float:
 
 def fastest_dtype(device: torch.device) -> str:
     """bf16, but on a GPU without it fp16, with loss scaling, and on a processor without it fp32."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16"
-    if device.type == "cpu" and text_encoder.imitates_bf16():
-        return "fp32"
-    return "bf16"
+    if not text_encoder.imitates_bf16(device.type):
+        return "bf16"
+    return "fp32" if device.type == "cpu" else "fp16"
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -643,7 +643,9 @@ def compiled(net: nn.Module, device: torch.device, wanted: bool | None) -> nn.Mo
 #     loss(given)          -> the sum of the losses of all pictures, from what forward gave of them;
 #     joins                   whether the loss of one picture depends on the others (see `backward`);
 #     record(meter, inputs, given), after_step(ranks): what it counts and learns beside the gradient;
-#     matrices()           -> the weights that Muon may move.
+#     matrices()           -> the weights that Muon may move, and of how many matrices each is made.
+# Beside them a run asks for what `Denoising` has (text, space, schedule, config, network, condition, encode,
+# and in what forward gives "raw"), so that another objective is best a class derived from it.
 
 
 def draws(seed: int, purpose: str, uncond_prob: float, first: int, batch_size: int,
@@ -680,7 +682,7 @@ def finite(x: Tensor) -> Tensor:
 
 def sent(numbers, device: torch.device) -> Tensor:
     """An array or a tensor, on the device; the host does not wait for it."""
-    return torch.as_tensor(numbers).to(device, non_blocking=True)
+    return torch.as_tensor(numbers).to(device, non_blocking=device.type != "mps")
 
 
 class Denoising(nn.Module):
@@ -739,11 +741,11 @@ class Denoising(nn.Module):
         if x0.dtype == torch.uint8:                            # else latents, out of a cache
             x0 = self.space.encode(x0)
         eps = diffusion.gaussian(sent(part["noise"], device), x0.shape[1:])
-        u = sent(part["u"], device)
+        u = torch.as_tensor(part["u"])
         if self.importance:
-            t, weight = self.importance.draw(u)
+            t, weight = self.importance.draw(sent(u, device))
         else:
-            t = diffusion.draw_t(u, self.config, self.schedule)
+            t = sent(diffusion.draw_t(u, self.config, self.schedule), device)
             weight = torch.ones_like(t)
         return {"x0": x0, "eps": eps, "t": t, "weight": weight, **self.condition(part, device)}
 
@@ -942,7 +944,7 @@ class State:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stacks:
-            self.turn(lr * (1 - bad))
+            self.muon(lr * (1 - bad))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -956,7 +958,7 @@ class State:
             follow(average, self.weights, weight)
         return norm, bad
 
-    def turn(self, lr: Tensor) -> None:
+    def muon(self, lr: Tensor) -> None:
         """Muon; lr () 0: nothing moves. Ranks deal out the passes, TOGETHER matrices at a time, so that one
         rank computes the same bits, and meet once. AdamW then finds no gradient here."""
         ranks, dealt = Ranks(), itertools.count()
@@ -991,7 +993,7 @@ class State:
         for _, _, average in self.averages:
             tensors += average
         norms = torch._foreach_norm(tensors)
-        total = float(sum(norm.detach().double() for norm in norms))
+        total = float(torch.stack(norms).detach().cpu().double().sum())
         return total if math.isfinite(total) else math.inf
 
     def tensors(self) -> dict[str, model.Tensors]:
@@ -1064,6 +1066,8 @@ def lock(run: Path) -> None:
     except (BlockingIOError, PermissionError):                 # POSIX allows either
         owner = os.read(fd, 200).decode(errors="replace") or "another run"
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
+    except OSError as e:
+        say(f"warning: {run} is on a disk without locks ({e.strerror}): let no other run write there")
     os.truncate(fd, 0)
     os.write(fd, f"pid {os.getpid()} on {socket.gethostname()}".encode())
     for left in [*run.glob(".tmp-*"), *run.glob("*/.tmp-*"), *run.glob("*/best/.tmp-*")]:
@@ -1119,7 +1123,7 @@ def without_folders(config: str) -> str:
     recipe = json.loads(config)
     for group in recipe.values():
         for name in ("out", "init", "pretrained", "data", "text_cache", "text_shards", "latent_cache",
-                     "prompts", "score", "class_names"):
+                     "prompts", "score", "class_names", "shard_cache"):
             group.pop(name, None)
     names = [Path(name).name for name in recipe["TextConfig"]["text_encoder"]]
     recipe["TextConfig"]["text_encoder"] = names
@@ -1523,7 +1527,7 @@ class Meter:
         columns = []
         for value in itertools.chain(*self.sums.values()):
             columns.append(torch.as_tensor(value, device=device).float().flatten())
-        numbers = ranks.sum_(torch.cat(columns)).double().cpu()
+        numbers = ranks.sum_(torch.cat(columns)).cpu().double()               # MPS has no double
         values = [part.tolist() for part in numbers.split([len(column) for column in columns])]
         names = list(self.sums)
         self.sums = {}
@@ -1941,7 +1945,7 @@ class Trainer:
 
     def line(self, step: int, images: int) -> dict:
         """What metrics.jsonl says of the steps since its last line: means over pictures, buckets clean first.
-        The only place where the host waits for the device."""
+        Here the host waits for the device."""
         sums, counts = self.meter.read(self.ranks, self.device)
         began = self.since
         self.since = clock(self.device)
@@ -2069,7 +2073,7 @@ def main(argv: list[str]) -> int | None:
             raise ValueError(f"ranks differ in flags or pictures, or not all see the same --out {out} "
                              f"(step {first})")
         if first >= cfg.steps:
-            return say(f"note: step {first} of {cfg.steps} reached; nothing to do. Raise --steps to go on")
+            return say(f"note: {out} is at step {first} of {cfg.steps}; raise --steps, or name another --out")
         announce(cfg, train_set, state, first)
         if data_cfg.latent_cache:
             latents = load_latents(configs, sets[:2], objective, device, signals, ranks)

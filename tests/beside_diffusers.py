@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--prediction", choices=["epsilon", "v_prediction"], default="v_prediction")
     parser.add_argument("--sample-steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
-    fastest = "fp32" if text_encoder.imitates_bf16() else "bf16"
+    fastest = "fp32" if text_encoder.imitates_bf16("cpu") else "bf16"
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default=fastest)
     args = parser.parse_args()
 

@@ -243,6 +243,27 @@ def test_a_shape_that_cannot_be_built_is_named(options, size, message):
 
 
 LOCAL = ModelConfig(32, (1, 2), (1, 2), (), head_dim=16, patch=2, efficient=True, conv_only=True)
+def test_a_block_of_ones_own_is_told_what_residual_blocks_are(monkeypatch):
+    """As the README says: a module that takes (x, emb), appended in UNet.stage."""
+    class Doubled(torch.nn.Module):
+        def forward(self, x, emb):
+            assert emb.shape == (3, SMALL.emb_dim)
+            return 2 * x
+
+    real = UNet.stage
+
+    def stage(self, *args, **named):
+        blocks = real(self, *args, **named)
+        blocks.append(Doubled())
+        return blocks
+
+    plain = make_unet()(**make_batch())
+    monkeypatch.setattr(UNet, "stage", stage)
+    assert not torch.allclose(make_unet()(**make_batch()), plain)
+    clip = make_clip()
+    assert clip(*[make_batch()[name] for name in ("x_t", "t")]).isfinite().all()
+
+
 def make_lowres(batch=3, side=4, seed=2) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     return {"lowres": torch.randn(batch, 3, side, side, generator=g),

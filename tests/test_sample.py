@@ -1021,18 +1021,21 @@ BAD = [
     (["a", "--threshold", "1.5"], "--threshold 1.5 is none of: predictions"),
     (["a", "--threshold", "0.0"], "threshold percentile 0.0 is not in (0, 1]"),
     (["a", "--respacing", "10,x"], "respacing '10,x' is not like 250"),
-    (["a", "--init", "nowhere.png"], "--lowres nowhere.png is no file"),
-    (["a", "--init", "blank.txt"], "--lowres blank.txt is no picture: not a whole picture"),
-    (["a", "--init", "half.webp"], "--init, --mask or --lowres half.webp is no picture"),
+    (["a", "--init", "nowhere.png", "--strength", "0.5"], "--lowres nowhere.png is no file"),
+    (["a", "--init", "blank.txt", "--strength", "0.5"], "--lowres blank.txt is no picture: not a whole"),
+    (["a", "--init", "half.webp", "--strength", "0.5"], "--init, --mask or --lowres half.webp is no picture"),
     (["a", "--init", "small.webp", "--mask", "big.webp"], "--init is 20x30 pixels, --mask 30x20. Give both"),
     (["a", "--mask", "small.webp"], "--mask and --strength have no effect without --init"),
     (["a", "--strength", "0.5"], "--mask and --strength have no effect without --init"),
-    (["a", "--init", "small.webp", "--resample", "5"], "nor --resample without --mask"),
+    (["a", "--init", "small.webp"], "nor --init without one of them (try --strength 0.7)"),
+    (["a", "--init", "small.webp", "--strength", "0.5", "--resample", "5"], "nor --resample without --mask"),
     (["a", "--ckpt", "runs/16", "--stop-at", "16"], "--stop-at: not allowed with argument --ckpt"),
     (["a", "--init", "small.webp", "--strength", "0"], "--strength 0.0 is outside 0.001 to 1"),
     (["a", "--init", "small.webp", "--strength", "1.5"], "--strength 1.5 is outside"),
     (["a", "--init", "small.webp", "--strength", "nan"], "--strength nan is outside"),
     (["a", "--init", "small.webp", "--mask", "small.webp", "--resample", "0"], "--resample 0 is outside"),
+    (["a", "-i"], "leave PROMPT, --prompts, --compare and --validate away"),
+    (["-i", "--compare", "runs/16", "runs/16"], "leave PROMPT, --prompts, --compare and --validate away"),
     (["a", "--dtype", "int8"], "--dtype"),
     (["a", "--device", "tpu"], "--device tpu is not here. Choose from"),
     (["a", "--guid", "3"], "unrecognized arguments: --guid"),
@@ -1047,8 +1050,8 @@ BAD = [
     (["--prompts", "long.txt"], "--prompts long.txt has over 1 MiB. Draw it in parts"),
     (["a", "--ckpt", "pipe"], "pipe is no file. Name a run"),
     (["a", "--ckpt", "/dev/zero"], "/dev/zero is no file. Name a run"),
-    (["a", "--init", "pipe"], "--lowres pipe is no file"),
-    (["a", "--init", "bomb.gif"], "12000x12000 is over 64 megapixels"),
+    (["a", "--init", "pipe", "--strength", "0.5"], "--lowres pipe is no file"),
+    (["a", "--init", "bomb.gif", "--strength", "0.5"], "12000x12000 is over 64 megapixels"),
     (["a", "--out", "n" * 300], "File name too long"),
     (["a", "--ckpt", "n" * 300], "File name too long"),
     (["a", "--out", "blank.txt"], "--out blank.txt: blank.txt is a file. Name a folder"),
@@ -1843,6 +1846,12 @@ def test_prompts_are_asked_for(here, cli, monkeypatch):
     names = out.replace("prompt: ", "").splitlines()
     assert (status, names) == (0, ["a-house.png", "a-house-2.png", "a-car.png", "a-car-2.png"]), err
     assert len(loaded) == 1
+
+    def interrupted(said):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert cli("-i")[0] == 0                                   # what was drawn is there
     assert cli("a house", "--out", "alone")[0] == 0
     assert Path("alone/a-house.png").read_bytes() == Path("a-house.png").read_bytes()
 

@@ -260,12 +260,29 @@ def test_where_bf16_is_imitated_its_weights_multiply_in_float32(kind, t5_folder,
 
     for imitated in (True, False):
         used.clear()
-        monkeypatch.setattr(T, "imitates_bf16", lambda imitated=imitated: imitated)
+        monkeypatch.setattr(T, "imitates_bf16", lambda kind, imitated=imitated: imitated)
         results, exact = said("bf16")
         assert used == {torch.float32 if imitated else torch.bfloat16}
         for ours, theirs in zip(results, exact):
             error = (ours.float() - theirs).abs().max() / theirs.abs().max()
             assert error < limit[imitated]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wide_layer_is_widened_in_parts(bias):
+    layer = T.Linear(64, 2500, bias=bias).bfloat16()
+    x = torch.randn(3, 64)
+    exact = torch.nn.functional.linear(x, *[weight.float() for weight in layer.parameters()])
+    assert torch.allclose(layer(x), exact, atol=1e-5)
+
+
+def test_gpus_before_ampere_imitate_bf16_too(monkeypatch):
+    monkeypatch.setattr(T, "imitates_bf16", T.imitates_bf16.__wrapped__)
+    assert not T.imitates_bf16("mps")
+    for there, multiplied in itertools.product((True, False), repeat=2):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, it=multiplied: it)
+        assert T.imitates_bf16("cuda") == (there and not multiplied)
 
 
 # -------------------------------------------------------------------------------------------------- tokens

@@ -1424,7 +1424,7 @@ def test_a_finished_run_is_left_alone(tmp_path, capsys):
 
     before = times()
     run(tmp_path / "run", "--steps 2")
-    assert "note: step 2 of 2 reached; nothing to do" in capsys.readouterr().out
+    assert "is at step 2 of 2; raise --steps, or name another --out" in capsys.readouterr().out
     assert times() == before
 
 
@@ -2257,6 +2257,69 @@ def test_warm_up_and_cooldown_of_a_preset_go_with_the_steps_and_given_ones_that_
     assert "do not fit into --steps 100: the rate never reaches --lr" in capsys.readouterr().out
 
 
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+    """Lustre without -o flock, and some disks of a network."""
+    def fails(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", fails)
+    run(tmp_path / "run", "--steps 2")
+    said = capsys.readouterr().out
+    assert "run is on a disk without locks (Function not implemented): let no other run write there" in said
+
+
+@pytest.mark.parametrize("call", ["chmod", "fsync"])
+def test_a_disk_that_keeps_no_rights_or_no_names_still_keeps_checkpoints(tmp_path, monkeypatch, call):
+    """/mnt/c of WSL and exFAT say EPERM to chmod, some disks of a network EINVAL to the fsync of a folder."""
+    real, refused = getattr(os, call), []
+
+    def fails(what, *rest):
+        if call == "chmod" or os.path.isdir(f"/proc/self/fd/{what}"):
+            refused.append(what)
+            raise OSError(errno.EPERM if call == "chmod" else errno.EINVAL, "refused")
+        return real(what, *rest)
+
+    monkeypatch.setattr(os, call, fails)
+    run(tmp_path / "run", "--steps 2")
+    assert refused
+    assert model.load_checkpoint(tmp_path / "run", ("train", "ema"))
+
+
+def test_a_file_that_is_not_on_disk_is_an_error(tmp_path, monkeypatch):
+    def fails(fd):
+        raise OSError(errno.EINVAL, "refused")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="refused"):
+        model.write_tensors(tmp_path / "a.safetensors", {}, {})
+
+
+def test_times_are_drawn_on_the_processor_and_sums_made_double_there(tmp_path, monkeypatch):
+    """MPS has neither the inverse of the normal distribution nor float64."""
+    class Lacking(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            given = [x for x in args if isinstance(x, torch.Tensor)]
+            meta = any(x.is_meta for x in given)
+            assert not (meta and "ndtri" in str(function)), function
+            assert not (meta and (kwargs or {}).get("dtype") == torch.float64), function
+            return function(*args, **(kwargs or {}))
+
+    configs = train.parse(flags(tmp_path / "run", "--t-density logit_normal"))
+    device = torch.device("meta")
+    text = text_encoder.load_text_encoder(configs[-1]).to(device)
+    objective = train.build(configs, text, device)
+    part = train.draws(0, "noise", 0.1, 0, 2, [0, 1]) | {"picture": np.zeros((2, 3, 16, 16), np.uint8)}
+    monkeypatch.setattr(objective, "condition", lambda part, device: {})
+    with Lacking():
+        assert objective.inputs(part, device)["t"].is_meta
+        meter = train.Meter()
+        meter.add(loss=torch.zeros(3, device=device))
+        state = train.State(objective, 0.0, 0.0, 0.9, False)
+        for look in (lambda: meter.read(train.Ranks(), device), state.size):
+            with pytest.raises(NotImplementedError, match="meta"):     # it has no numbers to bring
+                look()
+
+
 def test_a_lock_is_no_link_to_something_else(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "precious").write_text("a thesis")
@@ -2319,9 +2382,9 @@ def test_a_signal_before_the_loop_ends_the_program_at_once(tmp_path, monkeypatch
 
 def test_bf16_is_taken_where_it_is_faster_than_float32(monkeypatch):
     cpu = torch.device("cpu")
-    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: False)
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda kind: False)
     assert train.fastest_dtype(cpu) == "bf16"
-    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: True)
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda kind: True)
     assert train.fastest_dtype(cpu) == "fp32"
 
 
@@ -2338,7 +2401,7 @@ def test_how_long_a_run_will_take_is_said_once_and_before_its_first_line(tmp_pat
 
 @pytest.mark.parametrize("imitated", [True, False])
 def test_muon_multiplies_what_the_processor_multiplies(monkeypatch, imitated):
-    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda: imitated)
+    monkeypatch.setattr(text_encoder, "imitates_bf16", lambda kind: imitated)
     turned = train.orthogonal(torch.randn(3, 32, 48))
     assert turned.dtype == (torch.float32 if imitated else torch.bfloat16)
 
