@@ -472,7 +472,7 @@ def generate(stage: Stage, prompts: list[str], seeds: list[int], batch_size: int
                          "Name all stages in order by --ckpt, or give --lowres PICTURE to the first")
     alone = s.mask or s.strength != 1
     if bool(alone) != bool(s.init) or (s.resample > 1 and not s.mask):
-        raise ValueError("--init needs --strength 0.7 or --mask, and they need --init; --resample needs --mask")
+        raise ValueError("--init needs --strength 0.7 or --mask, they need --init; --resample needs --mask")
     times = diffusion.sampling_times(stage.schedule, s.steps, s.grid_times, s.strength, s.shift)
     if s.respacing:
         times = s.strength * diffusion.respaced(s.respacing)
