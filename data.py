@@ -1713,11 +1713,15 @@ class Pictures:
         A picture that cannot be read is replaced by another one of its source, by keys again: no
         other position changes; "replaced" lists f"{key}: {reason}". "words" is the reader's entry.
         Raises ValueError after MAX_TRIES."""
+        # Which source, and how often it was asked before.
         chosen, visit = interleave(position, self.weights)
         source = self.sources[chosen]
         source.embedded = self.embedded
         rows = self.rows[chosen]
-        turn = visit // len(rows)
+        turn = visit // len(rows)                   # passes over it
+
+        # Shuffled within a block of shards, whose key is the pass and how far into it the block begins;
+        # local data is a single block.
         shards, starts = self.block(chosen, visit)
         if self.split == "train":
             first, *_, last = starts
@@ -2490,6 +2494,11 @@ def report(config: DataConfig, most: int, readers: list[tuple]) -> int:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("data.py", argument_default=argparse.SUPPRESS,
                                      description="What is in pictures: a table, check.json and check.png.")
+
+    def error(message):
+        raise ValueError(f"{message}. See --help")
+
+    parser.error = error
     flag = parser.add_argument
     flag("--check", nargs="+", required=True, dest="data", help="as of --data")
     flag("--filter", nargs="*", help="as of train.py")

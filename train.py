@@ -2097,7 +2097,7 @@ def main(argv: list[str]) -> int | None:
         if cfg.dry_run:
             return dry_run(trainer, batches, configs)
         for step in range(first, cfg.steps + 1):
-            wish = ranks.agreed(2 * signals.arrived or journal.wants_save(cfg.save_minutes))
+            wish = ranks.agreed(2 * signals.arrived or journal.wants_save(cfg.save_minutes))  # 2 stop, 1 save
             last = wish == 2 or step == cfg.steps
 
             if step > first and (last or due(cfg.log_every)):

@@ -2933,6 +2933,8 @@ def test_the_check_tells_what_is_there_and_what_is_wrong(tmp_path):
     tensors, more = last.pack({"number 7": (2 * noise8,)}, meta)
     for i in (6, 7):                                        # two encoders; of number 7, so not of number 6
         (folder / f"{i}.t5.safetensors").write_bytes(safetensors.torch.save(both | tensors, meta | more))
+    with pytest.raises(ValueError, match=r"required: --check\. See --help"):
+        data.main([])
     done = run_check(tmp_path, folder, tmp_path / "a.zip")
     assert done.returncode == 2
     assert done.stderr.startswith("data.py: error: --data ")
