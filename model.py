@@ -1309,6 +1309,7 @@ def write_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
 def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
     """Write one safetensors file with `meta` and its own checksum, see `write_tensors`."""
     meta = {"format": FORMAT} | meta
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}        # once, of a GPU
     write_tensors(path, tensors, meta | {"sha256": checksum(tensors, meta)})
 
 

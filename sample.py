@@ -82,9 +82,11 @@ def choose_device(name: str) -> torch.device:
     if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
         for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, limit)
-    if kind == "cuda":                                         # one for each process of torchrun
-        return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device(kind)
+    if kind != "cuda":
+        return torch.device(kind)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)                # see train.launch
+    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # ---------------------------------------------------------------------------------- which runs, which weights

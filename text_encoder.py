@@ -581,13 +581,14 @@ class T5Encoder(Tower):
 
     def forward(self, ids, mask):
         buckets = relative_buckets(self.shape, ids.shape[1], ids.device)
+        seen = mask | ~mask.any(1, keepdim=True)        # where all keys are hidden some kernels say nan
         x = tokens = self.widened(self.shared(ids))                                   # (B, L, D)
         for block in self.encoder.block:
             attention = block.layer[0]["SelfAttention"]
             if "relative_attention_bias" in attention:
                 tables = attention["relative_attention_bias"](buckets)                 # (L, L, K)
                 hidden = torch.finfo(tables.dtype).min
-                bias = torch.where(mask[:, None, None], tables.permute(2, 0, 1), hidden)   # (B, K, L, L)
+                bias = torch.where(seen[:, None, None], tables.permute(2, 0, 1), hidden)   # (B, K, L, L)
             x = block(x, bias)
 
         x = self.encoder.final_layer_norm(x)

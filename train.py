@@ -545,6 +545,7 @@ def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
+        torch.backends.cuda.enable_cudnn_sdp(False)            # with masks it has had faults until 2.13
     if cfg.dtype == "auto":
         cfg.dtype = fastest_dtype(device)
     if device.type == "cpu":
@@ -784,7 +785,7 @@ class Contrastive(Denoising):
     @torch.no_grad()
     def inputs(self, part: dict, device: torch.device) -> model.Tensors:
         marks = [zlib.crc32(caption.encode()) % 2**24 for caption in part["captions"]]   # exact in float32
-        return super().inputs(part, device) | {"caption": torch.tensor(marks, device=device).float()}
+        return super().inputs(part, device) | {"caption": sent(torch.tensor(marks), device).float()}
 
     def forward(self, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor, caption: Tensor,
                 **condition) -> model.Tensors:
@@ -1734,6 +1735,7 @@ def scored(step: int, cfg: TrainConfig) -> dict:
         f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz",
         f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}           # not a rank of torchrun
+    torch.cuda.empty_cache()                                   # it needs memory of its own
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         say(f"warning: no score of step {step}, see above; training continues")

@@ -111,9 +111,9 @@ def dry_run(figures: Figures, args, size: int, name: str) -> str:
 
 
 def settings(args, name: str):
-    """The configuration of a preset, compiled and in bf16 on a GPU, in the fastest type elsewhere."""
+    """The configuration of a preset, compiled on a GPU, in the fastest type."""
     import train
-    compiles = ["--compile", "--dtype", "bf16"] if args.device == "cuda" else ["--no-compile"]
+    compiles = ["--compile" if args.device == "cuda" else "--no-compile"]
     return train.parse(["--size", "16" if args.shrink else "64", "--model", name, "--device", args.device,
                         *compiles, "--batch-size", str(args.batches[-1]), *args.smaller])
 
@@ -199,9 +199,9 @@ def theirs(args, name: str):
         optimizer.step()
         optimizer.zero_grad()
 
-    def draw():
+    def draw():                                                # not compiled, as ours
         with torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16"):
-            run(compiled, x, t, context)
+            run(net, x, t, context)
 
     return step, draw, flops, sum(p.numel() for p in weights)
 
@@ -238,10 +238,10 @@ def steps_of(figures: Figures, args, name: str, side: str) -> str:
     if side in THEIRS and not importlib.util.find_spec(THEIRS[side]):
         return f"{side} is not installed"
     printed = figures.run(["tests/gpu.py", "--of", side, "--preset", name, "--device", args.device,
-                           "--batches", str(args.batches[-1]), *(["--shrink"] if args.shrink else [])], 200)
+                           "--batches", str(args.step_batch), *(["--shrink"] if args.shrink else [])], 200)
     row = json.loads(printed.splitlines()[-1])
     work = row["flops"] / 1e12                                 # of a picture's pass [TFLOP]
-    return (f"batch {args.batches[-1]}: {row['speed']:.1f} pictures/s, {row['weights'] / 1e6:.1f} M weights, "
+    return (f"batch {args.step_batch}: {row['speed']:.1f} pictures/s, {row['weights'] / 1e6:.1f} M weights, "
             f"{1000 * work:.2f} GFLOPs a picture, {3 * work * row['speed']:.3g} TFLOP/s, "
             f"{row['memory']:.2f} GiB; a pass of drawing {row['drawn']:.1f} pictures/s, "
             f"{work * row['drawn']:.3g} TFLOP/s")
@@ -286,6 +286,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --shrink")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 64, 16, 4], help="[images]")
+    parser.add_argument("--step-batch", type=int, default=32, help="of the steps beside others [images]")
     parser.add_argument("--work", type=float, default=60, help="most of a step of --dry-run [TFLOP]")
     parser.add_argument("--minutes", type=float, default=9, help="for all but --train [minutes]")
     parser.add_argument("--train", metavar="FOLDER", default="", help="train small on these pictures, too")
@@ -309,7 +310,7 @@ def main(argv: list[str]) -> int:
     figures.add("tests marked gpu", marked_tests, args)
     for name in ("small", "base"):
         for side in ("limn", *THEIRS):
-            how = "bf16, compiled" if args.device == "cuda" else "not compiled"
+            how = "compiled" if args.device == "cuda" else "not compiled"
             figures.add(f"a step like `{name}`, {how}: {side}", steps_of, args, name, side)
     figures.add("captions by T5-XL's encoder", text_speed, args)
     for size, name in [(64, "small")] if args.shrink else train.PRESETS:

@@ -420,7 +420,8 @@ def gpu_script():
     """Runs tests/gpu.sh on the CPU, with all of it small."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
                    "OMP_NUM_THREADS": "1"}
-    script = ["bash", str(ROOT / "tests" / "gpu.sh"), "--device", "cpu", "--shrink", "--batches", "2"]
+    script = ["bash", str(ROOT / "tests" / "gpu.sh"), "--device", "cpu", "--shrink", "--batches", "2",
+              "--step-batch", "2"]
     return lambda *more: subprocess.run([*script, *more], capture_output=True, text=True, env=environment)
 
 

@@ -268,6 +268,27 @@ def test_where_bf16_is_imitated_its_weights_multiply_in_float32(kind, t5_folder,
             assert error < limit[imitated]
 
 
+def test_an_empty_caption_hides_no_key_from_the_kernels(t5_folder, monkeypatch):
+    """Where all keys of a row are hidden some kernels say nan; what is said of nothing is zero anyhow."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, bias=None, **how):
+        seen.append((bias > torch.finfo(bias.dtype).min / 2).any(-1).all())
+        return attention(q, k, v, bias, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for name in ("bytes", str(t5_folder)):
+        encoder = load_text_encoder(TextConfig([name], 32))
+        context, mask, pooled = say(encoder, ["", "a house"])
+        assert all(seen)
+        assert not context[~mask].any()
+        assert context[1].any()
+        assert pooled[1].any()
+        assert not pooled[0].any()
+    assert len(seen) > 2
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_wide_layer_is_widened_in_parts(bias):
     layer = T.Linear(64, 2500, bias=bias).bfloat16()
