@@ -219,10 +219,10 @@ class Attention(nn.Module):
         if not self.local:
             k = torch.cat([self.k_norm(own[0]), k], 1)                                # (B, N+L+1, K, ...)
             v = torch.cat([own[1], v], 1)
-            bias = F.pad(bias, (H * W, 0))                                        # (B, 1, 1, N+L+1)
+            bias = F.pad(bias, (H * W, 0))                                            # (B, 1, 1, N+L+1)
 
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                 # (B, K, N, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)                   # (B, K, N, head_dim)
         h = self.out(h.transpose(1, 2).flatten(2))                                    # (B, N, C)
         return x + h.transpose(1, 2).view_as(x)
 
