@@ -391,7 +391,7 @@ def imitates_bf16(kind: str) -> bool:
     for x in (ones.bfloat16(), ones):
         best.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=5)))
     torch.set_num_threads(threads)
-    return best[0] > 1.5 * best[1]                      # where they are near, always the same
+    return best[0] > 1.5 * best[1]                      # where they are near, bfloat16, whatever was measured
 
 
 class Tower(Module):
@@ -404,6 +404,7 @@ class Tower(Module):
 
 
 def weights_for(layer, x):
+    """Those of a layer in the type of x, as its arguments."""
     return [weight.to(x.dtype) for weight in layer.parameters()]
 
 
@@ -412,7 +413,7 @@ class Linear(torch.nn.Linear):
         if self.weight.dtype == x.dtype:
             return super().forward(x)
         parts = []
-        for rows in self.weight.split(1024):            # what is so small malloc keeps: 4 times faster
+        for rows in self.weight.split(1024):            # small copies, which malloc keeps: 4 times as fast
             parts.append(F.linear(x, rows.to(x.dtype)))
         y = torch.cat(parts, -1)
         return y if self.bias is None else y + self.bias
@@ -572,7 +573,7 @@ class T5Encoder(Tower):
         self.shape = shape
         self.dim = self.pooled_dim = shape.d_model
 
-        self.shared = table(shape.vocab_size, shape.d_model)   # of bytes, see byte_encoder, another
+        self.shared = table(shape.vocab_size, shape.d_model)   # byte_encoder puts a ByteEmbedding here
         self.encoder = Module()
         self.encoder.block = ModuleList(
             T5Block(shape, has_table=i == 0 or shape.model_type == "umt5")

@@ -98,7 +98,7 @@ class TrainConfig:
     device: str = ""              # cuda, mps or cpu; the first of them there is when not given
     workers: int = -1             # processes that load pictures, a rank; -1: to 8 with CUDA, else 0 [-1..256]
     log_every: int = 50           # a line in metrics.jsonl, 0 = never [steps]
-    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # there, too
+    log_to: list[Literal["tensorboard", "wandb"]] = dataclasses.field(default_factory=list)  # metrics, too
     check: int = 0                # tell what is in so many pictures of --data, then leave [0..1e9 images]
     plot: list[str] = dataclasses.field(default_factory=list)  # draw the curves of these runs, then leave
     sample_every: int = 1000      # a grid of samples, and one at the end, 0 = never [steps]
@@ -1735,7 +1735,7 @@ def scored(step: int, cfg: TrainConfig) -> dict:
         f"--prompts={cfg.out}", f"--against={cfg.out}", f"--npz={cfg.out}/scored.npz",
         f"--ckpt={cfg.out}/checkpoints/{step:06d}", *shlex.split(cfg.score)]
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}           # not a rank of torchrun
-    torch.cuda.empty_cache()                                   # it needs memory of its own
+    torch.cuda.empty_cache()                                   # for that process
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         say(f"warning: no score of step {step}, see above; training continues")

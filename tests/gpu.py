@@ -158,6 +158,7 @@ def theirs(args, name: str):
     no average, no text encoder."""
     import torch
 
+    import text_encoder
     import train
 
     cfg, _, shape, *_ = settings(args, name)
@@ -192,7 +193,7 @@ def theirs(args, name: str):
     compiled = train.compiled(net, device, cfg.compile)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16"):
+        with torch.autocast(device.type, text_encoder.DTYPES[cfg.dtype], cfg.dtype != "fp32"):
             out = run(compiled, x, t, context)
         (out.float() - x).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -200,7 +201,7 @@ def theirs(args, name: str):
         optimizer.zero_grad()
 
     def draw():                                                # not compiled, as ours
-        with torch.autocast(device.type, torch.bfloat16, cfg.dtype == "bf16"):
+        with torch.autocast(device.type, text_encoder.DTYPES[cfg.dtype], cfg.dtype != "fp32"):
             run(net, x, t, context)
 
     return step, draw, flops, sum(p.numel() for p in weights)
