@@ -10,6 +10,7 @@
 Letters: B batch, C channels of a feature map, H W its height and width, N = H*W positions, K heads,
 L text tokens, D text width, P pooled text width, E width of the embedding.
 """
+import ctypes
 import errno
 import hashlib
 import inspect
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +102,33 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, 
             must(side in here, f"{name} {side} is not a side of a feature map here. Choose from {here}")
     must(not (config.conv_only and config.weave_resolutions),
          f"weave-resolutions {config.weave_resolutions} is for whole pictures. Leave --conv-only away")
+
+
+# ------------------------------------------------------------------------------------------------- the device
+def choose_device(name: str) -> torch.device:
+    """cuda, else mps, else cpu, or `name`, with what makes all of it faster or right. ValueError where it is
+    not here, or where torchrun starts more processes than there are GPUs."""
+    there = ["cpu"]
+    if torch.backends.mps.is_available():
+        there.insert(0, "mps")
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    kind = name or there[0]
+    if kind not in there:
+        raise ValueError(f"--device {name} is not here. Choose from {there}")
+
+    if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
+        for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
+            ctypes.CDLL(None).mallopt(parameter, limit)
+    if kind != "cuda":
+        return torch.device(kind)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if ranks > count:                                          # on every rank alike
+        raise ValueError(f"{ranks} ranks do not have a GPU each. Use --nproc-per-node {count}")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)                # with masks it has had faults until 2.13
+    return torch.device(kind, local)
 
 
 # ------------------------------------------------------------------------------------------ norms and blocks

@@ -4,7 +4,6 @@ A checkpoint is all it needs: network, schedule and text encoder are rebuilt fro
 depends on its prompt, its seed and the settings, not on the others of its batch."""
 import argparse
 import base64
-import ctypes
 import gc
 import html
 import inspect
@@ -67,26 +66,6 @@ def leave() -> None:
 def warn(message: str) -> None:
     if place()[0] == 0:
         print(f"sample.py: warning: {message}", file=sys.stderr)
-
-
-def choose_device(name: str) -> torch.device:
-    """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    kind = name or there[0]
-    if kind not in there:
-        raise ValueError(f"--device {name} is not here. Choose from {there}")
-    if kind == "cpu" and sys.platform == "linux":              # malloc keeps what is freed: 7% faster
-        for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
-            ctypes.CDLL(None).mallopt(parameter, limit)
-    if kind != "cuda":
-        return torch.device(kind)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cuda.enable_cudnn_sdp(False)                # see train.launch
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # ---------------------------------------------------------------------------------- which runs, which weights
@@ -1284,7 +1263,7 @@ def main(argv: list[str]) -> None:
     warnings.showwarning = lambda message, *where: warn(str(message))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)           # data.py has a lower limit
     warnings.filterwarnings("ignore", "`torch.jit")            # what others publish is TorchScript
-    device = choose_device(args.device)
+    device = model.choose_device(args.device)
     rank, world = place()
     if world > 1:
         dist.init_process_group("gloo")

@@ -344,7 +344,7 @@ def parse(argv: list[str]) -> Configs:
     # --size and --model choose the row of presets, which moves the other defaults.
     parser.set_defaults(model="", lowres=-1)
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    usual = "small" if choose_device(known.device).type == "cuda" else "tiny"
+    usual = "small" if model.choose_device(known.device).type == "cuda" else "tiny"
     known.model = known.model or usual
     pipeline = model.open_pipeline(known.pretrained) if known.pretrained else {}
     known.vae = known.vae or pipeline.get("vae", "")
@@ -517,43 +517,19 @@ class Ranks:
         os._exit(getattr(error, "code", 1) if error else 0)
 
 
-def choose_device(name: str) -> torch.device:
-    """cuda, else mps, else cpu, or `name`. ValueError where it is not."""
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there.insert(0, "cuda")
-    kind = name or there[0]
-    if kind not in there:
-        raise ValueError(f"--device {name} is not here. Choose from {there}")
-    if kind != "cuda":
-        return torch.device(kind)
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
-    if ranks > count:                                          # on every rank alike
-        raise ValueError(f"{ranks} ranks do not have a GPU each. Use --nproc-per-node {count}")
-    return torch.device(kind, local)
-
-
 def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
     """Start the ranks, choose the device and what it computes with, seed."""
-    device = choose_device(cfg.device)
+    device = model.choose_device(cfg.device)
     ranks.start("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", cfg.timeout)
     torch.manual_seed(cfg.seed)
 
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cuda.enable_cudnn_sdp(False)            # with masks it has had faults until 2.13
     if cfg.dtype == "auto":
         cfg.dtype = fastest_dtype(device)
     if device.type == "cpu":
         torch.backends.cuda.enable_flash_sdp(False)           # its backward pass is slow on a CPU (NOTES.md)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)          # its parts in bfloat16, too
-        if sys.platform == "linux":                           # malloc keeps what is freed: 7% faster
-            for parameter, limit in ((-3, 2**25), (-1, 2**31 - 1)):
-                ctypes.CDLL(None).mallopt(parameter, limit)
         if not cfg.device:
             say(f"note: no GPU found, using the CPU, --model {cfg.model} and --dtype {cfg.dtype}")
     return device

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         for layout in ("ordinary", "efficient", "ordinary", "efficient"):
             subprocess.run([sys.executable, __file__, *argv, "--layout", layout], check=True)
     else:
-        step(args.layout, args, train.choose_device(args.device))
+        step(args.layout, args, model.choose_device(args.device))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
+import model
 import text_encoder
 import train
 
@@ -49,7 +50,7 @@ class Watch:
 
 def trainer_of(args, watch: Watch):
     """A trainer whose network and update cost nothing, and the pictures it trains on."""
-    device = train.choose_device(args.device)
+    device = model.choose_device(args.device)
     configs = cfg, data_cfg, *_ = train.parse([
         "--size", str(args.size), "--model", "small", "--batch-size", str(args.batch),
         "--device", device.type, "--dtype", "fp32", "--workers", str(args.workers),

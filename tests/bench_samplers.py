@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     args = parser.parse_args(argv)
 
-    stage, critic = sample.load_stage(Path(args.ckpt), sample.choose_device("")), judge.load()
+    stage, critic = sample.load_stage(Path(args.ckpt), model.choose_device("")), judge.load()
     texts, kinds, colours = zip(*judge.prompts(args.n, args.seed))
     start = time.time()
 

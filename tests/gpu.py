@@ -211,9 +211,10 @@ def speed_of(args, name: str) -> None:
     """In a process of its own: a JSON line of what one side reaches, training and drawing."""
     import torch
 
+    import model
     import train
     step, draw, flops, weights = ours(args, name) if args.of == "limn" else theirs(args, name)
-    device = train.choose_device(args.device)
+    device = model.choose_device(args.device)
     times = 1 if args.shrink else 5
 
     def speed(work) -> float:

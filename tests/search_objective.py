@@ -29,6 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import diffusion
+import model
 import sample
 import train
 from tests import judge
@@ -85,7 +86,7 @@ def error(stage: sample.Stage, n: int) -> float:
 
 def score(run: Path, referee: judge.Judge, n: int, guidance: float) -> dict:
     """Shares of right colours and kinds of n prompts, and the error of x0."""
-    stage = sample.load_stage(run, sample.choose_device(""))
+    stage = sample.load_stage(run, model.choose_device(""))
     texts, kinds, colours = zip(*judge.prompts(n))
     drawn = sample.generate(stage, list(texts), list(range(n)), batch_size=32, guidance_scale=guidance)
     scores = judge.judge_one(referee, judge.at_64(drawn), kinds, colours)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BUDGET = {"model": 12800, "diffusion": 7850, "text_encoder": 10000, "data": 18700, "train": 19000,
-          "sample": 11800}                                    # [tokens]
+BUDGET = {"model": 13000, "diffusion": 7850, "text_encoder": 10000, "data": 18700, "train": 18950,
+          "sample": 11650}                                    # [tokens]
 ALL = 80000                                                  # of the six files together [tokens]
 DENSE = 30                                                   # a line of so many tokens is a dense one
 LEAVES = {"model", "diffusion", "data", "text_encoder"}

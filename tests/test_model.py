@@ -49,6 +49,24 @@ def make_written(batch=3, tokens=(4, 0, 6), seed=5) -> dict[str, torch.Tensor]:
             "transcription_pooled": torch.randn(batch, 64, generator=g)}
 
 
+def test_each_process_has_a_gpu_of_its_own_or_none_starts(monkeypatch):
+    """Three by torchrun on two GPUs end alike, in a line, whether they train or draw."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    assert model.choose_device("") == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert model.choose_device("") == torch.device("cuda:1")
+    assert model.choose_device("cpu") == torch.device("cpu")
+    for rank in "012":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        with pytest.raises(ValueError, match=r"^3 ranks do not have a GPU each. Use --nproc-per-node 2$"):
+            model.choose_device("cuda")
+
+
 @pytest.mark.parametrize(("config", "size", "out"), [
     (SMALL, 16, 3), (ModelConfig(32, (1, 2), (1,), (16,), 16, 2), 32, 6),
     (ModelConfig(32, (1,), (1,), (), 32, 1), 8, 3), (ModelConfig(32, (1, 1, 2), (2,), (16, 4), 8, 1), 16, 3),
