@@ -1201,17 +1201,22 @@ class Files(Source):
                                f"{self.fields()}; see --caption-key and --class-names")
 
     def walk(self, pattern: str, left: Counter) -> Iterator[tuple]:
-        """All files and their names below a folder, in order; links to folders are not followed."""
+        """All files in order, and their names below the folder, or below what several of them share, so that
+        no two are named alike; links to folders are not followed."""
         def lost(error):
             self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
 
-        for root in expand(pattern):
+        roots = expand(pattern)
+        several = len(roots) > 1 and "://" not in pattern
+        shared = several and (os.path.commonpath(roots) or ".")
+        for root in roots:
             if "://" in root or os.path.isfile(root):
-                yield root, os.path.basename(root)
+                name = os.path.relpath(root, shared) if shared else os.path.basename(root)
+                yield root, name.replace(os.sep, "/")
                 continue
 
             for folder, folders, files in os.walk(root, onerror=lost):
-                inside = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
+                inside = os.path.relpath(folder, shared or root).replace(os.sep, "/") + "/"
                 folders.sort()
                 for name in folders[:]:
                     path = os.path.join(folder, name)
@@ -1675,8 +1680,13 @@ class Pictures:
             drawn = keyed(0, f"crop {key}", view % config.crops).random(3).tolist()
         if meta.get("safebox"):
             return self.text_square(picture, meta, drawn)
-        if self.split == "val" or config.min_crop == 1 or transcribed(meta):
-            return 1.0, 0.5, 0.5
+        uncut = 1.0, 0.5, 0.5
+        if self.split == "val" or config.min_crop == 1:
+            return uncut
+        if transcribed(meta):
+            if self.latents is not None:
+                raise ValueError("it has text and is not cut, and --latent-cache has only its --crops")
+            return uncut
         keep, right, down = drawn
         return 1 - keep * (1 - config.min_crop), right, down
 

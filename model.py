@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -104,7 +106,7 @@ def check_shape(config: ModelConfig, size: int, crop: int = 0, lowres: int = 0, 
          f"weave-resolutions {config.weave_resolutions} is for whole pictures. Leave --conv-only away")
 
 
-# ------------------------------------------------------------------------------------------------- the device
+# ----------------------------------------------------------------------------------- devices and processes
 def choose_device(name: str) -> torch.device:
     """cuda, else mps, else cpu, or `name`, with what makes all of it faster or right. ValueError where it is
     not here, or where torchrun starts more processes than there are GPUs."""
@@ -129,6 +131,21 @@ def choose_device(name: str) -> torch.device:
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)                # with masks it has had faults until 2.13
     return torch.device(kind, local)
+
+
+def leave() -> None:
+    """End one of several processes as the error in flight would, but at once: where Python ends by itself,
+    threads of gloo may wait for the lock that it holds, or hold what it takes down, and it does not end or
+    aborts (torch 2.13)."""
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    if error and not isinstance(error, SystemExit):
+        traceback.print_exc()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit((getattr(error, "code", 1) or 0) if error else 0)
 
 
 # ------------------------------------------------------------------------------------------ norms and blocks

@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,17 +49,6 @@ def die(message: object, status: int = 2) -> NoReturn:
 def place() -> tuple[int, int]:
     """The number of this process among those that torchrun started, and how many they are."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leave() -> None:
-    """End one of several processes as the error in flight would, but at once: where Python ends by itself,
-    threads of gloo may still hold what it takes down, and the process aborts (torch 2.13)."""
-    if dist.is_initialized():
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, SystemExit):
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(getattr(error, "code", 1) if error else 0)
 
 
 def warn(message: str) -> None:
@@ -1324,4 +1312,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         die(error)
     finally:
-        leave()
+        model.leave()

@@ -22,7 +22,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -38,8 +37,9 @@ def follow_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-        if os.getppid() == 1:                                  # it was killed before
-            raise SystemExit(1)
+        first = Path("/proc/1/cmdline")                        # of a container it may be torchrun itself
+        if os.getppid() == 1 and not (first.exists() and b"torch" in first.read_bytes()):
+            raise SystemExit(1)                                # it was killed before
 
 
 if __name__ == "__main__":
@@ -214,14 +214,15 @@ def say(message: str) -> None:
 
 def die(message: object, status: int = 2, everywhere: bool = False) -> NoReturn:
     """End the run with one line on standard error; exit status 2 is the user's mistake, 1 a failure.
-    The first rank of a machine speaks, and the others give it time; `everywhere`: of one rank alone."""
+    The first rank of a machine speaks, and torchrun ends the others, if they have failed alike; another one
+    speaks where it is alone, and at once where that is known: `everywhere`."""
     rank = os.environ.get("RANK", "0")
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        who = "" if rank == "0" else f"rank {rank}: "
-        line = " ".join(f"{who}{message}".split())
-        emit(f"train.py: error: {line}", sys.stderr)
-    else:
+    if not everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
+        on_signal(signal.SIG_DFL)
         time.sleep(2)
+    who = "" if rank == "0" else f"rank {rank}: "
+    line = " ".join(f"{who}{message}".split())
+    emit(f"train.py: error: {line}", sys.stderr)
     raise SystemExit(status)
 
 
@@ -233,8 +234,10 @@ def die_of(error: Exception, micro: int) -> None:
         die(f"another rank has ended or is late ({reason}). Run the same command to continue", status=1,
             everywhere=True)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-        die(f"out of memory at --micro-batch {micro} ({reason}). Try --micro-batch {micro // 2 or 1}, which "
-            "gives the same result, or --checkpointing", status=1, everywhere=True)
+        less = max((n for n in range(1, micro) if micro % n == 0), default=0)
+        fix = f"--micro-batch {less}, which gives the same result, or " if less else ""
+        die(f"out of memory at --micro-batch {micro} ({reason}). Try {fix}--checkpointing", status=1,
+            everywhere=True)
 
 
 def progress(ranks: "Ranks", **options) -> tqdm:
@@ -268,20 +271,16 @@ class Signals:
 def starting(cfg: "TrainConfig", ranks: "Ranks") -> Iterator[Signals]:
     """Around all that comes before the loop: a signal ends it at once, what is no bug in one line."""
     try:
-        try:
-            signals = Signals()
-            on_signal(signals.arrive)
-            yield signals
-        except Stopped:
-            say("stopping before the first step; run the same command to continue")
-            alone = ranks.world > 1 and not signals.awaited    # torchrun ends the others where one fails
-            raise SystemExit(143 if alone else 0) from None
-        except (MemoryError, RuntimeError) as e:
-            signals.awaited = True
-            die_of(e, cfg.micro_batch or cfg.batch_size // ranks.world)
-            raise
-    except (SystemExit, MemoryError, RuntimeError):
-        ranks.leave()
+        signals = Signals()
+        on_signal(signals.arrive)
+        yield signals
+    except Stopped:
+        say("stopping before the first step; run the same command to continue")
+        alone = ranks.world > 1 and not signals.awaited        # torchrun ends the others where one fails
+        raise SystemExit(143 if alone else 0) from None
+    except (MemoryError, RuntimeError) as e:
+        signals.awaited = True
+        die_of(e, cfg.micro_batch or cfg.batch_size // ranks.world)
         raise
 
 
@@ -381,7 +380,9 @@ def parse(argv: list[str]) -> Configs:
 
 def check_caches(data_cfg, model_cfg, text_cfg) -> None:
     """Raise ValueError where what frozen networks say cannot be kept."""
-    ends = data_cfg.data or data_cfg.limit
+    names = [data.parse_source(entry)[0] for entry in data_cfg.data]
+    endless = not names or any(getattr(data.SOURCES.get(name), "endless", False) for name in names)
+    ends = data_cfg.limit or not endless
     if text_cfg.text_cache and not ends:
         raise ValueError(f"--text-cache {text_cfg.text_cache} needs captions that end: add --data or --limit")
     if text_cfg.text_cache and data_cfg.shuffle_tags:
@@ -505,16 +506,6 @@ class Ranks:
         dist.all_gather(rows, own.detach().contiguous())
         rows[self.rank] = own
         return torch.cat(rows)
-
-    def leave(self) -> None:
-        """End one of several ranks as the error in flight would, but at once: gloo's destructor waits for
-        threads that may wait for the interpreter's lock, which it holds (torch 2.13; it never ended)."""
-        if self.world == 1:
-            return
-        error = sys.exc_info()[1]
-        if error and not isinstance(error, SystemExit):
-            traceback.print_exc()
-        os._exit(getattr(error, "code", 1) if error else 0)
 
 
 def launch(cfg: TrainConfig, ranks: Ranks) -> torch.device:
@@ -1039,7 +1030,11 @@ def lock(run: Path) -> None:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)     # not inherited by data workers, as flock is
         except ImportError:                                    # Windows
             import msvcrt
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            os.lseek(fd, 1000, os.SEEK_SET)                    # behind the text, which others read
+            try:
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(fd, 0, os.SEEK_SET)
     except (BlockingIOError, PermissionError):                 # POSIX allows either
         owner = os.read(fd, 200).decode(errors="replace") or "another run"
         raise ValueError(f"{run} is in use by {owner}. Use another --out") from None
@@ -1142,7 +1137,7 @@ def keep_best(out: Path, state: State, meta: dict, line: dict, name: str) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         before = model.load_tensors(path)[1].get(name, "nan") if path.exists() else "nan"
-        if not sign * float(before) <= sign * line[name]:
+        if math.isfinite(line[name]) and not sign * float(before) <= sign * line[name]:
             model.save_tensors(path, state.ema.state_dict(), meta | own)
     except (OSError, ValueError) as e:
         say(f"warning: {path} not written ({e}); training continues")
@@ -1844,7 +1839,7 @@ class Trainer:
             self.meter.add(**{f"gradients/{part}": steepness, f"weights/{part}": length})
         if self.queries:                                       # in a network that learns nothing it goes to 0
             sums = torch._foreach_norm([p.grad for p in self.queries], 1)
-            self.meter.add(qk_grad=(sum(sums) / scale, sum(p.numel() for p in self.queries)))
+            self.meter.add(qk_grad=(finite(sum(sums) / scale), sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
         self.meter.add(grad_norm=norm, clipped=clipped, skipped=bad)
@@ -2093,6 +2088,7 @@ def main(argv: list[str]) -> int | None:
             began = clock(device) if looking else 0.0
             if saving:
                 save(journal, step, state, meta, cfg.keep, last, ranks)
+                ranks.wait()                                   # a large one takes longer than --timeout
             if wish == 2:
                 return say(f"stopping at step {step}; run the same command to continue")
 
@@ -2135,7 +2131,6 @@ def main(argv: list[str]) -> int | None:
         bar.close()
         journal.close()
         batches.close()
-        ranks.leave()
 
 
 if __name__ == "__main__":
@@ -2147,3 +2142,5 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except (ValueError, OSError) as error:
         die(error)
+    finally:
+        model.leave()

@@ -1348,6 +1348,32 @@ def test_parts_are_joined_by_key_and_never_across_samples(tmp_path):
     assert any("2 duplicate keys" in line for line in pictures.warnings)
 
 
+@pytest.mark.parametrize("pattern", ["{cats,dogs}", "*", "*/*", "{cats,dogs}/*"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_files_of_one_name_in_several_folders_are_all_there_each_with_its_own_caption(
+        tmp_path, monkeypatch, pattern, packed):
+    """Their names begin below what the folders share, wherever the pattern begins."""
+    for folder, first in (("cats", 0), ("dogs", 100)):
+        (tmp_path / folder).mkdir()
+        with tarfile.open(tmp_path / folder / "0.tar", "w") as tar:
+            for i in range(first, first + 3):
+                picture = encoded(flat((i, i, i), (16, 16)))
+                if packed:
+                    add(tar, f"{i % 100}.png", picture)
+                    add(tar, f"{i % 100}.txt", str(i).encode())
+                else:
+                    (tmp_path / folder / f"{i % 100}.png").write_bytes(picture)
+                    (tmp_path / folder / f"{i % 100}.txt").write_text(str(i))
+        if not packed:
+            (tmp_path / folder / "0.tar").unlink()
+    monkeypatch.chdir(tmp_path)
+    for name in (pattern, tmp_path / pattern):
+        pictures = open_source(name, held_out=0)
+        found = {item["caption"]: int(item["picture"][0, 0, 0]) for item in stream(pictures, 6)}
+        assert found == {str(i): i for i in (0, 1, 2, 100, 101, 102)}
+        assert not any("duplicate" in line for line in pictures.warnings)
+
+
 def test_two_pictures_of_one_name_keep_the_caption_with_the_first(tmp_path):
     make_folder(tmp_path / "a", 1)
     (tmp_path / "a" / "000.webp").write_bytes(encoded(flat((77, 77, 77)), "WEBP"))

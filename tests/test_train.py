@@ -2329,6 +2329,13 @@ def test_a_lock_is_no_link_to_something_else(tmp_path):
     assert (tmp_path / "precious").read_text() == "a thesis"
 
 
+@pytest.mark.parametrize(("micro", "fix"), [
+    (28, "--micro-batch 14, which gives the same result, or --checkpointing"),
+    (7, "--micro-batch 1, which"), (9, "--micro-batch 3, which"), (1, "--checkpointing")])
+def test_the_advice_where_memory_is_short_is_a_part_of_the_batch(capfd, micro, fix):
+    assert f"Try {fix}" in dies(capfd, lambda: train.die_of(MemoryError("no 2 GiB"), micro), 1)
+
+
 def test_no_memory_before_the_loop_is_one_line_too(tmp_path, monkeypatch, capfd):
     def fails(*args, **options):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
@@ -2339,12 +2346,8 @@ def test_no_memory_before_the_loop_is_one_line_too(tmp_path, monkeypatch, capfd)
 
 @pytest.mark.parametrize(("cause", "status"), [(None, 143), (MemoryError("no 2 GiB"), 1), (RuntimeError(
     "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:8"), 1)])
-def test_one_of_several_ranks_leaves_at_once_and_without_a_traceback(monkeypatch, capfd, cause, status):
-    """Where gloo is told to end by the interpreter it may wait for ever, and after a status of 0 torchrun
-    lets the others wait for this rank."""
-    def leave(code):
-        raise InterruptedError(str(code))                                     # instead of the end of pytest
-
+def test_one_of_several_ranks_ends_with_a_status_and_without_a_traceback(monkeypatch, capfd, cause, status):
+    """After a status of 0 torchrun lets the others wait for this rank."""
     def begin():
         with train.starting(train.TrainConfig(micro_batch=4), train.Ranks()):
             if cause:
@@ -2352,10 +2355,10 @@ def test_one_of_several_ranks_leaves_at_once_and_without_a_traceback(monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
 
-    monkeypatch.setattr(train.os, "_exit", leave)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InterruptedError, match=str(status)):
+    with pytest.raises(SystemExit) as end:
         begin()
+    assert end.value.code == status
     out, err = capfd.readouterr()
     assert "Traceback" not in err
     if cause is None:
@@ -2364,6 +2367,58 @@ def test_one_of_several_ranks_leaves_at_once_and_without_a_traceback(monkeypatch
         assert "another rank has ended or is late (Connection closed by peer" in err
     else:
         assert "out of memory at --micro-batch 4" in err
+
+
+@pytest.mark.parametrize(("error", "status"), [
+    (None, 0), (SystemExit(None), 0), (SystemExit(0), 0), (SystemExit(2), 2), (KeyError("a bug"), 1)])
+def test_one_of_several_processes_leaves_at_once(monkeypatch, capfd, error, status):
+    """Where gloo is told to end by the interpreter it may wait for ever, or abort."""
+    def leave(code):
+        raise InterruptedError(code)                                          # instead of the end of pytest
+
+    def end():
+        try:
+            if error:
+                raise error
+        finally:
+            model.leave()
+
+    monkeypatch.setattr(model.os, "_exit", leave)
+    monkeypatch.setattr(model.dist, "is_initialized", lambda: True)
+    with pytest.raises(InterruptedError) as left:
+        end()
+    assert left.value.args == (status,)
+    assert ("a bug" in capfd.readouterr().err) == (status == 1)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rank_that_fails_alone_says_why(ended):
+    """torchrun ends those that fail as the first does, before they speak, and without another word."""
+    code = "import train\ntrain.on_signal(train.Signals().arrive)\nprint(flush=True)\ntrain.die('no room', 1)"
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    if ended:
+        time.sleep(0.5)
+        process.terminate()
+    _, err = process.communicate()
+    assert (process.returncode, err) == ((-signal.SIGTERM, "") if ended else
+                                         (1, "train.py: error: rank 1: no room\n"))
+
+
+def test_a_rank_whose_torchrun_is_the_first_process_starts(monkeypatch):
+    """As in a container: what has number 1 has not adopted it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(train.sys, "platform", "linux")
+    monkeypatch.setattr(train.ctypes, "CDLL", lambda name: types.SimpleNamespace(prctl=lambda *a: None))
+    monkeypatch.setattr(train.os, "getppid", lambda: 1)
+    monkeypatch.setattr(train.Path, "exists", lambda path: True)
+    monkeypatch.setattr(train.Path, "read_bytes", lambda path: b"python\0/usr/bin/torchrun\0train.py")
+    train.follow_parent()
+    monkeypatch.setattr(train.Path, "read_bytes", lambda path: b"/sbin/init\0")
+    with pytest.raises(SystemExit):
+        train.follow_parent()
 
 
 def test_a_signal_before_the_loop_ends_the_program_at_once(tmp_path, monkeypatch, capsys):
@@ -2422,12 +2477,14 @@ def test_nothing_is_bound_to_one_platform_at_import(tmp_path):
     code = ("import sys, types, torch, safetensors.torch, multiprocessing.connection\n"
             "sys.modules['fcntl'] = sys.modules['resource'] = None\n"
             "calls = []\n"
-            "sys.modules['msvcrt'] = types.SimpleNamespace(LK_NBLCK=1, locking=lambda *a: calls.append(a))\n"
+            "where = lambda fd, *a: calls.append(__import__('os').lseek(fd, 0, 1))\n"
+            "sys.modules['msvcrt'] = types.SimpleNamespace(LK_NBLCK=1, locking=where)\n"
             f"sys.path.insert(0, {str(ROOT)!r})\n"
             "import train, sample\n"
             "from pathlib import Path\n"
             f"train.lock(Path({str(tmp_path / 'run')!r}))\n"
-            "assert len(calls) == 1 and train.memory_peak(torch.device('cpu')) == 0\n")
+            f"assert Path({str(tmp_path / 'run/.lock')!r}).read_text().startswith('pid ')\n"
+            "assert calls == [1000] and train.memory_peak(torch.device('cpu')) == 0\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -2703,6 +2760,9 @@ def test_two_ranks_share_the_latents(tmp_path):
 
 @pytest.mark.parametrize(("changes", "words"), [
     (("--latent-cache c",), "--latent-cache c needs --vae, and pictures that end"),
+    (("--latent-cache c", "--data words"), "--latent-cache c needs --vae, and pictures that end"),
+    (("--latent-cache c", "--data pictures built-in:2"), "pictures that end: add --data or --limit"),
+    (("--text-cache c", "--data quoted-words"), "--text-cache c needs captions that end"),
     (("--latent-cache c", "--limit 9", "--min-crop 0.5"), "Add --crops 4"),
     (("--latent-cache c", "--limit 9", "--flip 0.5"), "--latent-cache cannot keep what --flip 0.5 mirrors"),
     (("--size 18",), "size 18 must be a multiple of 4 for this model"),
@@ -3090,7 +3150,7 @@ def test_pictures_that_show_nothing_are_named():
 
 
 @pytest.mark.parametrize(("name", "values", "best"), [
-    ("val_loss", [0.5, 0.3, 0.4], 2), ("val_gap", [0.1, 0.2, 0.3], 3)])
+    ("val_loss", [0.5, 0.3, 0.4], 2), ("val_gap", [0.1, 0.2, 0.3], 3), ("val_loss", [0.5, 0.3, math.nan], 2)])
 def test_the_weights_that_were_best_are_kept(tmp_path, monkeypatch, name, values, best):
     """Through a restart, too."""
     real, ema = train.validate, {}
