@@ -1207,8 +1207,7 @@ class Files(Source):
             self.warned.append(f"{printable(error.filename)}: {error.strerror}; left out")
 
         roots = expand(pattern)
-        several = len(roots) > 1 and "://" not in pattern
-        shared = several and (os.path.commonpath(roots) or ".")
+        shared = len(roots) > 1 and "://" not in pattern and (os.path.commonpath(roots) or ".")
         for root in roots:
             if "://" in root or os.path.isfile(root):
                 name = os.path.relpath(root, shared) if shared else os.path.basename(root)

@@ -291,7 +291,9 @@ def decoder_bits(x0: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
     """-log2 of a normal's mass in the bin of an 8-bit x0, outer bins open (2006.11239, eq. 13)."""
     half = 1 / 255
     std = torch.exp(log_var / 2)
-    log_ndtr = torch.special.log_ndtr  # keeps the tails, and their slope
+    def log_ndtr(x):  # keeps the tails, and their slope; MPS has none
+        return torch.special.log_ndtr(x.cpu() if x.is_mps else x).to(x.device)
+
     outer = log_ndtr((half - x0.sign() * (x0 - mean)) / std)
 
     centre = -(x0 - mean).abs()  # by symmetry in the lower tail, where there are digits

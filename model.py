@@ -142,9 +142,8 @@ def leave() -> None:
     error = sys.exc_info()[1]
     if error and not isinstance(error, SystemExit):
         traceback.print_exc()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
     os._exit((getattr(error, "code", 1) or 0) if error else 0)
 
 
@@ -1360,14 +1359,14 @@ def save_tensors(path: Path, tensors: Tensors, meta: dict[str, str]) -> None:
 
 
 @contextmanager
-def damaged(path: Path):
+def damaged(path: Path, hint: str = "Name a run directory, a checkpoint folder or a file"):
     """Turn what a file that is missing or damaged raises into one line."""
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is no file. Name a run directory, a checkpoint folder or a file")
+        raise ValueError(f"{path} is no file. {hint}")
     try:
         yield
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing. Name a run directory, a checkpoint folder or a file") from None
+        raise ValueError(f"{path} is missing. {hint}") from None
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is damaged: {str(e).splitlines()[0][:100]}") from e
 
@@ -1449,7 +1448,7 @@ published = partial(reading, hint="Is it of another model, or damaged?")
 def read_config(folder: Path, name: str = "config.json") -> dict:
     """The config.json of a published folder. ValueError, one line, where there is none."""
     path = folder / name
-    with damaged(path), published(path):
+    with damaged(path, "Name a folder as diffusers saves it"), published(path):
         config = json.loads(path.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not an object")
@@ -1489,7 +1488,8 @@ def load_published(net: nn.Module, files: dict[Path, str]) -> None:
             for inside in f.keys():  # noqa: SIM118
                 parts = [OLD_NAMES.get(part, part) for part in inside.split(".")]
                 tensors[prefix + ".".join(parts)] = tensor = f.get_tensor(inside)     # in the file until used
-                if not (tensor.is_floating_point() and tensor.isfinite().all()):
+                known = tensor.is_floating_point() and tensor.itemsize > 1            # not of 8 bits
+                if not (known and tensor.isfinite().all()):
                     raise ValueError(f"{path}: {inside!r:.80} is not finite or quantised. Download it again")
     with published(path):
         fill(net, tensors, torch.device("cpu"))
@@ -1572,7 +1572,8 @@ def load_unet(folder: str | Path, text_dim: int = 0, pooled_dim: int = 0) -> UNe
         net.adapt(text_dim, pooled_dim)
         beside = folder / TEXT_FILE
         if beside.exists():
-            net.adapter.load_state_dict(load_tensors(beside)[0])
+            with reading(beside, "Name the text encoder that it was trained with, or move this file away"):
+                fill(net.adapter, load_tensors(beside)[0], torch.device("cpu"))
     return net.train().requires_grad_(True)
 
 

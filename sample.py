@@ -152,7 +152,7 @@ class Stage:
     """What a checkpoint holds, ready to draw."""
     unet: nn.Module
     text: nn.Module
-    cached: Callable | None  # what frozen text encoders say, see reader
+    load: Callable  # load_stage, for what goes with it: from the same places, to the same device
     schedule: diffusion.Schedule
     small_schedule: diffusion.Schedule  # of the pictures that it enlarges
     space: diffusion.Pixels | model.Latents
@@ -162,6 +162,7 @@ class Stage:
     device: torch.device
     step: int  # of training [steps]
     digest: str  # checksum of the checkpoint
+    recipe: dict  # the configurations that it was trained by
 
     def network(self) -> Callable:
         """The U-Net, preconditioned around the small picture where there is one."""
@@ -203,7 +204,7 @@ def unread(words: text_encoder.Reader, prompts: Iterable[str]) -> None:
 def last_places(path: Path) -> tuple[list[str], str]:
     """Where the frozen text encoders and the VAE of a checkpoint lay when it was trained, if the config.json
     of its run is there."""
-    for folder in [path, *path.absolute().parents][:3]:
+    for folder in [path, *path.absolute().parents][:4]:
         try:
             stored = model.read_config(folder)
             encoders = [str(name) for name in stored["TextConfig"]["text_encoder"] if name != "bytes"]
@@ -233,8 +234,9 @@ def load_pipeline(path: Path, device: torch.device, cached: Callable | None, ema
     side = unet.config.get("sample_size", 64)
     model.check(f"{path}/unet: sample_size", side, int, "[1..4096]")
     schedule = diffusion.make_schedule(config, side)
-    return Stage(unet, text, cached, schedule, schedule, space, config, data.DataConfig(), side * space.scale,
-                 device, 0, model.checksum(unet.state_dict(), {}))
+    load = partial(load_stage, device=device, cached=cached)
+    return Stage(unet, text, load, schedule, schedule, space, config, data.DataConfig(), side * space.scale,
+                 device, 0, model.checksum(unet.state_dict(), {}), {})
 
 
 def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Callable | None = None,
@@ -294,8 +296,9 @@ def load_stage(path: Path, device: torch.device, ema: float = 0.0, cached: Calla
         schedule = diffusion.make_schedule(config, side)
         small_schedule = diffusion.make_schedule(config, pictures.lowres or side)
     text.to(device).eval().requires_grad_(False)
-    return Stage(unet, text, cached, schedule, small_schedule, space, config, pictures, size, device, step,
-                 meta["sha256"])
+    load = partial(load_stage, device=device, cached=cached, encoders=encoders, vae=vae)
+    return Stage(unet, text, load, schedule, small_schedule, space, config, pictures, size, device, step,
+                 meta["sha256"], stored)
 
 
 # -------------------------------------------------------------------------------------- prompts to pictures
@@ -361,7 +364,7 @@ def read_picture(path: str, size: int = 0) -> Tensor:
 
 def read_mask(path: str, init: str, size: int) -> Tensor:
     """How much of --init stays at each pixel, (size, size) from 0 (white) to 1 (black), sharp where it is."""
-    whole, own = ("{}x{}".format(*Image.open(name).size) for name in (init, path))
+    whole, own = ("{}x{}".format(*data.plain(Image.open(name), "RGB").size) for name in (init, path))
     if whole != own:
         raise ValueError(f"--init is {whole} pixels, --mask {own}. Give both the same size")
     mask = read_picture(path).float().mean(0)
@@ -373,7 +376,7 @@ def companion(stage: Stage, settings: Settings, flag: str, times: Tensor) -> Sta
     name = getattr(settings, flag)
     if not name:
         return None
-    other = load_stage(Path(name), stage.device, cached=stage.cached, clip=flag == "clip")
+    other = stage.load(Path(name), clip=flag == "clip")
 
     def process(of):
         alpha, _ = of.schedule.alpha_sigma(times)
@@ -535,12 +538,12 @@ def denoiser_of(stage: Stage, network: Callable, beside: list[Stage | None], s: 
     return diffusion.threshold(denoise, percentile, stage.space.limit)
 
 
-def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -> tuple[Callable, Callable]:
+def clip_towers(name: str, device: torch.device, **places) -> tuple[Callable, Callable]:
     """What a CLIP, a published folder or a run at the clean end of its time, makes of pictures, uint8
-    (B, 3 or 1, H, W), and of captions: (B, P) of length 1. encoders: as of load_stage."""
+    (B, 3 or 1, H, W), and of captions: (B, P) of length 1. places: encoders and vae of load_stage."""
     path = Path(name)
     if path.is_file() or (path / "ema.safetensors").exists() or (path / "checkpoints").is_dir():
-        clip = load_stage(path, device, encoders=encoders, clip=True)
+        clip = load_stage(path, device, clip=True, **places)
 
         def see(pictures):
             small = resized(pictures, clip.data.picture_mode, clip.size).to(device)
@@ -565,15 +568,15 @@ def clip_towers(name: str, device: torch.device, encoders: Iterable[str] = ()) -
 def clip_score(seen: Tensor, said: Tensor) -> Tensor:
     """CLIP scores (N,) of pictures and their captions by their features (N, P), 0 to 2.5: 2.5 max(cosine, 0)
     (Hessel et al. 2021, arXiv:2104.08718, section 3; no "A photo depicts")."""
-    return 2.5 * (seen * said.to(seen)).sum(1).clamp(min=0).cpu()
+    return 2.5 * (seen.cpu() * said.cpu()).sum(1).clamp(min=0)
 
 
 @torch.no_grad()
 def clip_scores(name: str, pictures: Tensor, prompts: list[str], device: torch.device, batch_size: int = 16,
-                encoders: Iterable[str] = ()) -> Tensor:
+                **places) -> Tensor:
     """CLIP scores (N,) of pictures, uint8 (N, 3 or 1, H, W), with their prompts; for the rest see
     clip_towers."""
-    see, read = clip_towers(name, device, encoders)
+    see, read = clip_towers(name, device, **places)
     scores = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -654,17 +657,17 @@ def picture_set(name: str | Path) -> data.Pictures:
         return data.Pictures(*recipe_of(Path(name)), 0, "val")
     if name.endswith(".npz"):
         data.SOURCES[name] = partial(read_npz, name)
-    pictures = data.Pictures(data.DataConfig([name], held_out=0), 8, 0, "val")
+    pictures = data.Pictures(data.DataConfig([name], held_out=0, max_bad=1.0), 8, 0, "val")
     pictures.size = side_of(pictures.sources[0])
     return pictures
 
 
-def feature_network(name: str, how: str, device: torch.device) -> Callable:
+def feature_network(name: str, how: str, device: torch.device, **places) -> Callable:
     """What turns pictures, uint8 (B, 3, H, W), into features (B, F): a TorchScript, or a CLIP's folder or
     run. how: a row of INPUTS, or bytes, for one that resizes by itself; auto: by its parameters. ValueError
     where it is none, or does not take the pictures. A TorchScript is a program: use one that you trust."""
     if Path(name).is_dir():
-        return clip_towers(name, device)[0]
+        return clip_towers(name, device, **places)[0]
     try:
         net = torch.jit.load(name, map_location=device).eval()
         named = "return_features" in str(net.forward.schema)   # the published Inception
@@ -696,7 +699,10 @@ def features_of(pictures: data.Pictures, see: Callable, args: argparse.Namespace
     count = min(len(pictures), args.limit or math.inf)
     if count < 8:
         raise ValueError(f"{pictures.summary}: scores need 8 or more")
-    network = Path(args.features).absolute(), data.state(args.features), args.feature_input
+    file = Path(args.features).absolute()
+    if (file / "checkpoints").is_dir():                        # of a run, its newest weights
+        file = model.checkpoint_folders(file)[-1]
+    network = file, data.state(file), args.feature_input
     mark = repr((pictures.fingerprint, pictures.config, pictures.size, count, network))
     kept = Path(args.keep_features, f"{data.hash_of(mark.encode())}.safetensors")
     if args.keep_features and kept.exists():
@@ -797,7 +803,7 @@ def compared(drawn: Tensor, real: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) -> None:
     """Print the scores of some pictures against those of --against."""
-    see = feature_network(args.features, args.feature_input, device)
+    see = feature_network(args.features, args.feature_input, device, **args.places)
     sets = [drawn, picture_set(args.against)]
     side = args.score_size or min(pictures.size for pictures in sets)
     seen, captions = [], []
@@ -813,7 +819,7 @@ def score(drawn: data.Pictures, args: argparse.Namespace, device: torch.device) 
     if Path(args.features).is_dir():
         found["cmmd"] = 1000 * kernel_distance(*seen, gaussian)
         if all(captions[0]):
-            _, read = clip_towers(args.features, device)
+            _, read = clip_towers(args.features, device, **args.places)
             said = [read([caption]) for caption in captions[0]]
             found["clip_score"] = clip_score(seen[0], torch.cat(said)).mean()
     print("  ".join(f"{name} {value:.5g}" for name, value in found.items()))
@@ -932,6 +938,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     promptless = args.export or args.score or args.interactive or args.nll
     if not promptless and (args.prompt is None) == (args.prompts is None):
         die('give a prompt, python sample.py "a house", or --prompts FILE')
+    args.places = {"encoders": args.text_encoder, "vae": args.vae}
     args.usual = set()
     for action in p._actions:
         values = getattr(args, action.dest, None)
@@ -956,6 +963,10 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     args.wanted = [args.prompt or ""]
     if args.npz and args.keep_stages:
         die("--npz is for the pictures of the last stage, without --keep-stages")
+    if (args.trajectory or args.compare) and (args.npz or args.against or args.rank):
+        die("--npz, --against and --rank are for single pictures, without --trajectory and --compare")
+    if args.interactive and place()[1] > 1:
+        die("-i asks on one terminal: start it without torchrun")
     if args.prompts is not None:
         if Path(args.prompts, "config.json").is_file():
             held = picture_set(args.prompts)
@@ -1050,6 +1061,8 @@ def run_stage(stage: Stage, i: int, args: argparse.Namespace, prompts: list[str]
     """The pictures of the i-th stage and the notes of each; `below`: the pictures of the stage before."""
     settings = settings_of(args, i, stage)
     seed = settings.pop("seed")
+    if below is not None:                                      # of a --trajectory its end
+        below = below[..., -below.shape[-2]:]
     if settings["guidance_scale"] > 30:
         warn(f"--guidance {settings['guidance_scale']} is very high; 2 to 8 is usual")
     unread(stage.text.reader, prompts[::args.n])
@@ -1108,14 +1121,14 @@ def write(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace) 
         made = [{"pictures": made}]
     for picture, prompt, notes in zip(pictures, prompts, made):
         path = file or Path(args.out, f"{file_name(prompt)}.png")
-        replace = file and len(made) == 1
+        replace = file and len(made) == 1 and not (args.keep_stages or args.interactive)
         print(data.save_png(to_image(picture), path, notes, warn, replace))
 
 
 def ranked(pictures: Tensor, made: list[dict], n: int, args: argparse.Namespace, device) -> list[int]:
     """Which of the pictures are the best n of each prompt by CLIP score, which their notes get."""
     prompts = [note["prompt"] for note in made]
-    scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, args.text_encoder)
+    scores = clip_scores(args.rank, pictures, prompts, device, args.batch_size, **args.places)
     for note, value in zip(made, scores.tolist()):
         note["clip_score"] = round(value, 4)
     first = torch.arange(0, len(scores), args.n)[:, None]
@@ -1170,14 +1183,14 @@ def compare(paths: list[Path], load: Callable, args: argparse.Namespace, prompts
     their configurations."""
     columns, recipes = [], []
     for path in paths:
-        pictures, _ = run_stage(load(path), 0, args, prompts, None, {})
+        stage = load(path)
+        pictures, _ = run_stage(stage, 0, args, prompts, None, {})
         if len(pictures) < len(prompts):
             told = f"stopped after {len(pictures)} of {len(prompts)} pictures of {path}"
             die(f"{told}: nothing to compare", 130)
         columns.append(pictures)
-        *_, meta = model.read(path)
-        recipe = {"step": meta["step"]}
-        for group in json.loads(meta["config"]).values():
+        recipe = {"step": stage.step}
+        for group in stage.recipe.values():
             recipe |= group
         recipes.append(recipe)
     names = list(map(str, paths))
@@ -1214,10 +1227,10 @@ def check_places(args: argparse.Namespace, device: torch.device) -> None:
     for needed in (folder, Path(args.npz).parent):
         needed.mkdir(parents=True, exist_ok=True)
     if args.rank:
-        clip_towers(args.rank, device, args.text_encoder)
+        clip_towers(args.rank, device, **args.places)
     if args.against:
         picture_set(args.against)
-        feature_network(args.features, args.feature_input, device)
+        feature_network(args.features, args.feature_input, device, **args.places)
 
 
 def draw(paths: list[Path], load: Callable, args, device, prompts: list[str], held: dict) -> None:
@@ -1266,7 +1279,7 @@ def main(argv: list[str]) -> None:
         given = len(getattr(args, name))
         if given > len(paths):
             raise ValueError(f"{flag_of(name)} has {given} values for {len(paths)} stage(s)")
-    plain = partial(load_stage, device=device, ema=args.ema, encoders=args.text_encoder, vae=args.vae)
+    plain = partial(load_stage, device=device, ema=args.ema, **args.places)
     if args.export:
         return export(paths[-1], plain, args)
     if args.nll:
@@ -1289,10 +1302,8 @@ def main(argv: list[str]) -> None:
     prompts = [prompt for prompt in args.wanted for _ in range(args.n)]
     words = [*prompts, *held.get("captions", ()), args.negative]
     load = partial(plain, cached=reader(words, device))
-    if args.autoguide:
-        load(Path(args.autoguide), ema=0)
-    for name in filter(None, args.clip):
-        load(Path(name), ema=0, clip=True)
+    for name in filter(None, (args.autoguide, *args.clip)):
+        load(Path(name), ema=0, clip=name in args.clip)
     if args.compare:
         return compare(paths, load, args, prompts)
     draw(paths, load, args, device, prompts, held)

@@ -228,7 +228,11 @@ class ClipTokenizer:
         self.suffix = [end]
         self.unknown = end
         beside = path.with_name("tokenizer_config.json")
-        pad = read_json(beside).get("pad_token") if beside.exists() else None
+        said = read_json(beside) if beside.exists() else {}
+        older = path.with_name("special_tokens_map.json")       # where both say something it counts: SD 2
+        if older.exists() and "added_tokens_decoder" not in said:
+            said |= read_json(older)
+        pad = said.get("pad_token")
         pad = pad.get("content") if isinstance(pad, dict) else pad
         self.pad = content.get(pad, end) if isinstance(pad, str) else end
         self.letter = letters_of_bytes()
@@ -1242,7 +1246,7 @@ def embedded_encoder(name: str, config: TextConfig, stored: list[str], usual: st
     for part in stored:
         match = FINGERPRINT.match(part)
         dim, length, pooled = (int(number or match[1]) for number in match.group(1, 2, 4))
-        fits = length == min(config.text_length, 77 if "clip" in part else 4096)
+        fits = own != usual or length == min(config.text_length, 77 if "clip" in part else 4096)
         if match[5]:
             fits &= f" {config.text_dtype} {config.clip_layer} d=" in part
         if fits and same_encoder(part, own, tokens=True):

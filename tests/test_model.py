@@ -803,6 +803,8 @@ def test_an_adapter_to_another_text_encoder_masks_has_a_null_and_survives_the_ex
     assert torch.equal(back(**inputs), out)
     theirs = UNet2DConditionModel.from_pretrained(tmp_path)
     assert theirs.state_dict().keys() == {name for name in net.state_dict() if "adapter" not in name}
+    with pytest.raises(ValueError, match="Name the text encoder that it was trained with, or move this file"):
+        model.load_unet(tmp_path, text_dim=48)
 
 
 def random_vae(seed: int) -> dict:
@@ -1067,6 +1069,7 @@ def test_weights_that_do_not_fit_are_one_line(tmp_path, published):
                   "conv_in.weight is (8, 4, 3, 3), the configuration has (16, 4"),
         "finite": (tensors | {name: weight / 0}, "is not finite or quantised"),
         "quantised": (tensors | {name: weight.to(torch.int8)}, "is not finite or quantised"),
+        "of 8 bits": (tensors | {name: weight.to(torch.float8_e4m3fn)}, "is not finite or quantised"),
     }
     for case, (changed, words) in cases.items():
         folder = tmp_path / case

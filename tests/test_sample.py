@@ -570,6 +570,31 @@ def test_the_newest_run_of_each_size_is_joined(up, cli):
     assert np.array_equal(np.asarray(Image.open(again[0])), np.asarray(Image.open(names[-1])))
 
 
+def test_a_mask_over_a_picture_that_a_telephone_turned_is_as_large_as_it_is_shown(tmp_path):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "photo.jpg", exif=turned)
+    mask = Image.new("L", (30, 40))
+    mask.paste(255, (0, 0, 30, 20))
+    mask.save(tmp_path / "mask.png")
+    keep = sample.read_mask(str(tmp_path / "mask.png"), str(tmp_path / "photo.jpg"), 10)
+    assert keep[:5].eq(0).all()
+    assert keep[5:].eq(1).all()
+    mask.resize((40, 30)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="--init is 30x40 pixels, --mask 40x30"):
+        sample.read_mask(str(tmp_path / "mask.png"), str(tmp_path / "photo.jpg"), 10)
+
+
+def test_a_trajectory_goes_through_a_cascade_and_stages_do_not_overwrite_one_another(up, cli):
+    plain = cli("a house", "--stop-at", 32, "--keep-stages", "--out", "x.png")[1].split()
+    assert [Image.open(name).size for name in plain] == [(16, 16), (32, 32)]
+    status, out, err = cli("a house", "--stop-at", 32, "--keep-stages", "--trajectory", 1, "--out", "rows")
+    assert status == 0, err
+    for name, row in zip(plain, out.split()):                  # two steps and the picture
+        side = Image.open(name).height
+        assert np.array_equal(np.asarray(Image.open(row))[:, 2 * side:], np.asarray(Image.open(name)))
+
+
 def test_a_cascade_stops_where_it_is_told_and_starts_from_a_picture(up, cli):
     assert Image.open(cli("a house", "--stop-at", 32)[1].strip()).size == (32, 32)
     assert Image.open(cli("a house", "--stop-at", 16)[1].strip()).size == (16, 16)
@@ -1034,6 +1059,8 @@ BAD = [
     (["a", "--init", "small.webp", "--strength", "1.5"], "--strength 1.5 is outside"),
     (["a", "--init", "small.webp", "--strength", "nan"], "--strength nan is outside"),
     (["a", "--init", "small.webp", "--mask", "small.webp", "--resample", "0"], "--resample 0 is outside"),
+    (["a", "--trajectory", "2", "--npz", "a.npz"], "are for single pictures, without --trajectory"),
+    (["a", "--compare", "runs/16", "--rank", "c"], "are for single pictures, without --trajectory and"),
     (["a", "-i"], "leave PROMPT, --prompts, --compare and --validate away"),
     (["-i", "--compare", "runs/16", "runs/16"], "leave PROMPT, --prompts, --compare and --validate away"),
     (["a", "--dtype", "int8"], "--dtype"),
@@ -1254,11 +1281,19 @@ def latents(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("place", "flags"), [
     ("latents", ["--vae=vae"]), ("frozen", ["--text-encoder", "byt5"])])
-def test_a_clip_sees_latents_and_reads_by_a_frozen_encoder(place, flags, request, tmp_path, monkeypatch):
+def test_a_clip_sees_latents_and_reads_by_a_frozen_encoder(
+        place, flags, request, tmp_path, monkeypatch, cli):
     folder = shutil.copytree(request.getfixturevalue(place), tmp_path / "here")
     with training_in(folder):
         train.main([*RECIPE, *flags, "--objective=clip"])
     monkeypatch.chdir(folder)
+    flag, moved = flags[-1].split("=") if place == "latents" else flags
+    Path(moved).rename("moved")
+    see_by = ["--against", "runs/16", "--features", "runs/clip-16", "--limit", "8", "--rank", "runs/clip-16"]
+    status, out, err = cli("a house", "--n=8", "--clip=runs/clip-16", *see_by, flag, "moved")
+    assert status == 0, err
+    assert "clip_score" in out
+    Path("moved").rename(moved)
     names = model.read(Path("runs/clip-16"))[1].keys()
     assert any("text_encoder" in name for name in names) == (place == "latents")    # bytes train along
     assert "unet.text_pool.head.weight" in names
@@ -1292,6 +1327,15 @@ def test_pictures_are_drawn_from_latents_wherever_the_vae_lies(latents, cli, tmp
     assert error.strip().endswith("--vae DIR")
     assert cli("a house", "--out=b.png", "--vae=elsewhere")[0] == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+    guides = ["--autoguide", model.checkpoint_folders(Path("runs/16"))[0]]
+    assert cli("a house", "--out=c.png", "--vae=elsewhere", *guides) == (0, "c.png\n", "")
+    weights = model.checkpoint_folders(Path("runs/16"))[-1] / "ema.safetensors"
+    Path("elsewhere").rename("vae")
+    shutil.copytree("vae", "far/vae")
+    shutil.rmtree("vae")
+    config = Path("runs/16/config.json")
+    config.write_text(config.read_text().replace('"vae": "vae"', '"vae": "far/vae"'))
+    assert cli("a house", "--out=d.png", "--ckpt", weights) == (0, "d.png\n", "")
 
 
 @pytest.mark.parametrize("name", diffusion.SAMPLERS)
@@ -1369,7 +1413,12 @@ def write_pipeline(folder: Path, pad: str = "<|endoftext|>", xl: bool = False, *
         tokenizer.mkdir()
         (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(WORDS)}))
         (tokenizer / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")
-        (tokenizer / "tokenizer_config.json").write_text(json.dumps({"pad_token": fill}))
+        own = {"pad_token": fill, "added_tokens_decoder": {}}
+        other = {"pad_token": "<|endoftext|>"}
+        if name == "tokenizer":                                # of before 2023, as that of Stable Diffusion 2
+            own, other = other, {"pad_token": {"content": fill, "lstrip": False}}
+        (tokenizer / "tokenizer_config.json").write_text(json.dumps(own))
+        (tokenizer / "special_tokens_map.json").write_text(json.dumps(other))
     (folder / "model_index.json").write_text("{}")
     noise = parts.pop("scheduler").alphas_cumprod
     return {name: part.eval() for name, part in parts.items()} | {"noise": noise}
@@ -1441,6 +1490,7 @@ def test_a_published_pipeline_of_sdxl_denoises_as_diffusers_does(tmp_path, cli, 
 def test_a_pipeline_whose_padding_is_not_told_pads_with_the_end(tmp_path, pad):
     write_pipeline(tmp_path)
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"pad_token": pad}))
+    (tmp_path / "tokenizer" / "special_tokens_map.json").unlink()
     stage = sample.load_stage(tmp_path, torch.device("cpu"))
     assert stage.text.reader.read("a")["ids"].tolist() == [0, 3] + [1] * 75
 
@@ -1714,6 +1764,21 @@ def test_features_that_are_kept_are_read_again(sets, cli):
         assert len(list(Path("kept").iterdir())) == count + 2, more
 
 
+def test_features_of_a_clip_that_trained_on_are_made_anew(here, clip_run, cli):
+    shutil.copytree(clip_run, "runs/clip-16")
+    last = model.checkpoint_folders(Path("runs/clip-16"))[-1]
+    last.rename("later")
+    argv = ["--score", "runs/16", "--against", "runs/16", "--limit", "8", "--features", "runs/clip-16",
+            "--keep-features", "kept"]
+    assert cli(*argv, steps=0)[0] == 0
+    assert len(list(Path("kept").iterdir())) == 1
+    assert cli(*argv, steps=0)[0] == 0
+    assert len(list(Path("kept").iterdir())) == 1
+    Path("later").rename(last)
+    assert cli(*argv, steps=0)[0] == 0
+    assert len(list(Path("kept").iterdir())) == 2
+
+
 @torch.no_grad()
 def test_by_a_clip_the_cmmd_and_the_mean_clip_score_are_told(here, clip, cli):
     held_out = ["--limit", "10", "--against", "runs/16", "--features", "clip"]
@@ -1792,6 +1857,14 @@ def test_runs_are_compared_on_one_page_that_needs_nothing_beside_it(here, cli, c
             drawn = Image.open(io.BytesIO(base64.b64decode(code)))
             assert cli(prompt, "--ckpt", run, "--out", "one.png")[0] == 0
             assert np.array_equal(drawn, np.asarray(Image.open("one.png")))
+
+
+def test_a_run_is_compared_with_a_published_pipeline(here, cli):
+    write_pipeline(here / "published")
+    status, _, err = cli("a house", "--compare", "published", "runs/16", "--out", "page")
+    assert status == 0, err
+    page = Path("page/compare.html").read_text()
+    assert "<td>step</td><td>0</td><td>2</td>" in page
 
 
 BROWSER = """
