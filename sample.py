@@ -364,7 +364,8 @@ def read_picture(path: str, size: int = 0) -> Tensor:
 
 def read_mask(path: str, init: str, size: int) -> Tensor:
     """How much of --init stays at each pixel, (size, size) from 0 (white) to 1 (black), sharp where it is."""
-    whole, own = ("{}x{}".format(*data.plain(Image.open(name), "RGB").size) for name in (init, path))
+    upright = (data.plain(Image.open(name), "RGB") for name in (init, path))
+    whole, own = (f"{picture.width}x{picture.height}" for picture in upright)
     if whole != own:
         raise ValueError(f"--init is {whole} pixels, --mask {own}. Give both the same size")
     mask = read_picture(path).float().mean(0)

@@ -1838,8 +1838,8 @@ class Trainer:
             length = nn.utils.get_total_norm(weights)
             self.meter.add(**{f"gradients/{part}": steepness, f"weights/{part}": length})
         if self.queries:                                       # in a network that learns nothing it goes to 0
-            sums = torch._foreach_norm([p.grad for p in self.queries], 1)
-            self.meter.add(qk_grad=(finite(sum(sums) / scale), sum(p.numel() for p in self.queries)))
+            sums = sum(torch._foreach_norm([p.grad for p in self.queries], 1))
+            self.meter.add(qk_grad=(finite(sums / scale), sum(p.numel() for p in self.queries)))
         norm, bad = self.state.update(lr)
         clipped = (norm > self.state.clip).float()
         self.meter.add(grad_norm=norm, clipped=clipped, skipped=bad)
